@@ -1,0 +1,137 @@
+"""Checks what a generation is asked for, before anything is compiled or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.decode import NO_TOKEN
+from fluxion_jax.errors import ConfigError, FluxionError
+
+Prompts = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+
+# Stop tokens are filled up to a multiple of this, so that one more of them does not recompile.
+_STOP_SLOTS = 8
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ConfigError unless a value is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ConfigError(f"expected an integer {name} >= 1, got {value!r}")
+
+
+def check_prompts(prompts: Prompts, model: Any) -> list[list[int]]:
+    """Turns one prompt or several into lists of token ids.
+
+    Raises:
+      ConfigError: there is none, one is empty, or holds something else than the model's ids.
+    """
+    rows = np.asarray(prompts).tolist() if hasattr(prompts, "shape") else list(prompts)
+    if rows and not isinstance(rows[0], Sequence | np.ndarray | jax.Array):
+        rows = [rows]
+    if not rows:
+        raise ConfigError("expected at least one prompt, got none")
+    checked = []
+    for index, row in enumerate(rows):
+        ids = _as_ids(row, f"prompt {index} as a list of integer token ids")
+        if ids.ndim != 1:
+            raise ConfigError(
+                f"expected prompt {index} as a list of integer token ids, got an array of shape "
+                f"{ids.shape}; pass one list per row"
+            )
+        if ids.size == 0:
+            raise ConfigError(f"expected at least one token in prompt {index}, got an empty prompt")
+        _check_range(ids, model, f"prompt {index}")
+        checked.append([int(i) for i in ids])
+    return checked
+
+
+def check_scored(
+    tokens: np.ndarray | Sequence[Sequence[int]], cache: HostKV, model: Any
+) -> np.ndarray:
+    """Turns tokens to score into int32 `[B, S + 1]`.
+
+    Raises:
+      ConfigError: the shape does not fit the cache, or they are not ids of the model.
+    """
+    ids = _as_ids(tokens, "as many integer token ids to score in each row")
+    if ids.ndim != 2 or ids.shape[0] != cache.batch or ids.shape[1] < 2:
+        raise ConfigError(
+            f"expected tokens of shape [{cache.batch}, at least 2], got {list(ids.shape)}"
+        )
+    _check_range(ids, model, "the tokens to score")
+    return ids.astype(np.int32)
+
+
+def check_cache(cache: HostKV, model: Any, new_tokens: np.ndarray) -> None:
+    """Raises unless a cache fits the model and has room for int `[B]` new tokens.
+
+    Raises:
+      ConfigError: it has another batch, or is that of another model.
+      FluxionError: its buffers are gone, or an error of an earlier step is pending.
+      CacheFullError: a row would grow beyond the cache.
+    """
+    if len(new_tokens) != cache.batch:
+        raise ConfigError(f"expected {cache.batch} prompts for this cache, got {len(new_tokens)}")
+    config, layout = model.config, cache.layout
+    for name in ("num_layers", "num_kv_heads", "head_dim", "sliding_window", "sliding_layers"):
+        of_cache = getattr(layout, name)
+        of_model = getattr(config, name, of_cache)
+        if of_model != of_cache:
+            raise ConfigError(
+                f"expected a cache with {name}={of_model} like the model, got {of_cache}; "
+                "allocate it with model.config.kv_layout()"
+            )
+    if any(array.is_deleted() for array in jax.tree.leaves(cache)):
+        raise FluxionError(
+            "expected a cache with its buffers, got one that a compiled program consumed; go on "
+            "with the cache that the program returned"
+        )
+    try:
+        cache.check()
+    except FluxionError as error:
+        raise FluxionError(
+            f"expected a cache without a pending error, got: {error}; to go on behind the last "
+            "good step, use what cache.clear_status() returns"
+        ) from None
+    cache.require_room(new_tokens)
+    limit = getattr(config, "max_context_tokens", None)
+    longest = int((np.asarray(cache.lengths) + new_tokens)[np.asarray(cache.active)].max(initial=0))
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"expected at most {limit} tokens, the context the model was made for, got {longest} "
+            "with the new ones; shorten the prompt or ask for fewer tokens"
+        )
+
+
+def stop_slots(stop_tokens: Sequence[int]) -> np.ndarray:
+    """Stop tokens, int32, filled up with `NO_TOKEN`."""
+    ids = [int(token) for token in stop_tokens]
+    free = _STOP_SLOTS if not ids else -len(ids) % _STOP_SLOTS
+    return np.asarray([*ids, *[NO_TOKEN] * free], np.int32)
+
+
+def _as_ids(values: Any, expected: str) -> np.ndarray:
+    try:
+        ids = np.asarray(values)
+    except ValueError:
+        raise ConfigError(f"expected {expected}, got lists of different lengths") from None
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise ConfigError(
+            f"expected {expected}, got {ids.dtype}; encode text with the model's tokenizer"
+        )
+    return ids
+
+
+def _check_range(ids: np.ndarray, model: Any, where: str) -> None:
+    size = model.config.vocab_size
+    bad = ids[(ids < 0) | (ids >= size)]
+    if bad.size:
+        raise ConfigError(
+            f"expected token ids within [0, {size}) in {where}, got {bad[:5].tolist()}; "
+            "is this the model's own tokenizer?"
+        )

@@ -1,0 +1,569 @@
+"""One layer's decode attention: plan, select, split, run both sides at once, merge.
+
+This is the paper's decode step (section 4, figure 5) as one function. The host's share runs between
+`submit` and `collect` on the library's own threads; meanwhile the device attends to the resident
+window and to its own share of the selected blocks. Every part returns an attention state
+`(out, lse)`, and the parts merge exactly. Axes: B batch, N query heads, K KV heads, H head size,
+W words of a bitmap over base blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import host_ops
+import pallas_kernels
+from fluxion_jax.cache.append import make_flush, with_layer
+from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
+from fluxion_jax.cache.summaries import quantise_query
+from fluxion_jax.cache.window import window_mask, write_token
+from fluxion_jax.errors import ConfigError, UnsupportedError
+from fluxion_jax.jitting import jit
+from fluxion_jax.policy.protocol import Features, Plan, Policy
+from fluxion_jax.policy.split import Split
+from fluxion_jax.status import STATUS_PLAN
+
+State = tuple[jax.Array, jax.Array]
+
+_HOST_NAMES = ("native", "xla", "numpy")
+_DEVICE_NAMES = ("xla", "triton", "mosaic")
+# The native kernels keep the heads that want a block in the bits of one word.
+_MAX_GROUP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Compile-time choices of how a step runs.
+
+    Attributes:
+      host: host operations to use: None for the best available, a name or a sequence of names out
+        of `"native"`, `"xla"`, `"numpy"`.
+      device: device kernels to use: None, or out of `"xla"`, `"triton"`, `"mosaic"`.
+      dense_below_tokens: sequences shorter than this read everything; 1024 because the resident
+        window alone is a third of that, so that there is nothing to gain from selecting.
+      measure: also attend to everything and report recall and output error of each head; costs as
+        much as full attention.
+    """
+
+    host: host_ops.Implementation = None
+    device: pallas_kernels.Implementation = None
+    dense_below_tokens: int = 1024
+    measure: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("host", _HOST_NAMES), ("device", _DEVICE_NAMES)):
+            chosen = getattr(self, name)
+            if chosen is None:
+                continue
+            names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+            if not names or not set(names) <= set(known):
+                raise ConfigError(
+                    f"expected {name} to be None or out of {known}, got {chosen!r}; name one, or "
+                    "several in the order of preference"
+                )
+            # A sequence must be hashable to be part of a compiled program's key.
+            object.__setattr__(self, name, chosen if isinstance(chosen, str) else names)
+
+
+class LayerStats(NamedTuple):
+    """What one layer of one step did; counts, so that bytes are exact.
+
+    Attributes:
+      host_blocks: int32 `[B, K]`, blocks whose K/V the host read, once for a whole group.
+      device_blocks: int32 `[B, K]`, likewise read by the device out of host memory.
+      host_units: int32 `[B, K]`, summaries the host scored.
+      device_units: int32 `[B, K]`, summaries the device scored.
+      host_times_s: float32 `[4]`: collect waited; threads were busy, summed; from submit to the
+        last task; scoring and selection, summed.
+      granularity: int32 `[B, K]`, tokens of a unit, as planned.
+      selection: uint32 `[B, N, W]`, the selected base blocks, or None.
+      lse: float32 `[3, B, N]` of window, device share and host share, or None.
+      recall: float32 `[B, N]`, share of the attention mass that was read, or None.
+      output_error: float32 `[B, N]`, error of the output over the step's largest head output, or
+        None.
+    """
+
+    host_blocks: jax.Array
+    device_blocks: jax.Array
+    host_units: jax.Array
+    device_units: jax.Array
+    host_times_s: jax.Array
+    granularity: jax.Array
+    selection: jax.Array | None
+    lse: jax.Array | None
+    recall: jax.Array | None
+    output_error: jax.Array | None
+
+
+def decode_attention(
+    q: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    cache: HostKV,
+    layer: int,
+    policy: Policy,
+    *,
+    scale: float,
+    split: Split,
+    execution: Execution | None = None,
+    return_selection: bool = False,
+) -> tuple[jax.Array, HostKV, LayerStats]:
+    """Attention of one new token per sequence over its whole past, as the policy allows.
+
+    Args:
+      q: `[B, N, H]`, any float dtype, after RoPE, not scaled.
+      k_new: `[B, K, H]`, the new token's keys after RoPE.
+      v_new: `[B, K, H]`.
+      cache: the cache before the new token. Consumed when called outside of a compiled function.
+      layer: index of the layer in the model; must be a global one.
+      policy: what each head may read; see `fluxion_jax.policy`.
+      scale: factor on the scores, usually `H ** -0.5`.
+      split: which part of the work the host does.
+      execution: how the step runs; None for the defaults.
+      return_selection: also return what was selected and the log-sum-exp of each part.
+
+    Returns:
+      `(out, cache, stats)`: out `[B, N, H]` in q's dtype; the cache with this layer's token in it,
+      which counts once `cache.advance()` was called after the last layer.
+
+    Raises:
+      ConfigError: shapes do not fit the cache, or the policy's plan does not fit them.
+      UnsupportedError: more than 64 query heads share a KV head.
+    """
+    execution = execution or Execution()
+    _check_shapes(q, k_new, v_new, cache)
+    if not isinstance(jnp.asarray(q), jax.core.Tracer):
+        return _decode_attention_compiled(
+            q,
+            k_new,
+            v_new,
+            cache,
+            layer,
+            policy,
+            scale=scale,
+            split=split,
+            execution=execution,
+            return_selection=return_selection,
+        )
+    index = cache.layout.global_index(layer)
+    dtype, q = q.dtype, q.astype(jnp.float32)
+    active = cache.has_room(1)
+    flush, exponents, window = _enter_window(cache, index, k_new, v_new, active)
+    window_state = _window_attention(q, cache, window, active, scale, execution)
+    features = Features(q, *window_state, layer=layer, num_kv_heads=k_new.shape[1])
+    plan, cache = _plan(policy, features, cache)
+    if cache.num_host_blocks == 0:
+        cache = with_layer(cache, index, window_k=window[0], window_v=window[1])
+        return (
+            window_state[0].astype(dtype),
+            cache,
+            _no_host_work(plan, window_state, execution, return_selection),
+        )
+
+    work = _make_work(q, cache, index, plan, active, split, execution)
+    work = _select_on_device(work, cache, index) if cache.layout.summaries == "device" else work
+
+    full_state, cache = _attend_everything(
+        work, flush, window_state, cache, index, scale, execution
+    )
+    device, collected = _attend_host_cache(
+        q, work, flush, window_state, cache, index, scale, split, execution, return_selection
+    )
+    host_state = (collected.out, collected.lse)
+    out, lse = pallas_kernels.merge_states([window_state, device.state, host_state])
+
+    cache = _leave_window(cache, index, collected, flush, exponents, window)
+    states = jnp.stack([window_state[1], device.state[1], host_state[1]])
+    stats = LayerStats(
+        host_blocks=collected.blocks_read,
+        device_blocks=device.blocks,
+        host_units=collected.units_scanned,
+        device_units=device.units,
+        host_times_s=collected.times,
+        granularity=plan.granularity,
+        selection=_selection(collected, device) if return_selection else None,
+        lse=states if return_selection else None,
+        recall=_recall(lse, full_state[1]) if execution.measure else None,
+        output_error=_output_error(out, full_state[0]) if execution.measure else None,
+    )
+    return out.astype(dtype), cache, stats
+
+
+_decode_attention_compiled = jit(
+    decode_attention, static_argnames=("layer", "scale", "execution", "return_selection")
+)
+
+
+class _DeviceShare(NamedTuple):
+    state: State
+    bitmap: jax.Array  # uint32 [B, N, W], the whole selection of tasks with device work
+    blocks: jax.Array  # int32 [B, K]
+    units: jax.Array  # int32 [B, K]
+
+
+def _attend_host_cache(
+    q: jax.Array,
+    work: host_ops.Work,
+    flush: host_ops.Flush,
+    window_state: State,
+    cache: HostKV,
+    index: int,
+    scale: float,
+    split: Split,
+    execution: Execution,
+    return_selection: bool,
+) -> tuple[_DeviceShare, host_ops.Collected]:
+    """Runs both shares at once, then writes the leaving block."""
+    k, v, summaries = _host_arrays(cache, index)
+    if split.sides == "device":
+        device = _device_share(q, work, cache, index, scale, execution)
+        read = device.state[1]
+        return device, _write_only(q, work, flush, read, k, v, summaries, execution)
+
+    tick = host_ops.submit(work, k, v, summaries, scale=scale, implementation=execution.host)
+    # The device share waits for the tick, or XLA could run it before the host has begun.
+    q, tick = jax.lax.optimization_barrier((q, tick))
+    if split.sides == "host":
+        device = _no_device_share(q, work, k.shape[2])
+    else:
+        device = _device_share(q, work, cache, index, scale, execution)
+    collected = host_ops.collect(
+        tick,
+        work,
+        k,
+        v,
+        summaries,
+        flush,
+        after=(window_state[1], device.state[1]),
+        scale=scale,
+        return_selection=return_selection,
+        implementation=execution.host,
+    )
+    return device, collected
+
+
+def _write_only(
+    q: jax.Array,
+    work: host_ops.Work,
+    flush: host_ops.Flush,
+    read: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    summaries: jax.Array | None,
+    execution: Execution,
+) -> host_ops.Collected:
+    """What collect would bring back from a host without work: the cache after the flush."""
+    k, v, summaries, status = host_ops.append(
+        k, v, summaries, flush, after=(read,), implementation=execution.host
+    )
+    nothing = jnp.zeros_like(work.boundary)
+    state = _no_device_share(q, work, k.shape[2])
+    return host_ops.Collected(
+        k,
+        v,
+        summaries,
+        *state.state,
+        status=status,
+        times=jnp.zeros((4,), jnp.float32),
+        blocks_read=nothing,
+        units_scanned=nothing,
+        selection=state.bitmap,
+    )
+
+
+def _plan(policy: Policy, features: Features, cache: HostKV) -> tuple[Plan, HostKV]:
+    """The policy's plan, checked: shapes now, values when the program runs."""
+    plan = policy.plan(features, cache.lengths + 1)
+    groups = (cache.batch, features.num_kv_heads)
+    expected = {
+        "granularity": (groups, jnp.integer),
+        "budget_tokens": (features.q.shape[:2], jnp.integer),
+        "shared": (groups, jnp.bool_),
+    }
+    for name, (shape, kind) in expected.items():
+        array = jnp.asarray(getattr(plan, name))
+        if array.shape != shape or not jnp.issubdtype(array.dtype, kind):
+            raise ConfigError(
+                f"expected {name} of the policy's plan as {kind.__name__}{list(shape)}, got "
+                f"{array.dtype}{list(array.shape)}; see fluxion_jax.Plan"
+            )
+    known = jnp.isin(plan.granularity, jnp.asarray(GRANULARITIES_TOKENS))
+    status = jnp.where(known.all(), 0, STATUS_PLAN)
+    granularity = jnp.where(known, plan.granularity, BLOCK_TOKENS).astype(jnp.int32)
+    return plan._replace(granularity=granularity), cache.replace(status=cache.status | status)
+
+
+def _enter_window(
+    cache: HostKV, index: int, k_new: jax.Array, v_new: jax.Array, active: jax.Array
+) -> tuple[host_ops.Flush, jax.Array, tuple[jax.Array, jax.Array]]:
+    """The new token enters the window; the block that this pushes out is prepared."""
+    dtype = cache.layout.jax_dtype
+    k_new, v_new = k_new.astype(dtype), v_new.astype(dtype)
+    flush, exponents = make_flush(
+        cache, index, k_new[:, :, None], v_new[:, :, None], active.astype(jnp.int32)
+    )
+    window_k, window_v = (
+        write_token(cache.layout, window[index], new, cache.lengths, active)
+        for window, new in ((cache.window_k, k_new), (cache.window_v, v_new))
+    )
+    return flush, exponents, (window_k, window_v)
+
+
+def _window_attention(
+    q: jax.Array,
+    cache: HostKV,
+    window: tuple[jax.Array, jax.Array],
+    active: jax.Array,
+    scale: float,
+    execution: Execution,
+) -> State:
+    lengths = cache.lengths
+    mask = window_mask(cache.layout, lengths + 1, host_tokens(cache.layout, lengths))
+    return pallas_kernels.window_attention(
+        q, *window, mask & active[:, None], scale=scale, implementation=execution.device
+    )
+
+
+def _make_work(
+    q: jax.Array,
+    cache: HostKV,
+    index: int,
+    plan: Plan,
+    active: jax.Array,
+    split: Split,
+    execution: Execution,
+) -> host_ops.Work:
+    """Turns the plan into units, and cuts every task between host and device."""
+    group = q.shape[1] // plan.granularity.shape[1]
+    host_blocks = jnp.where(active, host_tokens(cache.layout, cache.lengths) // BLOCK_TOKENS, 0)
+    unit_blocks = plan.granularity // BLOCK_TOKENS
+    units = -(-host_blocks[:, None] // unit_blocks)
+    wanted = jnp.maximum(plan.budget_tokens, 0)
+    per_head = jnp.repeat(plan.granularity, group, axis=1)
+    k_units = wanted // per_head + (wanted % per_head > 0)
+    everything = cache.lengths[:, None] + 1 < execution.dense_below_tokens
+    k_units = jnp.minimum(jnp.where(everything, units.max(), k_units), jnp.repeat(units, group, 1))
+    upper_bound = k_units.reshape(*plan.granularity.shape, group)
+    upper_bound = jnp.where(plan.shared, upper_bound.max(-1), upper_bound.sum(-1)) * unit_blocks
+    return host_ops.Work(
+        q=q,
+        q8=quantise_query(q, cache.exponents[index], plan.shared),
+        granularity=plan.granularity,
+        k_units=k_units,
+        shared=plan.shared.astype(jnp.int32),
+        host_blocks=host_blocks,
+        boundary=split.boundaries(host_blocks, jnp.minimum(upper_bound, host_blocks[:, None])),
+        cancel=cache.cancel,
+        bitmap=None,
+    )
+
+
+def _select(work: host_ops.Work, summaries: jax.Array) -> jax.Array:
+    scores = pallas_kernels.score_units(work.q8, summaries, work.granularity, work.host_blocks)
+    return pallas_kernels.select_units(
+        scores, work.granularity, work.host_blocks, work.k_units, work.shared
+    )
+
+
+def _select_on_device(work: host_ops.Work, cache: HostKV, index: int) -> host_ops.Work:
+    return work._replace(bitmap=_select(work, cache.summaries[index]))
+
+
+def _host_arrays(cache: HostKV, index: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    on_host = cache.layout.summaries == "host"
+    return cache.k[index], cache.v[index], cache.summaries[index] if on_host else None
+
+
+def _device_share(
+    q: jax.Array,
+    work: host_ops.Work,
+    cache: HostKV,
+    index: int,
+    scale: float,
+    execution: Execution,
+) -> _DeviceShare:
+    """Selection and attention of the device's ranges, read out of host memory where they lie."""
+    k, v, summaries = (
+        host_ops.retag(x[index], host_ops.DEVICE) for x in (cache.k, cache.v, cache.summaries)
+    )
+    kv_heads = k.shape[1]
+    has_work = work.boundary < work.host_blocks[:, None]
+    units = _ranked_units(work)
+
+    def run() -> _DeviceShare:
+        bitmap = work.bitmap if work.bitmap is not None else _select(work, summaries)
+        nothing = jnp.where(has_work, 0, k.shape[2])
+        bitmap = pallas_kernels.at_or_above(bitmap, nothing)
+        mine = pallas_kernels.at_or_above(bitmap, work.boundary)
+        state = pallas_kernels.block_sparse_attention(
+            q, k, v, mine, scale=scale, implementation=execution.device
+        )
+        blocks = pallas_kernels.popcount(pallas_kernels.group_union(mine, kv_heads))
+        scanned = has_work if work.bitmap is None else jnp.ones_like(has_work)
+        return _DeviceShare(state, bitmap, blocks, jnp.where(scanned, units, 0))
+
+    return jax.lax.cond(has_work.any(), run, lambda: _no_device_share(q, work, k.shape[2]))
+
+
+def _ranked_units(work: host_ops.Work) -> jax.Array:
+    """Units that have to be scored, int32 `[B, K]`; none where all or nothing is wanted."""
+    units = -(-work.host_blocks[:, None] // (work.granularity // BLOCK_TOKENS))
+    wanted = work.k_units.reshape(*units.shape, -1)
+    ranked = (wanted.max(axis=-1) > 0) & (wanted.min(axis=-1) < units)
+    return jnp.where(ranked, units, 0)
+
+
+def _no_device_share(q: jax.Array, work: host_ops.Work, num_blocks: int) -> _DeviceShare:
+    batch, heads, _ = q.shape
+    nothing = jnp.zeros_like(work.boundary)
+    return _DeviceShare(
+        (jnp.zeros_like(q), jnp.full((batch, heads), -jnp.inf, jnp.float32)),
+        jnp.zeros((batch, heads, pallas_kernels.num_words(num_blocks)), jnp.uint32),
+        nothing,
+        nothing if work.bitmap is None else _ranked_units(work),
+    )
+
+
+def _attend_everything(
+    work: host_ops.Work,
+    flush: host_ops.Flush,
+    window_state: State,
+    cache: HostKV,
+    index: int,
+    scale: float,
+    execution: Execution,
+) -> tuple[State, HostKV]:
+    """Full attention of the same query, against which recall and output error are measured.
+
+    A pair of its own that selects everything and writes nothing; the step's own pair follows it.
+    """
+    if not execution.measure:
+        return window_state, cache
+    k, v, summaries = _host_arrays(cache, index)
+    everything = pallas_kernels.pack(jnp.arange(k.shape[2]) < work.host_blocks[:, None])
+    work = work._replace(
+        boundary=jnp.broadcast_to(work.host_blocks[:, None], work.boundary.shape),
+        bitmap=jnp.broadcast_to(
+            everything[:, None, :], (*work.k_units.shape, everything.shape[-1])
+        ),
+    )
+    nothing = flush._replace(num_blocks=jnp.zeros_like(flush.num_blocks))
+    tick = host_ops.submit(work, k, v, summaries, scale=scale, implementation=execution.host)
+    rest = host_ops.collect(
+        tick,
+        work,
+        k,
+        v,
+        summaries,
+        nothing,
+        after=(),
+        scale=scale,
+        implementation=execution.host,
+    )
+    arrays = {"k": rest.k, "v": rest.v}
+    if rest.summaries is not None:
+        arrays["summaries"] = rest.summaries
+    cache = with_layer(cache, index, **arrays)
+    cache = cache.replace(status=cache.status | rest.status)
+    return pallas_kernels.merge_states([window_state, (rest.out, rest.lse)]), cache
+
+
+def _leave_window(
+    cache: HostKV,
+    index: int,
+    collected: host_ops.Collected,
+    flush: host_ops.Flush,
+    exponents: jax.Array,
+    window: tuple[jax.Array, jax.Array],
+) -> HostKV:
+    """The cache after the step: collect wrote the leaving block, the window holds the new token.
+
+    After an error nothing was written, so the scales must stay as they are too.
+    """
+    succeeded = collected.status[0] == 0
+    exponents = jnp.where(succeeded, exponents, cache.exponents[index])
+    summaries = collected.summaries
+    if summaries is None:
+        flush = flush._replace(
+            num_blocks=jnp.where(succeeded, flush.num_blocks, 0),
+            shift=jnp.where(succeeded, flush.shift, 0),
+        )
+        summaries = host_ops.write_summaries(cache.summaries[index], flush)
+    cache = with_layer(
+        cache,
+        index,
+        k=collected.k,
+        v=collected.v,
+        summaries=summaries,
+        exponents=exponents,
+        window_k=window[0],
+        window_v=window[1],
+    )
+    return cache.replace(status=cache.status | collected.status)
+
+
+def _selection(collected: host_ops.Collected, device: _DeviceShare) -> jax.Array:
+    """Host and device select the same bits, so a task on both sides may take either's."""
+    assert collected.selection is not None
+    return collected.selection | device.bitmap
+
+
+def _recall(lse: jax.Array, full_lse: jax.Array) -> jax.Array:
+    """Share of the attention mass that was read; 1 where there is none, in inactive rows."""
+    return jnp.where(jnp.isneginf(full_lse), 1.0, jnp.exp(lse - full_lse))
+
+
+def _output_error(out: jax.Array, exact: jax.Array) -> jax.Array:
+    """Error per head over the largest head output of the step (paper, section 3.1)."""
+    largest = jnp.linalg.norm(exact, axis=-1).max(axis=-1, keepdims=True)
+    return jnp.linalg.norm(out - exact, axis=-1) / jnp.where(largest > 0, largest, 1.0)
+
+
+def _no_host_work(
+    plan: Plan, window_state: State, execution: Execution, return_selection: bool
+) -> LayerStats:
+    """Stats of a program whose cache is too short to have a host part."""
+    lse = window_state[1]
+    batch, heads = lse.shape
+    zero = jnp.zeros_like(plan.granularity)
+    empty = jnp.full_like(lse, -jnp.inf)
+    return LayerStats(
+        host_blocks=zero,
+        device_blocks=zero,
+        host_units=zero,
+        device_units=zero,
+        host_times_s=jnp.zeros((4,), jnp.float32),
+        granularity=plan.granularity,
+        selection=jnp.zeros((batch, heads, 0), jnp.uint32) if return_selection else None,
+        lse=jnp.stack([lse, empty, empty]) if return_selection else None,
+        recall=jnp.ones((batch, heads)) if execution.measure else None,
+        output_error=jnp.zeros((batch, heads)) if execution.measure else None,
+    )
+
+
+def _check_shapes(q: jax.Array, k_new: jax.Array, v_new: jax.Array, cache: HostKV) -> None:
+    layout = cache.layout
+    expected = (cache.batch, layout.num_kv_heads, layout.head_dim)
+    for name, array in (("k_new", k_new), ("v_new", v_new)):
+        if array.shape != expected:
+            raise ConfigError(f"expected {name} of shape [B, K, H] = {expected}, got {array.shape}")
+    batch, kv_heads, head_dim = expected
+    if q.ndim != 3 or q.shape[0] != batch or q.shape[2] != head_dim:
+        raise ConfigError(
+            f"expected q of shape [B, N, H] = ({batch}, N, {head_dim}), got {q.shape}"
+        )
+    if q.shape[1] > _MAX_GROUP * kv_heads:
+        raise UnsupportedError(
+            f"expected at most {_MAX_GROUP} query heads per KV head, got {q.shape[1]} for "
+            f"{kv_heads}; split the group over several KV heads with the same keys"
+        )
+    if q.shape[1] % kv_heads:
+        raise ConfigError(
+            f"expected a multiple of {kv_heads} query heads (the cache's KV heads), "
+            f"got {q.shape[1]}"
+        )

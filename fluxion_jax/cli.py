@@ -1,0 +1,185 @@
+"""The command line: `fluxion` or `python -m fluxion_jax`.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 for success, 1 for
+an error of the work itself, 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fluxion_jax.errors import ConfigError, FluxionError
+
+_EXIT_ERROR = 1
+_EXIT_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        report: int = arguments.run(arguments)
+        return report
+    except ConfigError as error:
+        print(f"fluxion: {error}", file=sys.stderr)
+        return _EXIT_USAGE
+    except (FluxionError, OSError) as error:
+        print(f"fluxion: {error}", file=sys.stderr)
+        return _EXIT_ERROR
+    except KeyboardInterrupt:
+        print("fluxion: interrupted", file=sys.stderr)
+        return _EXIT_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fluxion", description="Long-context decoding with the KV cache in host memory."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_info(commands)
+    _add_generate(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write the report (and figures) there"
+    )
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="versions, devices, host library, memory")
+    _add_common(parser)
+    parser.set_defaults(run=_info)
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="generate text from a prompt")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a model directory, a .gguf file, smollm2-135m or gemma3-270m",
+    )
+    parser.add_argument(
+        "--prompt-file", required=True, metavar="F", help="file with the prompt; - for stdin"
+    )
+    parser.add_argument("--policy", default="full", help="full, or such as fixed:16:0.05")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, default=0.9, help="nucleus, used above 0 only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", help="host (default), device, or the host's share, 0 to 1")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
+    _add_common(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser("demo", help="a real model on a long real text")
+    parser.add_argument("--model", default="smollm2-135m", help="see fluxion generate --help")
+    parser.add_argument("--context-tokens", type=int, default=6000, metavar="N")
+    parser.add_argument("--scored-tokens", type=int, default=256, metavar="N")
+    _add_common(parser)
+    parser.set_defaults(run=_demo)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from fluxion_jax import env
+
+    report = env.report()
+    _emit(arguments, report, env.render(report), "info.json")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.generation import generate
+    from fluxion_jax.models.load import load_model
+    from fluxion_jax.policy import parse_policy, parse_split
+    from fluxion_jax.sampling import greedy, top_p
+
+    policy, split = parse_policy(arguments.policy), parse_split(arguments.split)
+    sampling = (
+        top_p(arguments.top_p, temperature=arguments.temperature)
+        if arguments.temperature
+        else greedy()
+    )
+    text = _read_prompt(arguments.prompt_file)
+    model = load_model(arguments.model)
+    if model.tokenizer is None:
+        raise ConfigError(f"expected a model with a tokenizer, got {arguments.model} without one")
+    if arguments.chat:
+        prompt = model.tokenizer.chat([{"role": "user", "content": text}])
+    else:
+        prompt = model.tokenizer.encode(text)
+    result = generate(
+        model,
+        prompt,
+        policy=policy,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        split=split,
+        seed=arguments.seed,
+    )
+    tokens = result.tokens[0].tolist()
+    answer = model.tokenizer.decode(tokens)
+    print(result.stats, file=sys.stderr)
+    report = {
+        "model": arguments.model,
+        "policy": str(policy),
+        "prompt_tokens": len(prompt),
+        "tokens": tokens,
+        "text": answer,
+        "stats": result.stats.to_dict(),
+    }
+    _emit(arguments, report, answer, "generate.json")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.demo import render, run_demo
+    from fluxion_jax.plotting import fidelity_figure, require_matplotlib
+
+    # Better to miss matplotlib or the folder now than after minutes of work.
+    require_matplotlib()
+    folder = arguments.output or Path("output")
+    folder.mkdir(parents=True, exist_ok=True)
+    report = run_demo(
+        arguments.model,
+        context_tokens=arguments.context_tokens,
+        scored_tokens=arguments.scored_tokens,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    title = (
+        f"{report.model}, {report.context_tokens} tokens of Python documentation, "
+        f"{report.fidelity[0].num_tokens} decode steps"
+    )
+    figure = folder / "demo.png"
+    fidelity_figure(report.fidelity, title).savefig(figure)
+    _emit(arguments, report.to_dict(), render(report), "demo.json")
+    print(f"figure: {figure}", file=sys.stderr)
+    return 0
+
+
+def _read_prompt(name: str) -> str:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"expected UTF-8 text in {name}, got bytes that are not") from error
+    if not text.strip():
+        raise ConfigError(f"expected a prompt in {name}, got nothing but blanks")
+    return text
+
+
+def _emit(arguments: argparse.Namespace, report: dict[str, Any], text: str, file_name: str) -> None:
+    document = json.dumps(report, indent=2)
+    print(document if arguments.json else text)
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / file_name).write_text(document + "\n", encoding="utf-8")

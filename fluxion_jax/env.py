@@ -1,0 +1,203 @@
+"""The report behind `fluxion info`: what is installed, what it runs on, what is in use.
+
+Knows nothing of caches or models. It must work on a broken installation, where it is needed most:
+only the standard library is imported here, and every probe is guarded by itself, so that one which
+fails is reported in its place instead of hiding the others.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "orbax-checkpoint",
+    "safetensors",
+    "gguf",
+    "tokenizers",
+    "matplotlib",
+)
+VARIABLES = (
+    "FLUXION_CPU_VARIANT",
+    "FLUXION_NUM_THREADS",
+    "FLUXION_TIMEOUT_S",
+    "FLUXION_HOST_LIBRARY",
+    "JAX_PLATFORMS",
+    "JAX_COMPILATION_CACHE_DIR",
+    "XLA_FLAGS",
+    "CUDA_VISIBLE_DEVICES",
+)
+CPU_FEATURES = ("sse4_2", "avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16")
+
+Section = dict[str, object]
+Report = dict[str, Section]
+
+
+def report() -> Report:
+    """Returns everything known about this installation and machine.
+
+    Returns:
+      Sections by name (`versions`, `devices`, `host_library`, `cpu`, `memory`, `environment`), each
+      a dictionary of plain values that `json.dumps` accepts. Bytes are bytes. A probe that fails
+      leaves `{"error": "TYPE: text"}` in its section. Calling it initialises the JAX backend and
+      loads the host library.
+    """
+    probes: Mapping[str, Callable[[], Section]] = {
+        "versions": _versions,
+        "devices": _devices,
+        "host_library": _host_library,
+        "cpu": _cpu,
+        "memory": _memory,
+        "environment": _environment,
+    }
+    return {name: _guarded(probe) for name, probe in probes.items()}
+
+
+def render(sections: Report) -> str:
+    """Returns the report as aligned text, one line a value, for people and for bug reports.
+
+    Args:
+      sections: what `report` returned.
+    """
+    lines: list[str] = []
+    for title, section in sections.items():
+        lines.append(title.replace("_", " "))
+        width = max((len(_label(key)) for key in section), default=0)
+        for key, value in section.items():
+            lines.append(f"  {_label(key):<{width}}  {_text(key, value)}")
+    return "\n".join(lines)
+
+
+def _guarded(probe: Callable[[], Section]) -> Section:
+    try:
+        return probe()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _label(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ") if not key.isupper() else key
+
+
+def _text(key: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key.endswith("_bytes") and isinstance(value, int):
+        unit, name = (2**30, "GiB") if value >= 2**29 else (2**10, "KiB")
+        return f"{value / unit:.1f} {name}"
+    if isinstance(value, list | tuple):
+        return ", ".join(str(item) for item in value) or "-"
+    return str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> Section:
+    return {
+        "fluxion-jax": _version("fluxion-jax"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def _devices() -> Section:
+    import jax
+
+    devices = jax.devices()
+    found: Section = {
+        "backend": jax.default_backend(),
+        "devices": [f"{device.device_kind} ({device})" for device in devices],
+        "memory_kinds": sorted({m.kind for d in devices for m in d.addressable_memories()}),
+    }
+    driver = Path("/proc/driver/nvidia/version")
+    if driver.is_file():
+        found["nvidia_driver"] = driver.read_text().splitlines()[0].strip()
+    return found
+
+
+def _host_library() -> Section:
+    from host_ops import native
+
+    return dict(native.info())
+
+
+def _cpu() -> Section:
+    fields: dict[str, str] = {}
+    with open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if not line.strip():
+                break
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return {
+        "model": fields.get("model name", platform.processor() or platform.machine()),
+        "present": os.cpu_count(),
+        "allowed": len(os.sched_getaffinity(0)),
+        "quota": _cpu_quota(),
+        "features": [feature for feature in CPU_FEATURES if feature in flags],
+        "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or None,
+    }
+
+
+def _cpu_quota() -> float | None:
+    """CPUs' worth of time that the control group grants, or None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _memory() -> Section:
+    sizes: dict[str, int] = {}
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            sizes[key] = int(value.split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        limit = "max"
+    lockable, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return {
+        "total_bytes": sizes.get("MemTotal"),
+        "available_bytes": sizes.get("MemAvailable"),
+        "limit_bytes": None if limit == "max" else int(limit),
+        "lockable_bytes": None if lockable == resource.RLIM_INFINITY else lockable,
+        "page_bytes": resource.getpagesize(),
+        "transparent_huge_pages": _chosen(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+    }
+
+
+def _chosen(path: Path) -> str | None:
+    """The bracketed word of a file like `always [madvise] never`."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return None
+    return text.partition("[")[2].partition("]")[0] or None
+
+
+def _environment() -> Section:
+    return {
+        "executable": sys.executable,
+        **{name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }

@@ -1,0 +1,31 @@
+"""The exceptions this library raises on purpose; each message says expected, got and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FluxionError(Exception):
+    """Base class of every error this library raises on purpose.
+
+    Attributes:
+      partial: what was generated before the error came, a `Result`, or None.
+    """
+
+    partial: Any = None
+
+
+class ConfigError(FluxionError, ValueError):
+    """An argument or a configuration value is outside its domain."""
+
+
+class CacheFullError(FluxionError):
+    """A sequence would grow beyond the `max_tokens` its cache was allocated for."""
+
+
+class UnsupportedError(FluxionError, NotImplementedError):
+    """A feature that is refused by name, because ignoring it would change results."""
+
+
+class IntegrityError(FluxionError):
+    """A file is truncated, incomplete, or not what its name or header says."""

@@ -1,0 +1,158 @@
+"""`fluxion_jax.jit`: `jax.jit` with the two things a host-resident cache needs done right.
+
+A cache is updated in place only if the program donates it and says that its results live in pinned
+host memory. Without the first, every step copies the whole cache; without the second, a GPU refuses
+to compile. This wrapper does both for every `HostKV` among the arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+from fluxion_jax.cache.host_kv import HostKV, cache_shardings, memory_sharding
+from fluxion_jax.compilations import compilations
+from fluxion_jax.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _is_cache(x: Any) -> bool:
+    return isinstance(x, HostKV)
+
+
+def jit(
+    function: Callable[P, R],
+    *,
+    static_argnames: Sequence[str] = (),
+    donate_argnames: Sequence[str] = (),
+) -> Callable[P, R]:
+    """Compiles a function that takes and returns a `HostKV`, updating it in place.
+
+    Args:
+      function: pure, as for `jax.jit`. Each argument that is itself a `HostKV` is donated; a cache
+        nested in another argument is donated if that argument is named in `donate_argnames`.
+      static_argnames: names of arguments that are compile-time constants, as for `jax.jit`.
+      donate_argnames: names of further arguments whose buffers the program may reuse.
+
+    Returns:
+      The compiled function. A cache given to it is consumed: go on with the one it returns. Its
+      attribute `compilations()` counts the programs compiled for it.
+
+    Raises:
+      ConfigError: an argument of the function has no name of its own (`*args`, `**kwargs`,
+        positional-only), or a given name is none of them.
+    """
+    signature = inspect.signature(function)
+    _check_signature(function, signature, (*static_argnames, *donate_argnames))
+    programs: dict[Any, Any] = {}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        dynamic = {k: v for k, v in bound.arguments.items() if k not in static_argnames}
+        static = {k: v for k, v in bound.arguments.items() if k in static_argnames}
+        caches = [name for name, value in dynamic.items() if _is_cache(value)]
+        key = (jax.tree.structure(dynamic), tuple(sorted(static.items())))
+        program = programs.get(key)
+        if program is None:
+            whole = functools.partial(_call_by_name, function, static)
+            _check_arrays(dynamic)
+            shapes = jax.eval_shape(whole, dynamic)
+            donated = sorted({*caches, *donate_argnames} & dynamic.keys())
+            program = _Program(whole, donated, dynamic, shapes)
+            programs[key] = program
+        return program(dynamic)  # type: ignore[no-any-return]
+
+    call.compilations = lambda: sum(p.compilations for p in programs.values())  # type: ignore[attr-defined]
+    return call
+
+
+def _check_signature(
+    function: Callable[..., Any], signature: inspect.Signature, names: Sequence[str]
+) -> None:
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for parameter in signature.parameters.values():
+        if parameter.kind not in named:
+            raise ConfigError(
+                f"expected a function whose arguments all have names, got {parameter} in "
+                f"{function.__name__}{signature}; give each argument a name of its own"
+            )
+    unknown = [name for name in names if name not in signature.parameters]
+    if unknown:
+        raise ConfigError(
+            f"expected names out of {list(signature.parameters)}, got {unknown}; correct "
+            "static_argnames or donate_argnames"
+        )
+
+
+def _check_arrays(dynamic: dict[str, Any]) -> None:
+    for name, value in dynamic.items():
+        for leaf in jax.tree.leaves(value):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+                raise ConfigError(
+                    f"expected arrays and pytrees of them in argument {name!r}, got "
+                    f"{type(leaf).__name__}; decorate its class with "
+                    "jax.tree_util.register_dataclass or register_static, or name the argument in "
+                    "static_argnames"
+                )
+
+
+def _shardings(tree: Any) -> Any:
+    """Device memory for every leaf, but pinned host memory for what a cache keeps there."""
+    on_device = memory_sharding("device")
+    return jax.tree.map(
+        lambda x: cache_shardings(x) if _is_cache(x) else on_device, tree, is_leaf=_is_cache
+    )
+
+
+def _call_by_name(
+    function: Callable[..., Any], static: dict[str, Any], dynamic: dict[str, Any]
+) -> Any:
+    return function(**dynamic, **static)
+
+
+class _Program:
+    """A jitted function of two dictionaries: what is donated, and what is kept."""
+
+    def __init__(
+        self,
+        whole: Callable[..., Any],
+        donated: list[str],
+        arguments: dict[str, Any],
+        results: Any,
+    ) -> None:
+        self._donated = donated
+        self.compilations = 0
+
+        def split_call(donated: dict[str, Any], kept: dict[str, Any]) -> Any:
+            return whole({**donated, **kept})
+
+        # Stated shardings also make an argument's origin irrelevant: without them the first call,
+        # with fresh arrays, and the second, with results of the first, would compile twice.
+        self._compiled = jax.jit(
+            split_call,
+            donate_argnums=0,
+            in_shardings=self._divide(_shardings(arguments)),
+            out_shardings=_shardings(results),
+        )
+
+    def _divide(self, dynamic: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        donated = {k: v for k, v in dynamic.items() if k in self._donated}
+        kept = {k: v for k, v in dynamic.items() if k not in self._donated}
+        return donated, kept
+
+    def __call__(self, dynamic: dict[str, Any]) -> Any:
+        before = compilations()
+        results = self._compiled(*self._divide(dynamic))
+        self.compilations += compilations() - before
+        return results
+
+    def lower(self, dynamic: dict[str, Any]) -> Any:
+        return self._compiled.lower(*self._divide(dynamic))

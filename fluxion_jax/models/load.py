@@ -1,0 +1,74 @@
+"""One function that loads any supported model file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fluxion_jax.errors import ConfigError
+from fluxion_jax.models.config import ModelConfig
+from fluxion_jax.models.decoder import Decoder
+from fluxion_jax.models.gguf import load_gguf
+from fluxion_jax.models.huggingface import load_huggingface
+from fluxion_jax.models.packaged import PACKAGED_NAMES, packaged_file
+from fluxion_jax.models.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+      model: the decoder with its weights.
+      tokenizer: None if the files have none.
+      config: sizes and switches of the model.
+      name: name or path it was loaded by.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer | None
+    config: ModelConfig
+    name: str
+
+
+def load_model(path_or_name: str | Path, *, dtype: str | None = None) -> LoadedModel:
+    """Loads a GGUF file, a Hugging Face directory or a packaged model.
+
+    Args:
+      path_or_name: a `.gguf` file; a directory with config.json and safetensors; or
+        "smollm2-135m" or "gemma3-270m", which come as Python packages.
+      dtype: dtype of parameters and activations, "float32" or "bfloat16"; None means float32 on
+        the CPU and bfloat16 on an accelerator.
+
+    Raises:
+      ConfigError: nothing there, or an unknown dtype.
+      FluxionError: the package of a packaged model or of the `models` extra is missing.
+      IntegrityError: a file is truncated, incomplete or something else.
+      UnsupportedError: the architecture or one of its features is not implemented.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"expected dtype 'float32' or 'bfloat16', got {dtype!r}; choose one")
+    name = str(path_or_name)
+    path = packaged_file(name) if name in PACKAGED_NAMES else Path(path_or_name).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"expected a GGUF file, a model directory or one of {', '.join(PACKAGED_NAMES)}, got "
+            f"{name!r}, which does not exist; check the path"
+        )
+    loaded: tuple[Decoder, Tokenizer | None, Any]
+    if path.is_dir():
+        loaded = load_huggingface(path, dtype=dtype)
+    elif path.suffix == ".safetensors":
+        raise ConfigError(
+            f"expected a directory for safetensors, got the file {path}; pass {path.parent}, "
+            "which must also hold config.json"
+        )
+    else:
+        loaded = load_gguf(path, dtype=dtype)
+    model, tokenizer, config = loaded
+    return LoadedModel(model, tokenizer, config, name)

@@ -1,0 +1,82 @@
+"""Sampling: how the next token is drawn from logits, as data, so changing it does not recompile."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxion_jax.errors import ConfigError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Temperature and nucleus; build it with `greedy` or `top_p`.
+
+    Attributes:
+      temperature: float32 scalar; 0 takes the most likely token.
+      top_p: float32 scalar, probability mass of the nucleus, in (0, 1].
+    """
+
+    temperature: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+
+
+def greedy() -> Sampling:
+    """Always the most likely token, ties to the lowest id."""
+    return Sampling(np.asarray(0.0, np.float32), np.asarray(1.0, np.float32))
+
+
+def top_p(p: float = 0.9, *, temperature: float = 1.0) -> Sampling:
+    """Draws from the smallest set of tokens whose probability reaches `p`.
+
+    Args:
+      p: mass of the nucleus in (0, 1]; 0.9 is the customary default.
+      temperature: divides the logits; above 0.
+
+    Raises:
+      ConfigError: a value is out of range.
+    """
+    if not 0.0 < p <= 1.0:
+        raise ConfigError(f"expected top-p in (0, 1], got {p}")
+    if not temperature > 0.0 or not np.isfinite(temperature):
+        raise ConfigError(f"expected a temperature > 0, got {temperature}; use greedy() for 0")
+    return Sampling(np.asarray(temperature, np.float32), np.asarray(p, np.float32))
+
+
+def sample(
+    logits: jax.Array, sampling: Sampling, key: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Draws one token per row.
+
+    Args:
+      logits: float32 `[B, V]`.
+      sampling: how.
+      key: PRNG key of the generation.
+      positions: int32 `[B]`, length of each sequence; together with the row it makes the draw
+        independent of how a generation is cut into compiled chunks.
+
+    Returns:
+      int32 `[B]`.
+    """
+
+    def draw() -> jax.Array:
+        def row_key(row: jax.Array, position: jax.Array) -> jax.Array:
+            return jax.random.fold_in(jax.random.fold_in(key, row), position)
+
+        keys = jax.vmap(row_key)(jnp.arange(logits.shape[0]), positions)
+        scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
+        order = jnp.argsort(-scaled, axis=-1)
+        ranked = jnp.take_along_axis(jax.nn.softmax(scaled, axis=-1), order, axis=-1)
+        # The token that crosses the mass belongs to the nucleus, so the first one always does.
+        inside = jnp.cumsum(ranked, axis=-1) - ranked < sampling.top_p
+        rank = jax.vmap(jax.random.categorical)(keys, jnp.where(inside, jnp.log(ranked), -jnp.inf))
+        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    def most_likely() -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    return jax.lax.cond(sampling.temperature > 0, draw, most_likely)

@@ -1,0 +1,149 @@
+"""What a generation did: counts and times, added up in exact integers on the Python side.
+
+Bytes follow from counts: a block read once for a whole group, K and V; a summary scored, minimum
+and maximum. Axes: L global layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+
+from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout
+from fluxion_jax.decode import LayerTotals
+
+
+@dataclasses.dataclass
+class DecodeStats:
+    """Counts and times of the decode steps of one generation.
+
+    Attributes:
+      layout: the cache's layout, from which bytes follow.
+      host: which host operations ran: "native", "xla" or "numpy".
+      num_steps: decode steps done.
+      num_tokens: tokens that came out, over all rows.
+      prompt_tokens: tokens that were prefilled, over all rows.
+      prefill_s: wall time of the prefill, compilation included.
+      decode_s: wall time of the decode steps, compilation included.
+      compile_s: wall time spent on tracing and compiling the decode program; included in
+        `decode_s`, 0 if it was compiled before.
+      cached_blocks: host blocks that could have been read, summed over steps, rows and KV heads of
+        one layer.
+      host_blocks: int64 `[L]`, blocks the host read.
+      device_blocks: int64 `[L]`, blocks the device read out of host memory.
+      host_units: int64 `[L]`, summaries the host scored.
+      device_units: int64 `[L]`, summaries the device scored.
+      host_times_s: float64 `[L, 4]`: collect waited; threads busy; submit to done; selecting.
+      recall: float64 `[L]`, mean share of the attention mass that was read, or None.
+      output_error: float64 `[L]`, mean error over the step's largest head output, or None.
+    """
+
+    layout: KVLayout
+    host: str = ""
+    num_steps: int = 0
+    num_tokens: int = 0
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    compile_s: float = 0.0
+    cached_blocks: int = 0
+    host_blocks: Any = 0
+    device_blocks: Any = 0
+    host_units: Any = 0
+    device_units: Any = 0
+    host_times_s: Any = 0.0
+    recall: np.ndarray | None = None
+    output_error: np.ndarray | None = None
+
+    def add(self, totals: LayerTotals, num_steps: int) -> None:
+        """Adds a chunk's sums."""
+        self.num_steps += num_steps
+        for name in ("host_blocks", "device_blocks", "host_units", "device_units"):
+            setattr(self, name, getattr(self, name) + np.asarray(getattr(totals, name), np.int64))
+        self.cached_blocks += int(totals.cached_blocks)
+        self.host_times_s = self.host_times_s + np.asarray(totals.host_times_s, np.float64)
+        for name in ("recall", "output_error"):
+            summed = np.asarray(getattr(totals, name), np.float64)
+            if not np.isnan(summed).any():
+                before = getattr(self, name)
+                earlier = 0.0 if before is None else before * (self.num_steps - num_steps)
+                setattr(self, name, (earlier + summed) / max(self.num_steps, 1))
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes read out of host memory, by either side: K/V blocks and summaries kept there."""
+        blocks = int(np.sum(self.host_blocks) + np.sum(self.device_blocks))
+        units = int(np.sum(self.host_units) + np.sum(self.device_units))
+        if self.layout.summaries == "device":
+            units = 0
+        return blocks * self.layout.block_bytes + units * self.layout.unit_summary_bytes
+
+    @property
+    def host_bytes_per_token(self) -> float:
+        """Bytes read out of host memory per token that came out."""
+        return self.host_bytes / self.num_tokens if self.num_tokens else 0.0
+
+    @property
+    def read_fraction(self) -> float:
+        """Share of the host cache's K/V blocks that was read."""
+        offered = self.cached_blocks * max(1, len(self.layout.global_layers))
+        read = int(np.sum(self.host_blocks) + np.sum(self.device_blocks))
+        return read / offered if offered else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second of decoding, without compiling."""
+        running_s = self.decode_s - self.compile_s
+        return self.num_tokens / running_s if self.num_tokens and running_s > 0 else float("nan")
+
+    @property
+    def host_ms_per_step(self) -> float:
+        """Milliseconds from submit to the host's last task, over all layers of a step."""
+        if not self.num_steps or np.ndim(self.host_times_s) != 2:
+            return float("nan")
+        return float(self.host_times_s[:, 2].sum()) * 1e3 / self.num_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values; a figure that was not measured is None."""
+        figures: dict[str, Any] = {
+            "host": self.host,
+            "num_steps": self.num_steps,
+            "num_tokens": self.num_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+            "compile_s": self.compile_s,
+            "tokens_per_s": self.tokens_per_s,
+            "host_ms_per_step": self.host_ms_per_step,
+            "host_bytes_per_token": self.host_bytes_per_token,
+            "read_fraction": self.read_fraction,
+            "block_tokens": BLOCK_TOKENS,
+        }
+        figures = {
+            k: None if isinstance(v, float) and not np.isfinite(v) else v
+            for k, v in figures.items()
+        }
+        for name in ("recall", "output_error"):
+            value = getattr(self, name)
+            figures[name] = None if value is None else [float(x) for x in value]
+        return figures
+
+    def to_json(self) -> str:
+        """`to_dict` as a JSON document."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    def __str__(self) -> str:
+        speed = "" if np.isnan(self.tokens_per_s) else f", {self.tokens_per_s:.1f} tokens/s"
+        host = (
+            ""
+            if np.isnan(self.host_ms_per_step)
+            else (f", host {self.host_ms_per_step:.2f} ms per step")
+        )
+        return (
+            f"{self.num_tokens} tokens in {self.num_steps} steps{speed}{host}; "
+            f"{self.host_bytes_per_token / 2**20:.2f} MiB of the host cache per token "
+            f"({self.read_fraction:.1%} of its K/V)"
+        )

@@ -1,0 +1,106 @@
+"""What reaches host work from outside the program: cancel words, drain, and a fault for tests."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from types import ModuleType
+
+from host_ops.errors import UnavailableError
+from host_ops.types import STATUS_OK
+
+_lock = threading.Lock()
+_ids = itertools.count(1)
+_cancelled: dict[int, bool] = {}
+_fault: tuple[int, int] | None = None
+
+
+def _native() -> ModuleType | None:
+    """The native library if it can be used; imported late, because loading it is work."""
+    from host_ops import native
+
+    return native if native.is_available() else None
+
+
+def drain() -> None:
+    """Waits until no host work is queued or running; only the native pool can have any."""
+    if library := _native():
+        library.drain()
+
+
+def new_cancel_word() -> int:
+    """Returns the id of a new cancel word, for `Work.cancel`; release it after use."""
+    library = _native()
+    with _lock:
+        word = int(library.new_cancel_word()) if library else next(_ids)
+        _cancelled[word] = False
+    return word
+
+
+def cancel(word: int) -> None:
+    """Makes every `collect` that names this cancel word end early with `STATUS_CANCELLED`.
+
+    The XLA tier cannot look at it, and stops only between compiled calls.
+
+    Raises:
+      ValueError: if the id is not that of a live cancel word.
+    """
+    with _lock:
+        if word not in _cancelled:
+            raise ValueError(
+                f"expected the id of a live cancel word, got {word}; "
+                "take one from new_cancel_word() and use it before release_cancel_word()"
+            )
+        _cancelled[word] = True
+    if library := _native():
+        library.cancel(word)
+
+
+def release_cancel_word(word: int) -> None:
+    """Gives a cancel word back; its id may be handed out again."""
+    with _lock:
+        known = _cancelled.pop(word, None) is not None
+    library = _native()
+    if known and library:
+        library.release_cancel_word(word)
+
+
+def is_cancelled(word: int) -> bool:
+    """Whether a cancel word has been cancelled; false for 0 and for ids never handed out."""
+    return _cancelled.get(word, False)
+
+
+def inject_fault(status: int, after_collects: int = 0, *, implementation: str = "native") -> None:
+    """Makes one later `collect` report `status`: a seam for tests of error handling.
+
+    Args:
+      status: `STATUS_*` bits; `STATUS_OK` takes a pending fault back.
+      after_collects: how many collects still succeed before it.
+      implementation: "native" or "numpy"; the XLA tier has no state that could hold a fault.
+
+    Raises:
+      UnavailableError: if the implementation cannot be used or cannot be made to fail.
+    """
+    global _fault
+    library = _native()
+    if implementation == "native" and library is not None:
+        library.inject_fault(status, after_collects)
+    elif implementation == "numpy":
+        with _lock:
+            _fault = None if status == STATUS_OK else (status, after_collects)
+    else:
+        raise UnavailableError(
+            f"expected an implementation that can be made to fail, got {implementation!r}; "
+            "build the native library, or use 'numpy'"
+        )
+
+
+def take_fault() -> int:
+    """The status that the current `collect` of a Python tier has to report."""
+    global _fault
+    with _lock:
+        if _fault is None:
+            return STATUS_OK
+        status, left = _fault
+        _fault = (status, left - 1) if left else None
+        return STATUS_OK if left else status

@@ -1,0 +1,76 @@
+// The C functions that host_ops/native.py calls through ctypes. None of them throws.
+
+#include <cstdint>
+
+#include "dispatch.h"
+#include "runtime.h"
+
+#define FLUXION_EXPORT extern "C" __attribute__((visibility("default")))
+
+using fluxion::runtime;
+
+namespace {
+
+template <typename Body>
+int32_t guarded(const Body& body) noexcept {
+  try {
+    return body();
+  } catch (...) {
+    return -1;
+  }
+}
+
+}  // namespace
+
+// Raised whenever a handler's operands or one of these functions change their meaning.
+FLUXION_EXPORT int32_t fluxion_interface_version() { return 1; }
+
+FLUXION_EXPORT const char* fluxion_variant() { return fluxion::kernels().name; }
+
+FLUXION_EXPORT const char* fluxion_variants() { return fluxion::variant_names(); }
+
+FLUXION_EXPORT const char* fluxion_variant_problem() { return fluxion::variant_problem(); }
+
+FLUXION_EXPORT int32_t fluxion_threads() {
+  return guarded([] { return runtime().pool.threads(); });
+}
+
+FLUXION_EXPORT int32_t fluxion_cpus() { return fluxion::allowed_cpus(); }
+
+FLUXION_EXPORT int32_t fluxion_slots_in_flight() {
+  return guarded([] { return runtime().slots.in_flight(); });
+}
+
+FLUXION_EXPORT int32_t fluxion_set_threads(int32_t threads) {
+  return guarded([&] {
+    runtime().pool.set_threads(threads);
+    return 0;
+  });
+}
+
+// Returns how many requests were never collected, or -1.
+FLUXION_EXPORT int32_t fluxion_drain() {
+  return guarded([] {
+    return runtime().slots.drain(&runtime().pool, fluxion::Clock::now() + fluxion::timeout());
+  });
+}
+
+FLUXION_EXPORT int32_t fluxion_new_cancel_word() {
+  return guarded([] { return runtime().cancels.create(); });
+}
+
+// Returns 1, or 0 for an unknown id.
+FLUXION_EXPORT int32_t fluxion_cancel(int32_t id) {
+  return guarded([&] { return runtime().cancels.cancel(id) ? 1 : 0; });
+}
+
+FLUXION_EXPORT int32_t fluxion_release_cancel_word(int32_t id) {
+  return guarded([&] { return runtime().cancels.release(id) ? 1 : 0; });
+}
+
+FLUXION_EXPORT int32_t fluxion_inject_fault(int32_t status, int64_t after_collects) {
+  return guarded([&] {
+    runtime().fault.arm(static_cast<uint32_t>(status), after_collects);
+    return 0;
+  });
+}

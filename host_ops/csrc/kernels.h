@@ -1,0 +1,58 @@
+// The table of inner loops, one per instruction set, chosen once per process by dispatch.cc.
+//
+// Every entry is pure: it reads its arguments, writes its outputs, keeps no state and may run on
+// any thread. Within one variant the same arguments give the same bits.
+
+#ifndef FLUXION_KERNELS_H_
+#define FLUXION_KERNELS_H_
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace fluxion {
+
+// Attention of one group over up to a chunk of blocks.
+struct AttendArgs {
+  const void* k;                // [P, C, H] of the (sequence, KV head).
+  const void* v;                // Likewise.
+  const float* q;               // [G, H]
+  const int32_t* blocks;        // [count], ids of the blocks to read.
+  const uint64_t* head_masks;   // [count], bit g: head g attends to the block.
+  int32_t count;
+  int32_t group;
+  int32_t head_dim;
+  float scale;                  // Scores are scale * (q . k).
+  float* scratch;               // [G, count * C], for scores; contents are not kept.
+  float* m;                     // [G] out: largest score, -inf if the head has no block.
+  float* l;                     // [G] out: sum of exp(score - m).
+  float* acc;                   // [G, H] out: sum of exp(score - m) * v, not normalised.
+};
+
+// Exact integer upper bounds of one group over consecutive summary rows.
+struct ScoreArgs {
+  const int8_t* q8;     // [G, H]
+  const int8_t* rows;   // [count, 2, H], lo then hi.
+  int64_t count;
+  int32_t group;
+  int32_t head_dim;
+  int16_t* scratch;     // [G, 2, H], for the split queries; contents are not kept.
+  int32_t* scores;      // [G, stride] out: sum over H of max(q8 * lo, q8 * hi).
+  int64_t stride;
+};
+
+struct KernelTable {
+  const char* name;
+  void (*attend_f32)(const AttendArgs&);
+  void (*attend_bf16)(const AttendArgs&);
+  void (*score)(const ScoreArgs&);
+};
+
+// Null where the variant was not compiled for this architecture.
+const KernelTable* scalar_kernels();
+const KernelTable* avx2_kernels();
+const KernelTable* avx512_kernels();
+
+}  // namespace fluxion
+
+#endif  // FLUXION_KERNELS_H_

@@ -1,0 +1,32 @@
+// The kernels for AVX2 with FMA; this file alone is compiled with those flags.
+
+#include "kernels.h"
+
+#if defined(__AVX2__) && defined(__FMA__)
+
+#include <immintrin.h>
+
+namespace fluxion {
+namespace {
+
+#include "simd_avx2.h"
+// The order matters: each of these builds on the names above it.
+#include "exp_impl.h"
+#include "kernels_impl.h"
+#include "score_impl.h"
+
+constexpr KernelTable kTable = {"avx2", attend<float>, attend<BFloat16>, score};
+
+}  // namespace
+
+const KernelTable* avx2_kernels() { return &kTable; }
+
+}  // namespace fluxion
+
+#else
+
+namespace fluxion {
+const KernelTable* avx2_kernels() { return nullptr; }
+}  // namespace fluxion
+
+#endif

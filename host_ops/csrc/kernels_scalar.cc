@@ -1,0 +1,20 @@
+// The portable kernels, which every CPU can run.
+
+#include "kernels.h"
+
+namespace fluxion {
+namespace {
+
+#include "simd_scalar.h"
+// The order matters: each of these builds on the names above it.
+#include "exp_impl.h"
+#include "kernels_impl.h"
+#include "score_impl.h"
+
+constexpr KernelTable kTable = {"scalar", attend<float>, attend<BFloat16>, score};
+
+}  // namespace
+
+const KernelTable* scalar_kernels() { return &kTable; }
+
+}  // namespace fluxion

@@ -1,0 +1,132 @@
+#include "operations.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "append.h"
+#include "runtime.h"
+
+namespace fluxion {
+namespace {
+
+// The slot of a tick that carries a status instead of naming a slot.
+constexpr int32_t kFailedSlot = -1;
+
+float seconds(Clock::duration duration) { return std::chrono::duration<float>(duration).count(); }
+
+void write_empty(const Geometry& g, const CollectOut& out) {
+  std::fill_n(out.out, g.batch * g.heads * g.head_dim, 0.0f);
+  std::fill_n(out.lse, g.batch * g.heads, -std::numeric_limits<float>::infinity());
+  std::fill_n(out.times, 4, 0.0f);
+  std::fill_n(out.blocks_read, g.batch * g.kv_heads, 0);
+  std::fill_n(out.units_scanned, g.batch * g.kv_heads, 0);
+  if (out.selection != nullptr) {
+    std::fill_n(out.selection, g.batch * g.heads * g.words(), uint32_t{0});
+  }
+}
+
+void write_results(const Request& request, const CollectOut& out) {
+  std::copy(request.out().begin(), request.out().end(), out.out);
+  std::copy(request.lse().begin(), request.lse().end(), out.lse);
+  std::copy(request.blocks_read().begin(), request.blocks_read().end(), out.blocks_read);
+  std::copy(request.units_scanned().begin(), request.units_scanned().end(), out.units_scanned);
+  if (out.selection != nullptr) {
+    std::copy(request.selection().begin(), request.selection().end(), out.selection);
+  }
+}
+
+// Returns with every task finished; a task past its time is cut off at its next part.
+void finish(Runtime& run, Request& request) {
+  request.start(&run.pool);
+  if (run.pool.help(request.left(), Clock::now() + timeout())) return;
+  request.abort(kTimeout);
+  run.pool.help(request.left(), Clock::time_point::max());
+}
+
+}  // namespace
+
+uint32_t append(const Geometry& geometry, const CacheView& cache, const FlushView& flush) noexcept {
+  const uint32_t status = validate_flush(geometry, flush);
+  if (status != kOk) return status;
+  try {
+    write_flush(geometry, cache, flush, &runtime().pool);
+  } catch (...) {
+    return kInternal;
+  }
+  return kOk;
+}
+
+void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
+            int32_t tick[2]) noexcept {
+  tick[0] = kFailedSlot;
+  tick[1] = kInternal;
+  try {
+    Runtime& run = runtime();
+    CancelWord cancel = work.cancel == 0 ? nullptr : run.cancels.find(work.cancel);
+    const bool cancel_known = work.cancel == 0 || cancel != nullptr;
+    Slot* slot = run.slots.acquire();
+    try {
+      slot->request.prepare(geometry, work, cache, scale, std::move(cancel), cancel_known);
+    } catch (...) {
+      run.slots.release(slot);
+      return;
+    }
+    tick[0] = slot->index;
+    tick[1] = slot->generation;
+    run.slots.publish(slot);
+  } catch (...) {
+    return;
+  }
+}
+
+bool start(const int32_t tick[2], std::function<void()> action) noexcept {
+  try {
+    Runtime& run = runtime();
+    // Queued parts that no worker takes would be run by the collect of some other program, at a
+    // time when this one may have failed and given its memory back.
+    if (run.pool.threads() < 2) return false;
+    return run.slots.start(tick[0], tick[1], &run.pool, std::move(action));
+  } catch (...) {
+    return false;
+  }
+}
+
+void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& cache,
+             const FlushView& flush, bool in_place, const CollectOut& out) noexcept {
+  write_empty(geometry, out);
+  uint32_t status = in_place ? kOk : kNotInPlace;
+  try {
+    Runtime& run = runtime();
+    status |= run.fault.next();
+    Slot* slot = tick[0] < 0 ? nullptr : run.slots.claim(tick[0], tick[1]);
+    if (slot == nullptr) {
+      const bool failed = tick[0] == kFailedSlot && tick[1] == kInternal;
+      *out.status = static_cast<int32_t>(status | (failed ? kInternal : kInvalid));
+      return;
+    }
+    Request& request = slot->request;
+    const Clock::time_point start = Clock::now();
+    finish(run, request);
+    out.times[0] = seconds(Clock::now() - start);
+    out.times[1] = static_cast<float>(request.busy_s());
+    out.times[2] = static_cast<float>(request.span_s());
+    out.times[3] = static_cast<float>(request.select_s());
+    status |= request.status();
+    if (!(request.geometry() == geometry)) status |= kInvalid;
+    const CacheView& seen = request.cache();
+    const bool moved =
+        seen.k != cache.k || seen.v != cache.v || seen.summaries != cache.summaries;
+    if (moved) status |= kNotInPlace;
+    status |= validate_flush(geometry, flush);
+    if (status == kOk) {
+      write_results(request, out);
+      write_flush(geometry, cache, flush, &run.pool);
+    }
+    run.slots.release(slot);
+  } catch (...) {
+    status |= kInternal;
+  }
+  *out.status = static_cast<int32_t>(status);
+}
+
+}  // namespace fluxion

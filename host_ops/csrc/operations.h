@@ -1,0 +1,51 @@
+// append, submit and collect on plain arrays: everything but the framework's calling convention.
+//
+// Shapes and dtypes have been checked by the caller; values have not. Nothing throws; whatever
+// goes wrong comes back as status bits. Any thread may call anything; a tick is collected once.
+
+#ifndef FLUXION_OPERATIONS_H_
+#define FLUXION_OPERATIONS_H_
+
+#include <cstdint>
+#include <functional>
+
+#include "types.h"
+
+namespace fluxion {
+
+// Writes blocks now (prefill). Returns the status; nothing is written unless it is kOk.
+uint32_t append(const Geometry& geometry, const CacheView& cache, const FlushView& flush) noexcept;
+
+// Prepares the tasks of `work` and returns at once; tick = (slot, generation). A submit that failed
+// to get memory says so in its tick, and collect reports it.
+void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
+            int32_t tick[2]) noexcept;
+
+// Lets the pool begin the tasks of a tick. Returns whether the program has to be kept alive, with
+// the memory of its cache, until `action` is called: from then on nobody reads the cache before
+// collect. Without worker threads nothing begins before collect, and false is returned.
+bool start(const int32_t tick[2], std::function<void()> action) noexcept;
+
+// Where collect writes. All of it is written on every path.
+struct CollectOut {
+  float* out;              // [B, N, H]
+  float* lse;              // [B, N]
+  int32_t* status;         // [1]
+  float* times;            // [4] seconds: waited, busy, span, select
+  int32_t* blocks_read;    // [B, K]
+  int32_t* units_scanned;  // [B, K]
+  uint32_t* selection;     // [B, N, W], or null
+};
+
+// Begins the tasks of a tick if `start` has not, helps with them and waits for them, then writes
+// `flush` into the cache.
+//
+// With any status but kOk the flush is not written and the attention state is that of an empty
+// set. `in_place` is false if the framework has copied the cache; a cache that lies elsewhere than
+// at submit counts as copied as well, because the tasks may have read memory that was reused.
+void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& cache,
+             const FlushView& flush, bool in_place, const CollectOut& out) noexcept;
+
+}  // namespace fluxion
+
+#endif  // FLUXION_OPERATIONS_H_

@@ -1,0 +1,135 @@
+// The request as a whole: operands in, task list, results out. The tasks themselves: tasks.cc.
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "tasks.h"
+
+namespace fluxion {
+namespace {
+
+template <typename T>
+void copy_array(std::vector<T>* to, const T* from, int64_t count) {
+  to->assign(from, from + count);
+}
+
+}  // namespace
+
+uint32_t Request::validate(const WorkView& work) const {
+  const Geometry& g = geometry_;
+  for (int64_t b = 0; b < g.batch; ++b) {
+    if (work.host_blocks[b] < 0 || work.host_blocks[b] > g.blocks) return kInvalid;
+    if (work.host_blocks[b] == 0 || work.bitmap != nullptr) continue;
+    for (int64_t k = 0; k < g.kv_heads; ++k) {
+      if (work.boundary[b * g.kv_heads + k] <= 0) continue;
+      const int32_t unit = work.granularity[b * g.kv_heads + k];
+      if (unit != 16 && unit != 32 && unit != 64 && unit != 128) return kInvalid;
+    }
+  }
+  return kOk;
+}
+
+void Request::copy(const WorkView& work) {
+  const Geometry& g = geometry_;
+  copy_array(&q_, work.q, g.batch * g.heads * g.head_dim);
+  copy_array(&q8_, work.q8, g.batch * g.heads * g.head_dim);
+  copy_array(&granularity_, work.granularity, g.batch * g.kv_heads);
+  copy_array(&k_units_, work.k_units, g.batch * g.heads);
+  copy_array(&shared_, work.shared, g.batch * g.kv_heads);
+  copy_array(&host_blocks_, work.host_blocks, g.batch);
+  copy_array(&boundary_, work.boundary, g.batch * g.kv_heads);
+  bitmap_.assign(g.batch * g.heads * g.words(), 0);
+  if (!has_bitmap_) return;
+  // Only rows of tasks are copied, so the selection that goes back is zero where nothing was done.
+  for (int64_t b = 0; b < g.batch; ++b) {
+    const int64_t words = (host_blocks_[b] + 31) / 32;
+    for (int64_t n = 0; n < g.heads; ++n) {
+      if (words == 0 || boundary_[b * g.kv_heads + n / g.group()] <= 0) continue;
+      const int64_t row = (b * g.heads + n) * g.words();
+      std::copy_n(work.bitmap + row, words, bitmap_.begin() + row);
+      if (host_blocks_[b] % 32 != 0) {
+        bitmap_[row + words - 1] &= (uint32_t{1} << (host_blocks_[b] % 32)) - 1;
+      }
+    }
+  }
+}
+
+uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
+                          float scale, CancelWord cancel, bool cancel_known) {
+  geometry_ = geometry;
+  cache_ = cache;
+  scale_ = scale;
+  has_bitmap_ = work.bitmap != nullptr;
+  cancel_ = std::move(cancel);
+  task_count_ = 0;
+  started_.store(false, std::memory_order_relaxed);
+  left_.store(0, std::memory_order_relaxed);
+  busy_ns_.store(0, std::memory_order_relaxed);
+  select_ns_.store(0, std::memory_order_relaxed);
+  span_ns_.store(0, std::memory_order_relaxed);
+  const uint32_t status = cancel_known ? validate(work) : kInvalid;
+  status_.store(status, std::memory_order_relaxed);
+  const Geometry& g = geometry_;
+  out_.assign(g.batch * g.heads * g.head_dim, 0.0f);
+  lse_.assign(g.batch * g.heads, -std::numeric_limits<float>::infinity());
+  blocks_read_.assign(g.batch * g.kv_heads, 0);
+  units_scanned_.assign(g.batch * g.kv_heads, 0);
+  if (status != kOk) return status;
+  copy(work);
+  for (int64_t b = 0; b < g.batch; ++b) {
+    for (int64_t k = 0; k < g.kv_heads; ++k) {
+      if (host_blocks_[b] == 0 || boundary_[b * g.kv_heads + k] <= 0) continue;
+      if (task_count_ == static_cast<int64_t>(tasks_.size())) {
+        tasks_.push_back(std::make_unique<Task>());
+      }
+      tasks_[task_count_++]->prepare(this, b, k);
+    }
+  }
+  submitted_ = Clock::now();
+  left_.store(task_count_, std::memory_order_release);
+  return kOk;
+}
+
+void Request::start(Pool* pool) noexcept {
+  if (started_.exchange(true, std::memory_order_acq_rel)) return;
+  pool_ = pool;
+  // The request may be finished, collected and reused while the last push returns.
+  const int64_t count = task_count_;
+  for (int64_t i = 0; i < count; ++i) pool->push(tasks_[i].get(), 1);
+}
+
+bool Request::when_finished(std::function<void()> action) {
+  std::lock_guard<std::mutex> lock(finish_mutex_);
+  if (finished()) return false;
+  action_ = std::move(action);
+  return true;
+}
+
+bool Request::stopped() {
+  if (status_.load(std::memory_order_acquire) != kOk) return true;
+  if (cancel_ == nullptr || !cancel_->load(std::memory_order_acquire)) return false;
+  fail(kCancelled);
+  return true;
+}
+
+void Request::task_finished() {
+  const int64_t span =
+      std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - submitted_).count();
+  int64_t seen = span_ns_.load(std::memory_order_relaxed);
+  while (seen < span && !span_ns_.compare_exchange_weak(seen, span, std::memory_order_relaxed)) {
+  }
+  Pool* pool = pool_;
+  std::function<void()> action;
+  {
+    // The request may be reused as soon as the count is 0: only its mutex is touched after that.
+    std::lock_guard<std::mutex> lock(finish_mutex_);
+    if (left_.load(std::memory_order_relaxed) == 1) action.swap(action_);
+    if (left_.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  }
+  pool->notify_done();
+  // Last, because the framework may run any part of its program inside this call.
+  if (action) action();
+}
+
+}  // namespace fluxion

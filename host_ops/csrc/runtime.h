@@ -1,0 +1,55 @@
+// The one pool, slot table and cancel table of the process.
+//
+// Created at first use and never destroyed; its threads are stopped at exit. After a fork the child
+// gets a new one: its parent's threads do not exist there and may have died holding a lock, so the
+// old one is left alone. Ticks and cancel words of the parent are unknown in the child.
+
+#ifndef FLUXION_RUNTIME_H_
+#define FLUXION_RUNTIME_H_
+
+#include <atomic>
+#include <cstdint>
+
+#include "cancel.h"
+#include "pool.h"
+#include "slots.h"
+
+namespace fluxion {
+
+// A test seam: one collect is made to fail as if its tasks had.
+class Fault {
+ public:
+  // Lets `after_collects` collects pass and adds `status` to the next; kOk disarms.
+  void arm(uint32_t status, int64_t after_collects) {
+    status_.store(status, std::memory_order_relaxed);
+    countdown_.store(status == kOk ? 0 : after_collects + 1, std::memory_order_release);
+  }
+
+  // To be called by every collect; returns the status to add.
+  uint32_t next() {
+    if (countdown_.load(std::memory_order_acquire) <= 0) return kOk;
+    return countdown_.fetch_sub(1, std::memory_order_acq_rel) == 1
+               ? status_.load(std::memory_order_relaxed)
+               : uint32_t{kOk};
+  }
+
+ private:
+  std::atomic<uint32_t> status_{0};
+  std::atomic<int64_t> countdown_{0};
+};
+
+struct Runtime {
+  Pool pool{default_threads()};
+  SlotTable slots;
+  CancelTable cancels;
+  Fault fault;
+};
+
+Runtime& runtime();
+
+// How long a collect waits before it gives up: FLUXION_TIMEOUT_S, 300 by default.
+Clock::duration timeout();
+
+}  // namespace fluxion
+
+#endif  // FLUXION_RUNTIME_H_

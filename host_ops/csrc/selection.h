@@ -1,0 +1,26 @@
+// Exact selection of the best units of a query head, as a bitmap over blocks.
+
+#ifndef FLUXION_SELECTION_H_
+#define FLUXION_SELECTION_H_
+
+#include <cstdint>
+#include <vector>
+
+namespace fluxion {
+
+// Reusable memory of a selecting thread.
+struct SelectionScratch {
+  std::vector<int32_t> histogram;
+  std::vector<int32_t> candidates;
+};
+
+// Sets in `words` the blocks of the `wanted` best of `units` units by score, ties to the lowest id.
+//
+// A unit is `ratio` blocks (1, 2, 4 or 8), the last one may be cut at `host_blocks`. `wanted` is
+// clipped to [0, units]; if that is none or all of them, `scores` is not read. `words` holds ceil(host_blocks / 32) words or more, zero on entry.
+void select_top(const int32_t* scores, int64_t units, int64_t wanted, int64_t ratio,
+                int64_t host_blocks, uint32_t* words, SelectionScratch& scratch);
+
+}  // namespace fluxion
+
+#endif  // FLUXION_SELECTION_H_

@@ -1,0 +1,99 @@
+// Portable `Vec`: eight floats in an array, loops that any compiler can vectorise.
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  float lane[8];
+};
+
+constexpr int kHeadTile = 2;
+constexpr int kColumnTile = 1;
+
+struct BFloat16;
+inline float widen(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &wide, sizeof(x));
+  return x;
+}
+
+template <typename Op>
+inline Vec each(const Op& op) {
+  Vec r;
+  for (int i = 0; i < 8; ++i) r.lane[i] = op(i);
+  return r;
+}
+
+inline Vec load(const float* p) {
+  return each([&](int i) { return p[i]; });
+}
+inline Vec load(const BFloat16* p) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(p);
+  return each([&](int i) { return widen(bits[i]); });
+}
+inline void store(float* p, Vec x) {
+  for (int i = 0; i < 8; ++i) p[i] = x.lane[i];
+}
+inline Vec set1(float x) {
+  return each([&](int) { return x; });
+}
+inline Vec zero() { return set1(0.0f); }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+inline Vec mul(Vec a, Vec b) {
+  return each([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline Vec add(Vec a, Vec b) {
+  return each([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline Vec sub(Vec a, Vec b) {
+  return each([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+// The second operand where either is NaN, as the vector instructions do.
+inline Vec max_of(Vec a, Vec b) {
+  return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline float reduce_add(Vec x) {
+  return ((x.lane[0] + x.lane[4]) + (x.lane[2] + x.lane[6])) +
+         ((x.lane[1] + x.lane[5]) + (x.lane[3] + x.lane[7]));
+}
+inline float reduce_max(Vec x) {
+  float top = x.lane[0];
+  for (int i = 1; i < 8; ++i) top = x.lane[i] > top ? x.lane[i] : top;
+  return top;
+}
+inline void reduce4(Vec a, Vec b, Vec c, Vec d, float scale, float* out) {
+  out[0] = reduce_add(a) * scale;
+  out[1] = reduce_add(b) * scale;
+  out[2] = reduce_add(c) * scale;
+  out[3] = reduce_add(d) * scale;
+}
+inline Vec round_of(Vec x) {
+  return each([&](int i) { return __builtin_rintf(x.lane[i]); });
+}
+inline Vec pow2_of(Vec n) {
+  return each([&](int i) {
+    // Outside of the range (and for NaN) the lane is discarded or NaN anyway.
+    const bool inside = n.lane[i] > -127.0f && n.lane[i] < 128.0f;
+    const uint32_t bits = static_cast<uint32_t>((inside ? static_cast<int>(n.lane[i]) : 0) + 127)
+                          << 23;
+    float r;
+    __builtin_memcpy(&r, &bits, sizeof(r));
+    return r;
+  });
+}
+inline Vec zero_below(Vec y, Vec x, float limit) {
+  return each([&](int i) { return x.lane[i] < limit ? 0.0f : y.lane[i]; });
+}
+
+template <int kHeads>
+inline void score_row(const int8_t* row, const int16_t* const* pos, const int16_t* const* neg,
+                      int64_t head_dim, int32_t* sums) {
+  for (int h = 0; h < kHeads; ++h) {
+    int32_t sum = 0;
+    for (int64_t c = 0; c < head_dim; ++c) {
+      sum += pos[h][c] * row[head_dim + c] + neg[h][c] * row[c];
+    }
+    sums[h] = sum;
+  }
+}

@@ -1,0 +1,103 @@
+#include "slots.h"
+
+#include <limits>
+
+namespace fluxion {
+namespace {
+
+// An abandoned slot whose program is only slow must survive at least as long as such a program is
+// let live; programs that failed are rare enough for their slots to wait.
+constexpr auto kGrace = std::chrono::minutes(10);
+
+}  // namespace
+
+Slot* SlotTable::acquire() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Slot* taken = nullptr;
+  const Clock::time_point now = Clock::now();
+  for (const auto& slot : slots_) {
+    const bool expired = slot->state == Slot::State::kInFlight && slot->abandoned &&
+                         slot->request.at_rest() && now - slot->abandoned_at > kGrace;
+    if (slot->state == Slot::State::kFree || expired) {
+      taken = slot.get();
+      break;
+    }
+  }
+  if (taken == nullptr) {
+    auto slot = std::make_unique<Slot>();
+    slot->index = static_cast<int32_t>(slots_.size());
+    slots_.push_back(std::move(slot));
+    taken = slots_.back().get();
+  }
+  taken->generation =
+      taken->generation == std::numeric_limits<int32_t>::max() ? 1 : taken->generation + 1;
+  taken->state = Slot::State::kClaimed;
+  taken->abandoned = false;
+  return taken;
+}
+
+void SlotTable::publish(Slot* slot) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  slot->state = Slot::State::kInFlight;
+}
+
+Slot* SlotTable::claim(int32_t index, int32_t generation) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (index < 0 || index >= static_cast<int64_t>(slots_.size())) return nullptr;
+  Slot* slot = slots_[index].get();
+  if (slot->state != Slot::State::kInFlight || slot->generation != generation) return nullptr;
+  slot->state = Slot::State::kClaimed;
+  slot->abandoned = false;
+  return slot;
+}
+
+bool SlotTable::start(int32_t index, int32_t generation, Pool* pool,
+                      std::function<void()> action) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (index < 0 || index >= static_cast<int64_t>(slots_.size())) return false;
+  Slot* slot = slots_[index].get();
+  if (slot->state != Slot::State::kInFlight || slot->generation != generation) return false;
+  // Held together, so that no collect can come between and give the slot to another request.
+  const bool waits = slot->request.when_finished(std::move(action));
+  slot->request.start(pool);
+  return waits;
+}
+
+void SlotTable::release(Slot* slot) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  slot->state = Slot::State::kFree;
+}
+
+int SlotTable::drain(Pool* pool, Clock::time_point deadline) {
+  // Slots are never destroyed, so their pointers outlive the lock.
+  std::vector<std::pair<Slot*, int32_t>> pending;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& slot : slots_) {
+      if (slot->state == Slot::State::kInFlight && !slot->abandoned) {
+        pending.emplace_back(slot.get(), slot->generation);
+      }
+    }
+  }
+  int marked = 0;
+  for (const auto& [slot, generation] : pending) {
+    if (!slot->request.at_rest()) pool->help(slot->request.left(), deadline);
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (slot->state != Slot::State::kInFlight || slot->generation != generation) continue;
+    slot->abandoned = true;
+    slot->abandoned_at = Clock::now();
+    ++marked;
+  }
+  return marked;
+}
+
+int SlotTable::in_flight() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  int count = 0;
+  for (const auto& slot : slots_) {
+    count += slot->state == Slot::State::kInFlight && !slot->abandoned;
+  }
+  return count;
+}
+
+}  // namespace fluxion

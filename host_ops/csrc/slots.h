@@ -1,0 +1,62 @@
+// The table of requests in flight, named by ticks.
+//
+// A tick is (slot, generation): the slot's place in a list that grows and is reused, and how often
+// it has been taken. A stale or invented tick is told from a live one by the generation.
+// Any thread may call anything; a claimed slot belongs to the claiming thread until released.
+
+#ifndef FLUXION_SLOTS_H_
+#define FLUXION_SLOTS_H_
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "tasks.h"
+
+namespace fluxion {
+
+struct Slot {
+  enum class State { kFree, kInFlight, kClaimed };
+
+  int32_t index = 0;
+  int32_t generation = 0;
+  State state = State::kFree;
+  bool abandoned = false;
+  Clock::time_point abandoned_at;
+  Request request;
+};
+
+class SlotTable {
+ public:
+  // A slot of the caller's own, claimed, under a new generation. Throws std::bad_alloc.
+  Slot* acquire();
+
+  // Hands a slot over to whoever collects it.
+  void publish(Slot* slot);
+
+  // The slot of a tick, now claimed by the caller; null unless it is in flight.
+  Slot* claim(int32_t index, int32_t generation);
+
+  // Starts the request of a tick unless it is collected already, and arranges for `action` to be
+  // called when it has finished. Returns whether `action` will be called.
+  bool start(int32_t index, int32_t generation, Pool* pool, std::function<void()> action);
+
+  void release(Slot* slot);
+
+  // Waits until all work that was started has run (helping), or the deadline. Slots whose collect
+  // has not come by then are marked abandoned: a late collect still finds them, but after a grace
+  // period they may be taken for new requests. Returns how many were marked.
+  int drain(Pool* pool, Clock::time_point deadline);
+
+  // Slots submitted, neither collected nor abandoned.
+  int in_flight() const;
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<std::unique_ptr<Slot>> slots_;
+};
+
+}  // namespace fluxion
+
+#endif  // FLUXION_SLOTS_H_

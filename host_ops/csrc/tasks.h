@@ -1,0 +1,142 @@
+// One submitted request: the tasks of one layer of one step, from submit to collect.
+//
+// A task is one (sequence, KV head) with something to do for the host: selectable blocks and a
+// boundary above 0. It runs in two stages on the pool: selection (one part), then chunks of
+// kChunkBlocks blocks, each a partial attention state; whoever finishes the last chunk merges the
+// partials in chunk order. Chunks depend only on the selection, so the bits of the result depend
+// neither on the number of threads nor on who ran what.
+//
+// Ownership: a request copies the small operands and only points at K, V and the summaries, which
+// the caller keeps alive from start to `finished()`. It owns its results. It is never destroyed;
+// its memory is reused by the next request in the same slot.
+// Threads: prepare and the results belong to one thread at a time; between start and finished()
+// only the pool touches the tasks. Any thread may call `start`, `when_finished` and `abort`.
+
+#ifndef FLUXION_TASKS_H_
+#define FLUXION_TASKS_H_
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cancel.h"
+#include "pool.h"
+#include "types.h"
+
+namespace fluxion {
+
+constexpr int64_t kChunkBlocks = 64;
+
+class Request;
+
+class Task : public Job {
+ public:
+  void prepare(Request* request, int64_t batch, int64_t kv_head);
+  void run(int64_t part) noexcept override;
+
+ private:
+  void select();
+  void score_and_select();
+  void collect_union();
+  void attend(int64_t chunk);
+  void merge();
+  void finish();
+  float* partial(int64_t chunk);
+
+  Request* request_ = nullptr;
+  int64_t batch_ = 0;
+  int64_t kv_head_ = 0;
+  int64_t chunks_ = -1;                  // Below 0: the selection is still to be made.
+  std::atomic<int64_t> chunks_left_{0};
+  std::vector<int32_t> blocks_;          // Union of the group's selections below the boundary.
+  std::vector<uint64_t> head_masks_;     // Which heads of the group selected the block.
+  std::vector<float> partials_;          // Per chunk: m [G], l [G], acc [G, H].
+};
+
+class Request {
+ public:
+  // Copies the operands and checks their values. Returns kOk or kInvalid; in the latter case there
+  // are no tasks. May throw std::bad_alloc.
+  uint32_t prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
+                   float scale, CancelWord cancel, bool cancel_known);
+
+  // Queues the tasks, the first time it is called after prepare. Does not throw.
+  void start(Pool* pool) noexcept;
+
+  // Arranges for `action` to be called by the thread that finishes the last task, after which
+  // nobody reads K, V and the summaries. Returns false, and never calls it, if that was already
+  // so. One action per request.
+  bool when_finished(std::function<void()> action);
+
+  // Before start: whether there is nothing to do.
+  bool finished() const { return left_.load(std::memory_order_acquire) == 0; }
+  const std::atomic<int64_t>& left() const { return left_; }
+
+  // Whether no thread works on it: not started, or finished.
+  bool at_rest() const { return !started_.load(std::memory_order_acquire) || finished(); }
+
+  // Makes the remaining parts return without work, and adds `status`.
+  void abort(uint32_t status) { fail(status); }
+
+  // Valid once finished.
+  uint32_t status() const { return status_.load(std::memory_order_acquire); }
+  const Geometry& geometry() const { return geometry_; }
+  const CacheView& cache() const { return cache_; }
+  const std::vector<float>& out() const { return out_; }             // [B, N, H]
+  const std::vector<float>& lse() const { return lse_; }             // [B, N]
+  const std::vector<uint32_t>& selection() const { return bitmap_; } // [B, N, W]
+  const std::vector<int32_t>& blocks_read() const { return blocks_read_; }      // [B, K]
+  const std::vector<int32_t>& units_scanned() const { return units_scanned_; }  // [B, K]
+  double busy_s() const { return 1e-9 * busy_ns_.load(std::memory_order_relaxed); }
+  double select_s() const { return 1e-9 * select_ns_.load(std::memory_order_relaxed); }
+  double span_s() const { return 1e-9 * span_ns_.load(std::memory_order_relaxed); }
+
+ private:
+  friend class Task;
+
+  uint32_t validate(const WorkView& work) const;
+  void copy(const WorkView& work);
+  bool stopped();
+  void fail(uint32_t status) { status_.fetch_or(status, std::memory_order_acq_rel); }
+  void task_finished();
+
+  Geometry geometry_;
+  CacheView cache_;
+  float scale_ = 1.0f;
+  bool has_bitmap_ = false;
+  CancelWord cancel_;
+  Pool* pool_ = nullptr;
+  Clock::time_point submitted_;
+
+  std::vector<float> q_;
+  std::vector<int8_t> q8_;
+  std::vector<int32_t> granularity_;
+  std::vector<int32_t> k_units_;
+  std::vector<int32_t> shared_;
+  std::vector<int32_t> host_blocks_;
+  std::vector<int32_t> boundary_;
+  std::vector<uint32_t> bitmap_;
+
+  std::vector<std::unique_ptr<Task>> tasks_;  // Grows and keeps its memory.
+  int64_t task_count_ = 0;
+  std::atomic<bool> started_{false};
+  std::atomic<int64_t> left_{0};         // Tasks not finished; reaches 0 under finish_mutex_.
+  std::mutex finish_mutex_;
+  std::function<void()> action_;         // Guarded by finish_mutex_.
+  std::atomic<uint32_t> status_{0};
+
+  std::vector<float> out_;
+  std::vector<float> lse_;
+  std::vector<int32_t> blocks_read_;
+  std::vector<int32_t> units_scanned_;
+  std::atomic<int64_t> busy_ns_{0};
+  std::atomic<int64_t> select_ns_{0};
+  std::atomic<int64_t> span_ns_{0};
+};
+
+}  // namespace fluxion
+
+#endif  // FLUXION_TASKS_H_

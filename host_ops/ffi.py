@@ -1,0 +1,166 @@
+"""The native implementation of append, submit and collect, as XLA FFI calls.
+
+Everything here is traced: the work is done by csrc/ when the compiled program runs. On the CPU
+backend submit hands the tasks to the library's own threads and returns, so the rest of the program
+runs meanwhile; collect waits, helping. An asynchronous call between them holds the program until
+the tasks have run: should it fail before collect, its cache must not go while threads read it.
+
+The cache arrays are aliased: a program that donates them gets the same buffers back. One that does
+not makes XLA copy them whole, which is correct and slow. If the copy comes between submit and
+collect (as in separate programs), collect notices and reports `STATUS_NOT_IN_PLACE`, because the
+tasks may have read memory that had been given away.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from host_ops import native
+from host_ops.memory import HOST, retag
+from host_ops.types import Collected, Flush, Work
+
+
+def append(
+    k: jax.Array, v: jax.Array, summaries: jax.Array | None, flush: Flush
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """Writes whole blocks into the host cache and waits for it; see `host_ops.api.append`.
+
+    Args:
+      k: host cache `[B, K, P, 16, H]`, bfloat16 or float32.
+      v: likewise.
+      summaries: int8 `[B, K, U, 2, H]`, or None if they are kept on the device.
+      flush: the blocks.
+
+    Returns:
+      `(k, v, summaries, status int32 [1])`.
+    """
+    native.require()
+    operands = [k, v, *flush]
+    results = [_like(k), _like(v), jax.ShapeDtypeStruct((1,), jnp.int32)]
+    aliases = {0: 0, 1: 1}
+    if summaries is not None:
+        aliases[len(operands)] = len(results)
+        operands.append(summaries)
+        results.append(_like(summaries))
+    call = jax.ffi.ffi_call(
+        "fluxion_append", results, has_side_effect=True, input_output_aliases=aliases
+    )
+    new_k, new_v, status, *rest = call(*operands, has_summaries=summaries is not None)
+    new_summaries = retag(rest[0], HOST) if rest else None
+    return retag(new_k, HOST), retag(new_v, HOST), new_summaries, status
+
+
+def submit(
+    work: Work, k: jax.Array, v: jax.Array, summaries: jax.Array | None, *, scale: float
+) -> jax.Array:
+    """Hands the host its share of one layer's attention; see `host_ops.api.submit`.
+
+    Args:
+      work: what to select and attend to.
+      k: host cache `[B, K, P, 16, H]`, bfloat16 or float32; only read.
+      v: likewise.
+      summaries: int8 `[B, K, U, 2, H]`, or None; then `work.bitmap` must be given.
+      scale: factor of the attention scores.
+
+    Returns:
+      int32 `[2]`, the tick that `collect` needs.
+    """
+    native.require()
+    *operands, bitmap = work
+    optional = [x for x in (summaries, bitmap) if x is not None]
+    call = jax.ffi.ffi_call(
+        "fluxion_submit", jax.ShapeDtypeStruct((2,), jnp.int32), has_side_effect=True
+    )
+    tick: jax.Array = call(
+        k,
+        v,
+        *operands,
+        *optional,
+        has_summaries=summaries is not None,
+        has_bitmap=bitmap is not None,
+        scale=np.float32(scale),
+    )
+    # Nothing depends on this call, so nothing waits for it but the end of the program.
+    jax.ffi.ffi_call("fluxion_start", jax.ShapeDtypeStruct((1,), jnp.int32), has_side_effect=True)(
+        tick
+    )
+    return tick
+
+
+def collect(
+    tick: jax.Array,
+    work: Work,
+    k: jax.Array,
+    v: jax.Array,
+    summaries: jax.Array | None,
+    flush: Flush,
+    after: tuple[jax.Array, ...],
+    *,
+    scale: float,
+    return_selection: bool,
+) -> Collected:
+    """Waits for the host's share, then writes the flush; see `host_ops.api.collect`.
+
+    Args:
+      tick: of the `submit` of the same layer and step.
+      work: the same as given to `submit`; only its shapes are used.
+      k: host cache `[B, K, P, 16, H]`, the same buffers as given to `submit`.
+      v: likewise.
+      summaries: int8 `[B, K, U, 2, H]`, or None if they are kept on the device.
+      flush: the blocks to write after all reads of this step.
+      after: small arrays that must have been computed before.
+      scale: unused, known since `submit`.
+      return_selection: whether to bring back the selection of the tasks.
+
+    Returns:
+      The caches, the host's share and what it cost.
+    """
+    del scale
+    native.require()
+    batch, heads, head_dim = work.q.shape
+    kv_heads, blocks = k.shape[1:3]
+    operands = [k, v, tick, *flush]
+    results = [
+        _like(k),
+        _like(v),
+        jax.ShapeDtypeStruct((batch, heads, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((4,), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
+        jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
+    ]
+    aliases = {0: 0, 1: 1}
+    if summaries is not None:
+        aliases[len(operands)] = len(results)
+        operands.append(summaries)
+        results.append(_like(summaries))
+    if return_selection:
+        results.append(jax.ShapeDtypeStruct((batch, heads, -(-blocks // 32)), jnp.uint32))
+    call = jax.ffi.ffi_call(
+        "fluxion_collect", results, has_side_effect=True, input_output_aliases=aliases
+    )
+    new_k, new_v, out, lse, status, times, blocks_read, units_scanned, *rest = call(
+        *operands,
+        *after,
+        has_summaries=summaries is not None,
+        return_selection=return_selection,
+    )
+    return Collected(
+        k=retag(new_k, HOST),
+        v=retag(new_v, HOST),
+        summaries=retag(rest.pop(0), HOST) if summaries is not None else None,
+        out=out,
+        lse=lse,
+        status=status,
+        times=times,
+        blocks_read=blocks_read,
+        units_scanned=units_scanned,
+        selection=rest.pop(0) if return_selection else None,
+    )
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

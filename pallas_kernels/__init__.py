@@ -1,0 +1,22 @@
+"""Device kernels of hybrid sparse decode attention, each with an XLA version of the same signature.
+
+Plain arrays in, plain arrays out; nothing here knows of caches or policies.
+"""
+
+from pallas_kernels.bitmaps import at_or_above as at_or_above
+from pallas_kernels.bitmaps import below as below
+from pallas_kernels.bitmaps import group_union as group_union
+from pallas_kernels.bitmaps import num_words as num_words
+from pallas_kernels.bitmaps import pack as pack
+from pallas_kernels.bitmaps import popcount as popcount
+from pallas_kernels.bitmaps import unpack as unpack
+from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
+from pallas_kernels.merge_states import merge_states as merge_states
+from pallas_kernels.registry import Implementation as Implementation
+from pallas_kernels.registry import (
+    UnsupportedImplementationError as UnsupportedImplementationError,
+)
+from pallas_kernels.scoring import num_units as num_units
+from pallas_kernels.scoring import score_units as score_units
+from pallas_kernels.selection import select_units as select_units
+from pallas_kernels.window_attention import window_attention as window_attention

@@ -1,0 +1,68 @@
+"""Cancel words and injected faults."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import host_ops
+from tests.host_ops import cases
+
+SHAPE = cases.Shape(num_blocks=72)
+IMPLEMENTATIONS = [pytest.param("native", marks=pytest.mark.native), "numpy"]
+
+
+def case_with_work(word: int = 0) -> cases.Case:
+    case = cases.random_case(SHAPE).with_work(boundary=np.full((2, 3), 72), cancel=[word])
+    return case.with_flush(first_block=(64, 64), num_blocks=(1, 1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_cancelled_step_reports_it_and_writes_nothing(implementation):
+    word = host_ops.new_cancel_word()
+    try:
+        assert cases.run(implementation, case_with_work(word)).status == [host_ops.STATUS_OK]
+        host_ops.cancel(word)
+        case = case_with_work(word)
+        got = cases.run(implementation, case)
+        assert got.status == [host_ops.STATUS_CANCELLED]
+        np.testing.assert_array_equal(got.k, case.k)
+        other = cases.run(implementation, case_with_work())
+        assert other.status == [host_ops.STATUS_OK]
+    finally:
+        host_ops.release_cancel_word(word)
+
+
+def test_a_released_word_cannot_be_cancelled():
+    word = host_ops.new_cancel_word()
+    host_ops.release_cancel_word(word)
+    with pytest.raises(ValueError, match=f"live cancel word, got {word}"):
+        host_ops.cancel(word)
+
+
+def test_words_are_never_zero():
+    words = [host_ops.new_cancel_word() for _ in range(3)]
+    assert len({0, *words}) == 4
+    for word in words:
+        host_ops.release_cancel_word(word)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_injected_fault_comes_once_and_after_the_collects_it_was_told_to_wait_for(
+    implementation,
+):
+    host_ops.inject_fault(host_ops.STATUS_INTERNAL, after_collects=2, implementation=implementation)
+    try:
+        status = [int(cases.run(implementation, case_with_work()).status[0]) for _ in range(4)]
+    finally:
+        host_ops.inject_fault(host_ops.STATUS_OK, implementation=implementation)
+    assert status == [0, 0, host_ops.STATUS_INTERNAL, 0]
+
+
+def test_draining_with_nothing_to_do_returns():
+    host_ops.drain()
+
+
+def test_the_xla_tier_cannot_be_made_to_fail():
+    with pytest.raises(host_ops.UnavailableError, match="got 'xla'; build the native library"):
+        host_ops.inject_fault(host_ops.STATUS_INTERNAL, implementation="xla")

@@ -1,0 +1,278 @@
+"""The native operations inside compiled programs: in place, in parallel, after failures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from host_ops import HOST, ffi, native
+from host_ops.types import (
+    STATUS_INVALID,
+    STATUS_NOT_IN_PLACE,
+    STATUS_OK,
+    STATUS_TIMEOUT,
+)
+from tests.host_ops import cases
+from tests.host_ops.test_in_place import full_size_copies, pointers
+
+pytestmark = pytest.mark.native
+
+SHAPE = cases.Shape(num_blocks=72)
+PINNED = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0], memory_kind="pinned_host")
+
+
+def step(work, k, v, summaries, flush, between=lambda tick: tick):
+    tick = between(ffi.submit(work, k, v, summaries, scale=0.2))
+    return ffi.collect(
+        tick, work, k, v, summaries, flush, (tick,), scale=0.2, return_selection=True
+    )
+
+
+def flushing_case() -> cases.Case:
+    return cases.random_case(SHAPE).with_flush(first_block=(70, 40), num_blocks=(1, 2))
+
+
+def host_cache(case: cases.Case) -> tuple[jax.Array, ...]:
+    return tuple(jax.device_put(jnp.array(x), HOST) for x in (case.k, case.v, case.summaries))
+
+
+@pytest.mark.parametrize("pinned_results", [False, True])
+def test_a_while_loop_over_steps_is_in_place(pinned_results):
+    case = flushing_case()
+    cache = host_cache(case)
+    work, flush = jax.tree.map(jnp.asarray, (case.work, case.flush))
+
+    def body(state):
+        index, cache, status = state
+        done = step(work, *cache, flush)
+        return index + 1, (done.k, done.v, done.summaries), status | done.status
+
+    def loop(cache, steps):
+        state = (0, cache, jnp.zeros(1, jnp.int32))
+        return jax.lax.while_loop(lambda s: (s[0] < steps) & (s[2][0] == 0), body, state)
+
+    out_shardings = (None, (PINNED,) * 3, None) if pinned_results else None
+    compiled = (
+        jax.jit(loop, donate_argnums=0, out_shardings=out_shardings).lower(cache, 3).compile()
+    )
+    assert full_size_copies(compiled.as_text(), [case.k.shape, case.summaries.shape]) == []
+    before = pointers(cache)
+    steps, after, status = compiled(cache, 3)
+    assert (steps, status) == (3, STATUS_OK)
+    assert pointers(after) == before
+    assert {x.sharding.memory_kind for x in after} == {"pinned_host"}
+
+
+def test_a_program_that_does_not_donate_leaves_its_cache_alone():
+    case = flushing_case()
+    cache = host_cache(case)
+    done = jax.jit(step)(case.work, *cache, case.flush)
+    assert done.status == STATUS_OK
+    want = cases.reference(case)
+    np.testing.assert_array_equal(done.k, want.k)
+    for old, array in zip(cache, (case.k, case.v, case.summaries), strict=True):
+        np.testing.assert_array_equal(old, array)
+
+
+def test_a_cache_copied_between_submit_and_collect_is_noticed_and_not_written():
+    case = flushing_case()
+    cache = host_cache(case)
+    # Outside of a program every call is one of its own, and collect gets a copy.
+    done = step(case.work, *cache, case.flush)
+    assert done.status == STATUS_NOT_IN_PLACE
+    assert np.isneginf(done.lse).all()
+    assert not np.any(done.out)
+    for new, old in zip((done.k, done.v, done.summaries), cache, strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_the_host_works_while_the_program_does_something_else():
+    case = cases.random_case(cases.Shape(num_blocks=400)).with_work(
+        boundary=np.full((2, 3), 400), k_units=np.full((2, 12), 400)
+    )
+    case = case.with_flush(first_block=(0, 0), num_blocks=(0, 0))
+
+    def wait(tick):
+        time.sleep(0.3)
+        return tick
+
+    def between(tick):
+        return jax.pure_callback(wait, jax.ShapeDtypeStruct((2,), jnp.int32), tick)
+
+    program = jax.jit(lambda *args: step(*args, between=between), donate_argnums=(1, 2, 3))
+    threads = native.info()["threads"]
+    native.set_threads(max(2, threads))
+    try:
+        done = program(case.work, *host_cache(case), case.flush)
+        wait_s, busy_s, span_s, select_s = np.asarray(done.times)
+    finally:
+        native.set_threads(threads)
+    assert done.status == STATUS_OK
+    assert 0 < select_s < busy_s
+    assert 0 < span_s < 0.3
+    assert wait_s < 0.1
+
+
+def test_one_thread_is_enough():
+    threads = native.info()["threads"]
+    native.set_threads(1)
+    try:
+        cases.check("native", flushing_case())
+    finally:
+        native.set_threads(threads)
+
+
+def test_threads_with_their_own_caches_do_not_meet():
+    failures = []
+
+    def program(seed: int) -> None:
+        try:
+            case = cases.random_case(SHAPE, seed=seed)
+            want = cases.reference(case)
+            for _ in range(10):
+                got = cases.run("native", case)
+                np.testing.assert_array_equal(got.selection, want.selection)
+                np.testing.assert_allclose(got.out, want.out, atol=1e-5)
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=program, args=(seed,)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures == []
+
+
+FAILING_PROGRAM = """
+import jax, jax.numpy as jnp
+from host_ops import HOST, ffi, native
+from host_ops.types import Flush, Work
+
+native.set_threads(2)
+kv, p, h = 2, 2048, 128
+zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+work = Work(jnp.ones((1, kv, h)), jnp.zeros((1, kv, h), jnp.int8), zeros(1, kv) + 16, zeros(1, kv),
+            zeros(1, kv), zeros(1) + p, zeros(1, kv) + p, zeros(1),
+            jnp.full((1, kv, p // 32), 0xFFFFFFFF, jnp.uint32))
+block = jnp.zeros((1, kv, 1, 16, h))
+flush = Flush(block, block, jnp.zeros((1, kv, 1, 2, h), jnp.int8), zeros(1, kv, h), zeros(1),
+              zeros(1))
+
+def fail(tick):
+    raise RuntimeError("on purpose")
+
+def step(k, v):
+    tick = ffi.submit(work, k, v, None, scale=1.0)
+    tick = jax.pure_callback(fail, jax.ShapeDtypeStruct((2,), jnp.int32), tick)
+    return ffi.collect(tick, work, k, v, None, flush, (), scale=1.0, return_selection=False)
+
+program = jax.jit(step, donate_argnums=(0, 1))
+for _ in range(3):
+    k = jax.device_put(jnp.ones((1, kv, p, 16, h)), HOST)
+    v = jax.device_put(jnp.ones((1, kv, p, 16, h)), HOST)
+    try:
+        jax.block_until_ready(program(k, v))
+    except Exception as error:
+        assert "on purpose" in str(error)
+        print("failed as it should")
+print("given up", native.drain(), native.info()["in_flight"])
+"""
+
+
+def test_memory_of_a_program_that_fails_between_submit_and_collect_outlives_the_work():
+    # Large arrays are unmapped when freed, so a thread that still reads them ends the process.
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_PROGRAM],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["failed as it should"] * 3 + ["given up 3 0"]
+
+
+def test_a_tick_is_good_for_one_collect():
+    case = flushing_case()
+
+    def twice(work, k, v, summaries, flush):
+        tick = ffi.submit(work, k, v, summaries, scale=0.2)
+        statuses = []
+        for _ in range(2):
+            done = ffi.collect(
+                tick, work, k, v, summaries, flush, (), scale=0.2, return_selection=False
+            )
+            k, v, summaries = done.k, done.v, done.summaries
+            statuses.append(done.status)
+        return k, v, summaries, statuses
+
+    *_, statuses = jax.jit(twice, donate_argnums=(1, 2, 3))(
+        case.work, *host_cache(case), case.flush
+    )
+    assert statuses == [STATUS_OK, STATUS_INVALID]
+
+
+def test_a_collect_that_takes_too_long_ends_with_a_status(monkeypatch):
+    case = cases.random_case(SHAPE).with_work(boundary=np.full((2, 3), 72))
+    program = jax.jit(step, donate_argnums=(1, 2, 3))
+    threads = native.info()["threads"]
+    native.set_threads(1)
+    monkeypatch.setenv("FLUXION_TIMEOUT_S", "1e-9")
+    try:
+        done = program(case.work, *host_cache(case), case.flush)
+        assert done.status == STATUS_TIMEOUT
+        assert np.isneginf(done.lse).all()
+    finally:
+        native.set_threads(threads)
+
+
+WRONG_PROGRAMS = """
+import jax, numpy as np
+from tests.host_ops import cases
+from tests.host_ops.test_native_programs import flushing_case, host_cache, step
+
+case = flushing_case()
+work, flush, cache = case.work, case.flush, host_cache(case)
+for wrong_work, wrong_flush in [
+    (work._replace(q8=work.q8[:, :, :8]), flush),
+    (work._replace(granularity=work.granularity[:, :2]), flush),
+    (work._replace(k_units=work.k_units.astype(np.float32)), flush),
+    (work._replace(bitmap=np.zeros((2, 12, 9), np.uint32)), flush),
+    (work, flush._replace(v=flush.v[:, :, :3])),
+    (work, flush._replace(shift=flush.shift[:1])),
+]:
+    try:
+        jax.block_until_ready(jax.jit(step)(wrong_work, *cache, wrong_flush))
+    except Exception as error:
+        print(error)
+"""
+
+
+def test_a_wrong_shape_or_dtype_is_an_error_of_the_program():
+    # In a process of its own, because JAX brings such an error up once more at exit.
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG_PROGRAMS], capture_output=True, text=True, check=False
+    )
+    for line, said in zip(
+        done.stdout.splitlines(),
+        [
+            "q8: expected int8 [2, 12, 40], got int8 [2, 12, 8]",
+            "granularity: expected int32 [2, 3], got int32 [2, 2]",
+            "k_units: expected int32 [2, 12], got float32 [2, 12]",
+            "bitmap: expected uint32 [2, 12, 3], got uint32 [2, 12, 9]",
+            "flush.v: expected float32 [2, 3, 7, 16, 40], got float32 [2, 3, 3, 16, 40]",
+            "flush.shift: expected int32 [2, 3, 40], got int32 [1, 3, 40]",
+        ],
+        strict=True,
+    ):
+        assert said in line

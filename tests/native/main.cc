@@ -1,0 +1,20 @@
+// Runs every test, or those whose name contains one of the arguments; fails if any check failed.
+
+#include "check.h"
+
+int main(int argc, char** argv) {
+  auto& registry = fluxion_tests::registry();
+  int run = 0;
+  for (const auto& [name, body] : registry.tests) {
+    bool wanted = argc == 1;
+    for (int i = 1; i < argc; ++i) wanted |= name.find(argv[i]) != std::string::npos;
+    if (!wanted) continue;
+    const int before = registry.failures;
+    body();
+    ++run;
+    std::printf("%s %s\n", registry.failures == before ? "ok  " : "FAIL", name.c_str());
+    std::fflush(stdout);
+  }
+  std::printf("%d tests, %d failed checks\n", run, registry.failures);
+  return run == 0 || registry.failures > 0;
+}

@@ -1,0 +1,165 @@
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <thread>
+
+#include "check.h"
+#include "pool.h"
+#include "runtime.h"
+
+using namespace fluxion;
+
+namespace {
+
+// Counts how often each part ran.
+class CountingJob : public Job {
+ public:
+  CountingJob(Pool* pool, int64_t parts) : left(parts), runs(parts), pool_(pool) {
+    for (auto& count : runs) count = 0;
+  }
+  void run(int64_t part) noexcept override {
+    ++runs[part];
+    Pool* pool = pool_;
+    if (left.fetch_sub(1) == 1) pool->notify_done();
+  }
+  bool each_once() const {
+    for (const auto& count : runs) {
+      if (count != 1) return false;
+    }
+    return left == 0;
+  }
+  std::atomic<int64_t> left;
+  std::vector<std::atomic<int>> runs;
+
+ private:
+  Pool* pool_;
+};
+
+// Blocks the worker that runs it until it is opened.
+class Gate : public Job {
+ public:
+  void run(int64_t) noexcept override {
+    entered = true;
+    while (!open) std::this_thread::yield();
+    left = 0;
+  }
+  std::atomic<bool> entered{false};
+  std::atomic<bool> open{false};
+  std::atomic<int64_t> left{1};
+};
+
+const Clock::time_point kNever = Clock::time_point::max();
+
+}  // namespace
+
+TEST(pool_runs_every_part_once_with_any_number_of_threads) {
+  for (const int threads : {1, 2, 5}) {
+    Pool pool(threads);
+    for (int round = 0; round < 50; ++round) {
+      CountingJob first(&pool, 7);
+      CountingJob second(&pool, 1);
+      pool.push(&first, 7);
+      pool.push(&second, 1);
+      CHECK(pool.help(second.left, kNever));
+      CHECK(pool.help(first.left, kNever));
+      CHECK(first.each_once());
+      CHECK(second.each_once());
+    }
+  }
+}
+
+TEST(pool_without_workers_runs_nothing_by_itself) {
+  Pool pool(1);
+  CountingJob job(&pool, 2);
+  pool.push(&job, 2);
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  CHECK_EQ(job.left.load(), 2);
+  CHECK(pool.run_one());
+  CHECK(pool.run_one());
+  CHECK(!pool.run_one());
+  CHECK(job.each_once());
+}
+
+TEST(pool_workers_run_without_a_helper) {
+  Pool pool(2);
+  CountingJob job(&pool, 3);
+  pool.push(&job, 3);
+  const Clock::time_point end = Clock::now() + std::chrono::seconds(20);
+  while (job.left > 0 && Clock::now() < end) std::this_thread::yield();
+  CHECK(job.each_once());
+}
+
+TEST(help_gives_up_at_the_deadline) {
+  Pool pool(2);
+  Gate gate;
+  pool.push(&gate, 1);
+  while (!gate.entered) std::this_thread::yield();
+  CHECK(!pool.help(gate.left, Clock::now() + std::chrono::milliseconds(30)));
+  gate.open = true;
+  CHECK(pool.help(gate.left, kNever));
+}
+
+TEST(a_sleeping_helper_wakes_for_new_work) {
+  Pool pool(1);
+  CountingJob job(&pool, 1);
+  std::thread helper([&] { CHECK(pool.help(job.left, kNever)); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  pool.push(&job, 1);
+  helper.join();
+  CHECK(job.each_once());
+}
+
+TEST(changing_the_number_of_threads_loses_no_work) {
+  Pool pool(3);
+  std::atomic<bool> stop{false};
+  std::thread changer([&] {
+    for (int threads = 1; !stop; threads = threads % 4 + 1) pool.set_threads(threads);
+  });
+  for (int round = 0; round < 200; ++round) {
+    CountingJob job(&pool, 5);
+    pool.push(&job, 5);
+    CHECK(pool.help(job.left, kNever));
+    CHECK(job.each_once());
+  }
+  stop = true;
+  changer.join();
+}
+
+TEST(taking_the_last_worker_away_runs_what_is_queued) {
+  Pool pool(2);
+  Gate gate;
+  pool.push(&gate, 1);
+  while (!gate.entered) std::this_thread::yield();
+  CountingJob job(&pool, 3);
+  pool.push(&job, 3);
+  std::thread opener([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    gate.open = true;
+  });
+  pool.set_threads(1);
+  opener.join();
+  CHECK(job.each_once());
+}
+
+TEST(a_forked_child_has_a_working_pool) {
+  runtime().pool.set_threads(3);
+  CountingJob before(&runtime().pool, 4);
+  runtime().pool.push(&before, 4);
+  CHECK(runtime().pool.help(before.left, kNever));
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(30);
+    setenv("FLUXION_NUM_THREADS", "2", 1);
+    CountingJob job(&runtime().pool, 4);
+    runtime().pool.push(&job, 4);
+    // Not helping: the child must have a worker of its own.
+    while (job.left > 0) std::this_thread::yield();
+    // Runs the exit handlers, which must not wait for threads of the parent.
+    std::exit(job.each_once() ? 0 : 1);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  CHECK_EQ(status, 0);
+}

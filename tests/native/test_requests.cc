@@ -1,0 +1,299 @@
+// submit, start and collect together, as a program calls them.
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+#include "cases.h"
+#include "check.h"
+#include "operations.h"
+#include "runtime.h"
+
+using namespace fluxion;
+using namespace fluxion_tests;
+
+namespace {
+
+struct Result {
+  std::vector<float> out, lse;
+  int32_t status = -1;
+  float times[4];
+  std::vector<int32_t> blocks_read, units_scanned;
+  std::vector<uint32_t> selection;
+};
+
+Result collect_tick(Case& c, const int32_t tick[2], bool in_place = true) {
+  const Geometry& g = c.g;
+  Result r;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  r.out.assign(g.batch * g.heads * g.head_dim, nan);
+  r.lse.assign(g.batch * g.heads, nan);
+  r.blocks_read.assign(g.batch * g.kv_heads, -1);
+  r.units_scanned.assign(g.batch * g.kv_heads, -1);
+  r.selection.assign(g.batch * g.heads * g.words(), 0xdeadbeef);
+  collect(tick, g, c.cache(), c.flush(), in_place,
+          {r.out.data(), r.lse.data(), &r.status, r.times, r.blocks_read.data(),
+           r.units_scanned.data(), r.selection.data()});
+  return r;
+}
+
+Result run(Case& c, int32_t cancel = 0) {
+  WorkView work = c.work();
+  work.cancel = cancel;
+  int32_t tick[2];
+  submit(c.g, work, c.cache(), c.scale, tick);
+  std::atomic<bool> finished{false};
+  const bool held = start(tick, [&] { finished = true; });
+  Result r = collect_tick(c, tick);
+  while (held && !finished) std::this_thread::yield();
+  return r;
+}
+
+bool is_empty(const Result& r) {
+  return std::all_of(r.out.begin(), r.out.end(), [](float x) { return x == 0.0f; }) &&
+         std::all_of(r.lse.begin(), r.lse.end(), [](float x) { return std::isinf(x) && x < 0; });
+}
+
+bool same_bits(const Result& a, const Result& b) {
+  return std::memcmp(a.out.data(), b.out.data(), a.out.size() * sizeof(float)) == 0 &&
+         std::memcmp(a.lse.data(), b.lse.data(), a.lse.size() * sizeof(float)) == 0 &&
+         a.selection == b.selection && a.blocks_read == b.blocks_read;
+}
+
+std::set<int32_t> selected(const Result& r, const Geometry& g, int64_t row, int32_t below) {
+  std::set<int32_t> blocks;
+  for (int32_t i = 0; i < std::min<int64_t>(below, g.blocks); ++i) {
+    if (r.selection[row * g.words() + i / 32] >> (i % 32) & 1) blocks.insert(i);
+  }
+  return blocks;
+}
+
+// Attention of the selected blocks below the boundary. Which they are is tested against NumPy.
+void check_result(const Result& r, const Case& c) {
+  const Geometry& g = c.g;
+  for (int64_t b = 0; b < g.batch; ++b) {
+    for (int64_t n = 0; n < g.heads; ++n) {
+      const int64_t row = b * g.heads + n;
+      const int32_t boundary = c.boundary[b * g.kv_heads + n / g.group()];
+      const std::set<int32_t> whole = selected(r, g, row, static_cast<int32_t>(g.blocks));
+      CHECK(whole.empty() || (boundary > 0 && *whole.rbegin() < c.host_blocks[b]));
+      const State want = attend_plainly(c, b, n, selected(r, g, row, boundary));
+      CHECK_CLOSE(r.lse[row], want.lse, 3e-6);
+      for (int64_t i = 0; i < g.head_dim; ++i) {
+        CHECK_CLOSE(r.out[row * g.head_dim + i], want.out[i], 3e-6);
+      }
+    }
+  }
+}
+
+// Tasks of 5 chunks.
+const Geometry kLarge{2, 6, 2, 64, 320, DType::kBFloat16};
+
+Case large_case(uint32_t seed = 0) {
+  Case c = make_case(kLarge, seed);
+  select_all(&c);
+  return c;
+}
+
+}  // namespace
+
+TEST(requests_attend_to_their_selection) {
+  for (const Geometry& g : {Geometry{2, 6, 3, 24, 40, DType::kFloat32},
+                            Geometry{3, 14, 2, 64, 136, DType::kBFloat16},
+                            Geometry{1, 4, 4, 256, 8, DType::kFloat32}}) {
+    for (uint32_t seed = 0; seed < 3; ++seed) {
+      Case c = make_case(g, seed);
+      const Result r = run(c);
+      CHECK_EQ(r.status, 0);
+      check_result(r, c);
+    }
+  }
+  Case c = large_case();
+  const Result r = run(c);
+  check_result(r, c);
+  CHECK_EQ(r.blocks_read[0], 320);
+}
+
+TEST(results_have_the_same_bits_for_any_number_of_threads) {
+  Case c = make_case(kLarge, 5);
+  c.boundary.assign(c.boundary.size(), 320);
+  runtime().pool.set_threads(1);
+  const Result alone = run(c);
+  for (const int threads : {2, 3, 7}) {
+    runtime().pool.set_threads(threads);
+    for (int round = 0; round < 5; ++round) CHECK(same_bits(run(c), alone));
+  }
+}
+
+TEST(a_given_bitmap_is_used_and_cut_at_the_host_blocks) {
+  Case c = make_case({1, 2, 1, 16, 40, DType::kFloat32});
+  c.host_blocks = {35};
+  c.boundary = {40};
+  WorkView work = c.work();
+  const std::vector<uint32_t> bitmap = {0xffffffff, 0xffffffff, 0x00000001, 0xfffffff0};
+  work.bitmap = bitmap.data();
+  int32_t tick[2];
+  submit(c.g, work, c.cache(), c.scale, tick);
+  const Result r = collect_tick(c, tick);
+  CHECK_EQ(r.status, 0);
+  check_result(r, c);
+  CHECK_EQ(r.blocks_read[0], 35);
+  CHECK_EQ(r.units_scanned[0], 0);
+  CHECK_EQ(r.selection[1], 0x7u);
+  CHECK_EQ(r.selection[3], 0x0u);
+}
+
+TEST(ticks_are_collected_once_and_invented_ones_are_refused) {
+  Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
+  int32_t tick[2];
+  submit(c.g, c.work(), c.cache(), c.scale, tick);
+  CHECK_EQ(collect_tick(c, tick).status, 0);
+  const int32_t invented[][2] = {{tick[0], tick[1]}, {tick[0], tick[1] + 1}, {-5, 1},
+                                 {INT32_MAX, 1},     {INT32_MIN, 1},         {tick[0], 0}};
+  for (const auto& bad : invented) {
+    const Result r = collect_tick(c, bad);
+    CHECK_EQ(r.status, static_cast<int32_t>(kInvalid));
+    CHECK(is_empty(r));
+    CHECK(!start(bad, [] {}));
+  }
+}
+
+TEST(a_stale_tick_does_not_take_the_next_request_of_its_slot) {
+  Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
+  int32_t stale[2];
+  int32_t tick[2];
+  submit(c.g, c.work(), c.cache(), c.scale, stale);
+  CHECK_EQ(collect_tick(c, stale).status, 0);
+  submit(c.g, c.work(), c.cache(), c.scale, tick);
+  CHECK_EQ(tick[0], stale[0]);
+  CHECK_EQ(collect_tick(c, stale).status, static_cast<int32_t>(kInvalid));
+  CHECK(!start(stale, [] {}));
+  CHECK_EQ(collect_tick(c, tick).status, 0);
+}
+
+TEST(bad_values_are_refused_before_any_read) {
+  const auto status = [](const std::function<void(Case&)>& spoil) {
+    Case c = make_case({2, 4, 2, 16, 16, DType::kFloat32});
+    c.host_blocks = {16, 16};
+    c.boundary.assign(4, 16);
+    spoil(c);
+    const Result r = run(c);
+    CHECK(r.status == 0 || is_empty(r));
+    return r.status;
+  };
+  CHECK_EQ(status([](Case&) {}), 0);
+  CHECK_EQ(status([](Case& c) { c.host_blocks[1] = 17; }), 1);
+  CHECK_EQ(status([](Case& c) { c.host_blocks[1] = -1; }), 1);
+  CHECK_EQ(status([](Case& c) { c.granularity[3] = 48; }), 1);
+  CHECK_EQ(status([](Case& c) { c.granularity[3] = 0; }), 1);
+  CHECK_EQ(status([](Case& c) { c.first_block[0] = 16, c.num_blocks[0] = 1; }), 1);
+  CHECK_EQ(status([](Case& c) { c.k_units.assign(8, INT32_MAX); }), 0);
+  CHECK_EQ(status([](Case& c) { c.k_units.assign(8, INT32_MIN); }), 0);
+  CHECK_EQ(status([](Case& c) { c.boundary.assign(4, INT32_MAX); }), 0);
+  CHECK_EQ(status([](Case& c) { c.boundary.assign(4, INT32_MIN); }), 0);
+}
+
+TEST(a_failed_collect_writes_no_flush) {
+  Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
+  c.num_blocks = {1};
+  const Stored before = c.k;
+  int32_t tick[2];
+  submit(c.g, c.work(), c.cache(), c.scale, tick);
+  const Result copied = collect_tick(c, tick, false);
+  CHECK_EQ(copied.status, static_cast<int32_t>(kNotInPlace));
+  CHECK(is_empty(copied));
+  CHECK(c.k == before);
+  CHECK_EQ(run(c).status, 0);
+  CHECK_EQ(c.k.at(0), c.flush_k.at(0));
+}
+
+TEST(a_cache_that_moved_between_submit_and_collect_is_noticed) {
+  Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
+  int32_t tick[2];
+  submit(c.g, c.work(), c.cache(), c.scale, tick);
+  Case copy = c;
+  CHECK_EQ(collect_tick(copy, tick).status, static_cast<int32_t>(kNotInPlace));
+}
+
+TEST(cancel_words_stop_work_and_unknown_ones_are_refused) {
+  Case c = large_case();
+  CancelTable& cancels = runtime().cancels;
+  const int32_t word = cancels.create();
+  CHECK_EQ(run(c, word).status, 0);
+  CHECK(cancels.cancel(word));
+  const Result r = run(c, word);
+  CHECK_EQ(r.status, static_cast<int32_t>(kCancelled));
+  CHECK(is_empty(r));
+  CHECK(cancels.release(word));
+  CHECK(!cancels.release(word));
+  CHECK(!cancels.cancel(word));
+  CHECK_EQ(run(c, word).status, static_cast<int32_t>(kInvalid));
+}
+
+TEST(a_collect_that_takes_too_long_ends_with_a_status) {
+  Case c = large_case();
+  runtime().pool.set_threads(1);
+  setenv("FLUXION_TIMEOUT_S", "1e-9", 1);
+  const Result r = run(c);
+  unsetenv("FLUXION_TIMEOUT_S");
+  CHECK_EQ(r.status, static_cast<int32_t>(kTimeout));
+  CHECK(is_empty(r));
+  CHECK_EQ(run(c).status, 0);
+}
+
+TEST(an_injected_fault_hits_one_collect) {
+  Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
+  runtime().fault.arm(kInternal, 1);
+  CHECK_EQ(run(c).status, 0);
+  CHECK_EQ(run(c).status, static_cast<int32_t>(kInternal));
+  CHECK_EQ(run(c).status, 0);
+}
+
+TEST(work_runs_between_start_and_collect) {
+  runtime().pool.set_threads(2);
+  Case c = large_case();
+  int32_t tick[2];
+  submit(c.g, c.work(), c.cache(), c.scale, tick);
+  std::atomic<bool> finished{false};
+  if (start(tick, [&] { finished = true; })) {
+    while (!finished) std::this_thread::yield();
+  }
+  const Result r = collect_tick(c, tick);
+  CHECK_EQ(r.status, 0);
+  CHECK(r.times[1] > 0.0f && r.times[2] > 0.0f);
+  check_result(r, c);
+}
+
+TEST(drain_waits_and_gives_up_what_nobody_collects) {
+  runtime().pool.set_threads(2);
+  Case c = large_case();
+  const int before = runtime().slots.in_flight();
+  int32_t tick[2];
+  submit(c.g, c.work(), c.cache(), c.scale, tick);
+  start(tick, [] {});
+  CHECK_EQ(runtime().slots.in_flight(), before + 1);
+  CHECK_EQ(runtime().slots.drain(&runtime().pool, Clock::time_point::max()), before + 1);
+  CHECK_EQ(runtime().slots.in_flight(), 0);
+  // Too late to be expected, but not lost.
+  CHECK_EQ(collect_tick(c, tick).status, 0);
+}
+
+TEST(threads_with_their_own_caches_do_not_meet) {
+  runtime().pool.set_threads(3);
+  std::vector<std::thread> programs;
+  for (uint32_t seed = 0; seed < 3; ++seed) {
+    programs.emplace_back([seed] {
+      Case c = make_case({2, 4, 2, 24, 72, DType::kFloat32}, seed);
+      const Result first = run(c);
+      check_result(first, c);
+      for (int round = 0; round < 40; ++round) {
+        // Several in flight, collected in another order.
+        int32_t ticks[3][2];
+        for (auto& tick : ticks) submit(c.g, c.work(), c.cache(), c.scale, tick);
+        for (auto& tick : ticks) start(tick, [] {});
+        for (const int i : {1, 2, 0}) CHECK(same_bits(collect_tick(c, ticks[i]), first));
+      }
+    });
+  }
+  for (std::thread& program : programs) program.join();
+}

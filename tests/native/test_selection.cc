@@ -1,0 +1,67 @@
+#include <algorithm>
+#include <climits>
+#include <numeric>
+
+#include "cases.h"
+#include "check.h"
+#include "selection.h"
+
+using namespace fluxion;
+using namespace fluxion_tests;
+
+namespace {
+
+std::vector<uint32_t> plainly(const std::vector<int32_t>& scores, int64_t wanted, int64_t ratio,
+                              int64_t host_blocks) {
+  std::vector<int64_t> order(scores.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
+  std::vector<uint32_t> words((host_blocks + 31) / 32, 0);
+  wanted = std::clamp<int64_t>(wanted, 0, scores.size());
+  for (int64_t i = 0; i < wanted; ++i) {
+    for (int64_t block = order[i] * ratio; block < (order[i] + 1) * ratio; ++block) {
+      if (block < host_blocks) words[block / 32] |= uint32_t{1} << (block % 32);
+    }
+  }
+  return words;
+}
+
+void compare(const std::vector<int32_t>& scores, int64_t ratio, int64_t host_blocks) {
+  SelectionScratch scratch;
+  const int64_t units = static_cast<int64_t>(scores.size());
+  for (const int64_t wanted : {int64_t{-5}, int64_t{0}, int64_t{1}, units / 3, units / 2,
+                               units - 1, units, units + 7}) {
+    std::vector<uint32_t> words((host_blocks + 31) / 32, 0);
+    select_top(scores.data(), units, wanted, ratio, host_blocks, words.data(), scratch);
+    CHECK(words == plainly(scores, wanted, ratio, host_blocks));
+  }
+}
+
+}  // namespace
+
+TEST(selection_of_random_scores) {
+  std::mt19937 rng(1);
+  for (const int64_t host_blocks : {1, 7, 31, 32, 33, 64, 257, 1000}) {
+    for (const int64_t ratio : {1, 2, 4, 8}) {
+      const int64_t units = (host_blocks + ratio - 1) / ratio;
+      compare(integers<int32_t>(rng, units, -(1 << 23), 1 << 23), ratio, host_blocks);
+      compare(integers<int32_t>(rng, units, -3, 3), ratio, host_blocks);
+      compare(integers<int32_t>(rng, units, INT_MIN, INT_MAX), ratio, host_blocks);
+    }
+  }
+}
+
+TEST(selection_of_equal_scores_takes_the_lowest_ids) {
+  for (const int32_t score : {0, -1, INT_MIN, INT_MAX}) {
+    compare(std::vector<int32_t>(100, score), 1, 100);
+    compare(std::vector<int32_t>(13, score), 8, 100);
+  }
+}
+
+TEST(selection_with_one_outlier) {
+  std::vector<int32_t> scores(300, 5);
+  scores[200] = INT_MAX;
+  scores[100] = INT_MIN;
+  compare(scores, 1, 300);
+}

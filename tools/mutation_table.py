@@ -1,0 +1,135 @@
+"""The mutations: what is broken, and which tests have to notice.
+
+Each names the file, a text that occurs in it exactly once, what takes its place, and the tests.
+Keep the tests few and fast; they all have to pass on the unchanged tree.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+DEVICE = (
+    "tests/pallas_kernels/test_block_sparse_attention.py::test_matches_the_oracle_for_odd_sizes",
+)
+MERGE = ("tests/pallas_kernels/test_merge_states.py",)
+HOST = ("tests/host_ops/test_equivalence.py::test_random_cases",)
+APPEND = ("tests/host_ops/test_equivalence_append.py::test_append",)
+COLLECT = ("tests/host_ops/test_equivalence_append.py::test_collect_flushes",)
+STEP = (
+    "tests/attention/test_decode_attention.py"
+    "::test_full_budget_equals_full_attention[float32-1e-05-host-native]",
+)
+
+MUTATIONS = (
+    # Swapping K and V.
+    Mutation(
+        "device: V in the place of K",
+        "pallas_kernels/block_sparse_attention.py",
+        "tile_k = take_rows(keys, task, block)",
+        "tile_k = take_rows(values, task, block)",
+        DEVICE,
+    ),
+    Mutation(
+        "native host: V in the place of K",
+        "host_ops/csrc/tasks.cc",
+        "args.k = static_cast<const char*>(request_->cache_.k) + offset * bytes;",
+        "args.k = static_cast<const char*>(request_->cache_.v) + offset * bytes;",
+        HOST,
+    ),
+    Mutation(
+        "native host: the flush writes K into V",
+        "host_ops/csrc/append.cc",
+        "std::memcpy(static_cast<char*>(cache.v) + to, static_cast<const char*>(flush.v) + from,",
+        "std::memcpy(static_cast<char*>(cache.v) + to, static_cast<const char*>(flush.k) + from,",
+        APPEND,
+    ),
+    Mutation(
+        "XLA host: K in the place of V",
+        "host_ops/xla_attend.py",
+        "values = v[task // kv_heads, task % kv_heads, ids]",
+        "values = k[task // kv_heads, task % kv_heads, ids]",
+        HOST,
+    ),
+    Mutation(
+        "window: V enters in the place of K",
+        "fluxion_jax/attention.py",
+        "((cache.window_k, k_new), (cache.window_v, v_new))",
+        "((cache.window_k, v_new), (cache.window_v, v_new))",
+        STEP,
+    ),
+    # Dropping the merge.
+    Mutation(
+        "step: the host's share is not merged",
+        "fluxion_jax/attention.py",
+        "pallas_kernels.merge_states([window_state, device.state, host_state])",
+        "pallas_kernels.merge_states([window_state, device.state])",
+        STEP,
+    ),
+    Mutation(
+        "device: merging keeps only the first state",
+        "pallas_kernels/merge_states.py",
+        "merged = jnp.sum(weight[..., None] * known, axis=0)",
+        "merged = jnp.sum(weight[:1, ..., None] * known[:1], axis=0)",
+        MERGE,
+    ),
+    # Shifting a block table by one.
+    Mutation(
+        "device: every block is the one before it",
+        "pallas_kernels/block_sparse_attention.py",
+        "tile_v = take_rows(values, task, block)",
+        "tile_v = take_rows(values, task, jnp.maximum(block - 1, 0))",
+        DEVICE,
+    ),
+    Mutation(
+        "native host: every block is the one before it",
+        "host_ops/csrc/tasks.cc",
+        "blocks_.push_back(static_cast<int32_t>(w * 32 + bit));",
+        "blocks_.push_back(static_cast<int32_t>(std::max<int64_t>(w * 32 + bit - 1, 0)));",
+        HOST,
+    ),
+    Mutation(
+        "XLA host: every flushed block lands one further",
+        "host_ops/xla_append.py",
+        "block = flush.first_block[b] + i",
+        "block = flush.first_block[b] + i + 1",
+        APPEND,
+    ),
+    Mutation(
+        "step: every leaving block is announced one further",
+        "fluxion_jax/cache/append.py",
+        "first_block = host_tokens(layout, lengths) // BLOCK_TOKENS",
+        "first_block = host_tokens(layout, lengths) // BLOCK_TOKENS + 1",
+        STEP,
+    ),
+    # Forgetting one flushed block.
+    Mutation(
+        "step: the last leaving block is forgotten",
+        "fluxion_jax/cache/append.py",
+        "num_blocks = num_leaving(layout, lengths, count)",
+        "num_blocks = jnp.maximum(num_leaving(layout, lengths, count) - 1, 0)",
+        STEP,
+    ),
+    Mutation(
+        "native host: the last flushed block is forgotten",
+        "host_ops/csrc/append.cc",
+        "  const int64_t count = flush.num_blocks[b];\n  if (count == 0) return;",
+        "  const int64_t count = flush.num_blocks[b] - 1;\n  if (count <= 0) return;",
+        APPEND + COLLECT,
+    ),
+    Mutation(
+        "XLA host: the last flushed block is forgotten",
+        "host_ops/xla_append.py",
+        "counts = jnp.where(enabled, flush.num_blocks, 0)\n    if k.dtype",
+        "counts = jnp.where(enabled, jnp.maximum(flush.num_blocks - 1, 0), 0)\n    if k.dtype",
+        APPEND + COLLECT,
+    ),
+)

@@ -22,7 +22,7 @@ from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.cache.summaries import quantise_query
 from fluxion_jax.cache.window import window_mask, write_token
-from fluxion_jax.errors import ConfigError, UnsupportedError
+from fluxion_jax.errors import ConfigError, UnsupportedError, refused_by_name
 from fluxion_jax.jitting import jit
 from fluxion_jax.policy.protocol import Features, Plan, Policy
 from fluxion_jax.policy.split import Split
@@ -78,8 +78,8 @@ class LayerStats(NamedTuple):
       device_blocks: int32 `[B, K]`, likewise read by the device out of host memory.
       host_units: int32 `[B, K]`, summaries the host scored.
       device_units: int32 `[B, K]`, summaries the device scored.
-      host_times_s: float32 `[4]`: collect waited; threads were busy, summed; from submit to the
-        last task; scoring and selection, summed.
+      host_times_s: float32 `[7]`, in the order of `host_ops.TIMES`: `waited`, `busy`, `span`,
+        `scored`, `selected`, `attended` and `own`; see `host_ops.Collected`.
       granularity: int32 `[B, K]`, tokens of a unit, as planned.
       selection: uint32 `[B, N, W]`, the selected base blocks, or None.
       lse: float32 `[3, B, N]` of window, device share and host share, or None.
@@ -100,6 +100,7 @@ class LayerStats(NamedTuple):
     output_error: jax.Array | None
 
 
+@refused_by_name()
 def decode_attention(
     q: jax.Array,
     k_new: jax.Array,
@@ -133,7 +134,8 @@ def decode_attention(
 
     Raises:
       ConfigError: shapes do not fit the cache, or the policy's plan does not fit them.
-      UnsupportedError: more than 64 query heads share a KV head.
+      UnsupportedError: more than 64 query heads share a KV head, or an implementation that was
+        asked for cannot be used here.
     """
     execution = execution or Execution()
     _check_shapes(q, k_new, v_new, cache)
@@ -269,7 +271,7 @@ def _write_only(
         summaries,
         *state.state,
         status=status,
-        times=jnp.zeros((4,), jnp.float32),
+        times=jnp.zeros((len(host_ops.TIMES),), jnp.float32),
         blocks_read=nothing,
         units_scanned=nothing,
         selection=state.bitmap,
@@ -537,7 +539,7 @@ def _no_host_work(
         device_blocks=zero,
         host_units=zero,
         device_units=zero,
-        host_times_s=jnp.zeros((4,), jnp.float32),
+        host_times_s=jnp.zeros((len(host_ops.TIMES),), jnp.float32),
         granularity=plan.granularity,
         selection=jnp.zeros((batch, heads, 0), jnp.uint32) if return_selection else None,
         lse=jnp.stack([lse, empty, empty]) if return_selection else None,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import host_ops
 from fluxion_jax.attention import Execution, LayerStats
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
@@ -55,7 +56,7 @@ class LayerTotals(NamedTuple):
       device_blocks: int32 `[L]`.
       host_units: int32 `[L]`.
       device_units: int32 `[L]`.
-      host_times_s: float32 `[L, 4]`.
+      host_times_s: float32 `[L, 7]`, in the order of `host_ops.TIMES`.
       cached_blocks: int32 scalar, host blocks of one layer that could have been read.
       recall: float32 `[L]`, summed over steps of the mean over rows and heads; NaN if not measured.
       output_error: float32 `[L]`, likewise.
@@ -233,7 +234,7 @@ prefill_chunk = jit(_prefill_chunk, static_argnames=("graph", "execution"))
 def _no_totals(num_layers: int, execution: Execution) -> LayerTotals:
     count = jnp.zeros((num_layers,), jnp.int32)
     measured = jnp.full((num_layers,), 0.0 if execution.measure else jnp.nan, jnp.float32)
-    times = jnp.zeros((num_layers, 4), jnp.float32)
+    times = jnp.zeros((num_layers, len(host_ops.TIMES)), jnp.float32)
     cached = jnp.zeros((), jnp.int32)
     return LayerTotals(count, count, count, count, times, cached, measured, measured)
 

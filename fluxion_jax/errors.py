@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+
+import host_ops
+import pallas_kernels
 
 
 class FluxionError(Exception):
@@ -29,3 +34,21 @@ class UnsupportedError(FluxionError, NotImplementedError):
 
 class IntegrityError(FluxionError):
     """A file is truncated, incomplete, or not what its name or header says."""
+
+
+@contextlib.contextmanager
+def refused_by_name() -> Iterator[None]:
+    """Turns a leaf package's refusal of an implementation into this package's error.
+
+    The leaves cannot know `UnsupportedError`, for they never import the package that uses them.
+
+    Raises:
+      UnsupportedError: an implementation that was asked for cannot be used here.
+    """
+    try:
+        yield
+    except (
+        host_ops.UnavailableError,
+        pallas_kernels.UnsupportedImplementationError,
+    ) as error:
+        raise UnsupportedError(str(error)) from error

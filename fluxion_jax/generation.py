@@ -96,6 +96,7 @@ def generate(
 
     Raises:
       ConfigError: an argument is out of range, a prompt is empty or has unknown token ids.
+      UnsupportedError: an implementation named in `execution` cannot be used here.
       CacheFullError: prompt and new tokens together do not fit into the cache.
       FluxionError: a step failed; `cache` holds everything up to the last good step, and goes on
         after `cache.clear_status()`. Or such an error was pending when this was called.

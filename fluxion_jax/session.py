@@ -25,7 +25,7 @@ from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.rebuild import rebuild_summaries
 from fluxion_jax.compilations import compilations
 from fluxion_jax.decode import NO_TOKEN, Steps, decode_chunk, prefill_chunk
-from fluxion_jax.errors import FluxionError
+from fluxion_jax.errors import FluxionError, refused_by_name
 from fluxion_jax.interrupt import cancel_word, interrupt_held, wait
 from fluxion_jax.policy.parse import parse_policy
 from fluxion_jax.policy.protocol import Policy
@@ -85,7 +85,9 @@ class Session:
             cache = HostKV.allocate(layout, len(self.rows), capacity)
         check_cache(cache, self.model, fed)
         self.cache = cache
-        self.stats = DecodeStats(layout=cache.layout, host=host_ops.chosen(self.execution.host))
+        with refused_by_name():
+            host = host_ops.chosen(self.execution.host)
+        self.stats = DecodeStats(layout=cache.layout, host=host)
 
     def run(self) -> Iterator[Steps]:
         """Prefills and decodes; yields each chunk of steps once its cache is stored."""

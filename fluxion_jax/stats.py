@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import host_ops
 from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout
 from fluxion_jax.decode import LayerTotals
 
@@ -36,7 +37,7 @@ class DecodeStats:
       device_blocks: int64 `[L]`, blocks the device read out of host memory.
       host_units: int64 `[L]`, summaries the host scored.
       device_units: int64 `[L]`, summaries the device scored.
-      host_times_s: float64 `[L, 4]`: collect waited; threads busy; submit to done; selecting.
+      host_times_s: float64 `[L, 7]`, in the order of `host_ops.TIMES`.
       recall: float64 `[L]`, mean share of the attention mass that was read, or None.
       output_error: float64 `[L]`, mean error over the step's largest head output, or None.
     """
@@ -104,7 +105,9 @@ class DecodeStats:
         """Milliseconds from submit to the host's last task, over all layers of a step."""
         if not self.num_steps or np.ndim(self.host_times_s) != 2:
             return float("nan")
-        return float(self.host_times_s[:, 2].sum()) * 1e3 / self.num_steps
+        return (
+            float(self.host_times_s[:, host_ops.TIMES.index("span")].sum()) * 1e3 / self.num_steps
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values; a figure that was not measured is None."""

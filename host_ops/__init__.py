@@ -23,6 +23,7 @@ from host_ops.types import STATUS_INVALID as STATUS_INVALID
 from host_ops.types import STATUS_NOT_IN_PLACE as STATUS_NOT_IN_PLACE
 from host_ops.types import STATUS_OK as STATUS_OK
 from host_ops.types import STATUS_TIMEOUT as STATUS_TIMEOUT
+from host_ops.types import TIMES as TIMES
 from host_ops.types import Collected as Collected
 from host_ops.types import Flush as Flush
 from host_ops.types import Work as Work

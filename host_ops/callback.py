@@ -17,7 +17,7 @@ import numpy as np
 
 from host_ops import control, memory, numpy_reference
 from host_ops.in_place import call_in_place
-from host_ops.types import STATUS_CANCELLED, STATUS_INVALID, Collected, Flush, Work
+from host_ops.types import STATUS_CANCELLED, STATUS_INVALID, TIMES, Collected, Flush, Work
 
 # A slot that no other submit hands out: `collect` refuses the ticks of other implementations.
 _TICK_SLOT = -2
@@ -38,7 +38,8 @@ def append(
 
     def run(cache: Sequence[np.ndarray], results: Sequence[np.ndarray], operands: Any) -> None:
         (status,) = results
-        status[...] = numpy_reference.append(*_split(cache), operands)
+        fault = control.take_fault("append")
+        status[...] = fault or numpy_reference.append(*_split(cache), operands)
 
     cache, (status,) = call_in_place(
         run, _to_device(k, v, summaries), (jax.ShapeDtypeStruct((1,), jnp.int32),), flush
@@ -74,7 +75,7 @@ def collect(
         jax.ShapeDtypeStruct((batch, num_heads, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((batch, num_heads), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
-        jax.ShapeDtypeStruct((4,), jnp.float32),
+        jax.ShapeDtypeStruct((len(TIMES),), jnp.float32),
         jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
         jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
         jax.ShapeDtypeStruct((batch, num_heads, words), jnp.uint32),
@@ -93,7 +94,7 @@ def collect(
         blocks_read[...], units_scanned[...] = share.blocks_read, share.units_scanned
         selection[...] = share.selection
         elapsed_s = time.perf_counter() - start_s
-        times[...] = (elapsed_s, elapsed_s, elapsed_s, share.select_s)
+        times[...] = (elapsed_s, elapsed_s, elapsed_s, *share.stages_s, 0.0)
 
     cache, results = call_in_place(
         run, _to_device(k, v, summaries), result_types, (tick, work, flush, after)
@@ -116,7 +117,7 @@ def _refusal(tick: np.ndarray, work: Work) -> int:
         return STATUS_INVALID
     if control.is_cancelled(int(work.cancel[0])):
         return STATUS_CANCELLED
-    return control.take_fault()
+    return control.take_fault("collect")
 
 
 def _to_device(k: jax.Array, v: jax.Array, summaries: jax.Array | None) -> list[jax.Array]:

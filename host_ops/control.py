@@ -12,7 +12,8 @@ from host_ops.types import STATUS_OK
 _lock = threading.Lock()
 _ids = itertools.count(1)
 _cancelled: dict[int, bool] = {}
-_fault: tuple[int, int] | None = None
+_OPERATIONS = ("append", "collect")
+_faults: dict[str, tuple[int, int]] = {}
 
 
 def _native() -> ModuleType | None:
@@ -70,24 +71,36 @@ def is_cancelled(word: int) -> bool:
     return _cancelled.get(word, False)
 
 
-def inject_fault(status: int, after_collects: int = 0, *, implementation: str = "native") -> None:
-    """Makes one later `collect` report `status`: a seam for tests of error handling.
+def inject_fault(
+    status: int,
+    after_calls: int = 0,
+    *,
+    operation: str = "collect",
+    implementation: str = "native",
+) -> None:
+    """Makes one later call report `status` and write nothing: a seam for tests of error handling.
 
     Args:
       status: `STATUS_*` bits; `STATUS_OK` takes a pending fault back.
-      after_collects: how many collects still succeed before it.
+      after_calls: how many calls of the operation still succeed before it.
+      operation: "collect" or "append".
       implementation: "native" or "numpy"; the XLA tier has no state that could hold a fault.
 
     Raises:
+      ValueError: if there is no such operation.
       UnavailableError: if the implementation cannot be used or cannot be made to fail.
     """
-    global _fault
+    if operation not in _OPERATIONS:
+        raise ValueError(
+            f"operation: expected one of {list(_OPERATIONS)}, got {operation!r}; "
+            "a submit that fails is reported by its collect"
+        )
     library = _native()
     if implementation == "native" and library is not None:
-        library.inject_fault(status, after_collects)
+        library.inject_fault(status, after_calls, operation=operation)
     elif implementation == "numpy":
         with _lock:
-            _fault = None if status == STATUS_OK else (status, after_collects)
+            _faults[operation] = (status, after_calls)
     else:
         raise UnavailableError(
             f"expected an implementation that can be made to fail, got {implementation!r}; "
@@ -95,12 +108,11 @@ def inject_fault(status: int, after_collects: int = 0, *, implementation: str = 
         )
 
 
-def take_fault() -> int:
-    """The status that the current `collect` of a Python tier has to report."""
-    global _fault
+def take_fault(operation: str) -> int:
+    """The status that the current call of an operation of a Python tier has to report."""
     with _lock:
-        if _fault is None:
+        status, left = _faults.pop(operation, (STATUS_OK, 0))
+        if left:
+            _faults[operation] = (status, left - 1)
             return STATUS_OK
-        status, left = _fault
-        _fault = (status, left - 1) if left else None
-        return STATUS_OK if left else status
+        return status

@@ -19,7 +19,7 @@ import numpy as np
 
 from host_ops import native
 from host_ops.memory import HOST, retag
-from host_ops.types import Collected, Flush, Work
+from host_ops.types import TIMES, Collected, Flush, Work
 
 
 def append(
@@ -128,7 +128,7 @@ def collect(
         jax.ShapeDtypeStruct((batch, heads, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((batch, heads), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
-        jax.ShapeDtypeStruct((4,), jnp.float32),
+        jax.ShapeDtypeStruct((len(TIMES),), jnp.float32),
         jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
         jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
     ]

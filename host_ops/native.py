@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 # Has to match fluxion_interface_version() in csrc/c_api.cc.
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 MAX_THREADS = 1024
 TARGETS = ("fluxion_append", "fluxion_submit", "fluxion_start", "fluxion_collect")
 
@@ -118,14 +118,15 @@ def release_cancel_word(word: int) -> None:
     _require().fluxion_release_cancel_word(word)
 
 
-def inject_fault(status: int, after_collects: int = 0) -> None:
-    """Makes one later collect report `status` as if its tasks had failed: a seam for tests.
+def inject_fault(status: int, after_calls: int = 0, *, operation: str = "collect") -> None:
+    """Makes one later call report `status` and write nothing: a seam for tests.
 
     Args:
       status: `STATUS_*` bits; 0 takes a pending fault back.
-      after_collects: how many collects still succeed before it.
+      after_calls: how many calls of the operation still succeed before it.
+      operation: "collect" or "append".
     """
-    _require().fluxion_inject_fault(status, after_collects)
+    getattr(_require(), f"fluxion_inject_{operation}_fault")(status, after_calls)
 
 
 def require() -> None:
@@ -199,7 +200,9 @@ def _declare(library: ctypes.CDLL) -> None:
         getattr(library, f"fluxion_{name}").restype = ctypes.c_int32
     for name in ("set_threads", "cancel", "release_cancel_word"):
         getattr(library, f"fluxion_{name}").argtypes = [ctypes.c_int32]
-    library.fluxion_inject_fault.argtypes = [ctypes.c_int32, ctypes.c_int64]
+    for name in ("append", "collect"):
+        inject = getattr(library, f"fluxion_inject_{name}_fault")
+        inject.argtypes = [ctypes.c_int32, ctypes.c_int64]
 
 
 def _environment_problem() -> str | None:

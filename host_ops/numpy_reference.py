@@ -29,7 +29,10 @@ NOT_A_UNIT = np.iinfo(np.int32).min
 
 
 class HostShare(NamedTuple):
-    """Result of `collect`: what `host_ops.types.Collected` has besides the caches and its times."""
+    """Result of `collect`: what `host_ops.types.Collected` has besides the caches and its times.
+
+    `stages_s` is how long scoring, selection and attention took.
+    """
 
     out: np.ndarray
     lse: np.ndarray
@@ -37,7 +40,7 @@ class HostShare(NamedTuple):
     blocks_read: np.ndarray
     units_scanned: np.ndarray
     selection: np.ndarray
-    select_s: float
+    stages_s: tuple[float, float, float]
 
 
 def quantise_query(q: np.ndarray, exponents: np.ndarray, shared: np.ndarray) -> np.ndarray:
@@ -219,11 +222,12 @@ def collect(
     is_task = _is_task(work)
     blocks = np.arange(num_blocks)
     units_scanned = np.zeros((batch, num_kv_heads), np.int32)
-    start_s = time.perf_counter()
+    clock_s = [time.perf_counter()] * 2
     if work.bitmap is None:
         granularity = np.where(is_task, work.granularity, BLOCK_TOKENS)
         assert summaries is not None
         scores = score(work.q8, summaries, granularity, work.host_blocks)
+        clock_s[1] = time.perf_counter()
         bitmap = select(scores, granularity, work.host_blocks, work.k_units, work.shared != 0)
         for b, kv in np.argwhere(is_task):
             units = num_units(granularity[b, kv], work.host_blocks[b])
@@ -236,8 +240,10 @@ def collect(
     chosen = unpack(bitmap, num_blocks) & (blocks < work.host_blocks[:, None, None])
     chosen &= np.repeat(is_task, group, axis=1)[:, :, None]
     mine = chosen & (blocks < np.repeat(work.boundary, group, axis=1)[:, :, None])
-    select_s = time.perf_counter() - start_s
+    clock_s.append(time.perf_counter())
     out, lse = attend(work.q, k, v, pack(mine), scale)
+    clock_s.append(time.perf_counter())
+    start_s, scored_s, selected_s, attended_s = clock_s
     union = mine.reshape(batch, num_kv_heads, group, num_blocks).any(2)
     status = append(k, v, summaries, flush)
     return HostShare(
@@ -247,7 +253,7 @@ def collect(
         union.sum(-1).astype(np.int32),
         units_scanned,
         pack(chosen),
-        select_s,
+        (scored_s - start_s, selected_s - scored_s, attended_s - selected_s),
     )
 
 
@@ -271,5 +277,5 @@ def no_work(work: Any, num_blocks: int, num_kv_heads: int, status: int) -> HostS
         blocks_read=np.zeros((batch, num_kv_heads), np.int32),
         units_scanned=np.zeros((batch, num_kv_heads), np.int32),
         selection=np.zeros((batch, num_heads, -(-num_blocks // 32)), np.uint32),
-        select_s=0.0,
+        stages_s=(0.0, 0.0, 0.0),
     )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from host_ops import memory, ordering
-from host_ops.types import STATUS_INVALID, Collected, Flush, Work
+from host_ops.types import STATUS_INVALID, TIMES, Collected, Flush, Work
 from host_ops.xla_append import invalid_flush, write_blocks, write_summaries
 from host_ops.xla_attend import attend
 from host_ops.xla_select import pack, score_units, select_blocks, units_of, unpack
@@ -85,7 +85,7 @@ def collect(
         out=out,
         lse=lse,
         status=status[None],
-        times=jnp.full((4,), jnp.nan, jnp.float32),
+        times=jnp.full((len(TIMES),), jnp.nan, jnp.float32),
         blocks_read=mine.any(axis=2).sum(axis=-1, dtype=jnp.int32),
         units_scanned=units_scanned,
         selection=pack(chosen).reshape(batch, num_heads, -1) if return_selection else None,

@@ -15,6 +15,7 @@ from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
 from fluxion_jax.cache.summaries import summarise_blocks
 from fluxion_jax.cache.window import leaving_blocks, num_leaving, write_chunk
+from fluxion_jax.errors import refused_by_name
 from fluxion_jax.jitting import jit
 
 
@@ -52,6 +53,7 @@ def with_layer(cache: HostKV, index: int, **layer: jax.Array) -> HostKV:
     return cache.replace(**{name: put(getattr(cache, name), x) for name, x in layer.items()})
 
 
+@refused_by_name()
 def append_chunk(
     cache: HostKV,
     index: int,
@@ -72,6 +74,9 @@ def append_chunk(
       after: any small array that every read of the old cache leads to. It orders the write after
         them; without that order XLA would copy the whole cache.
       implementation: which host operations to use.
+
+    Raises:
+      UnsupportedError: they cannot be used here.
     """
     if cache.num_host_blocks == 0:
         return _write_window(cache, index, k_chunk, v_chunk, count)

@@ -15,15 +15,20 @@ from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
 from fluxion_jax.cache.summaries import MIN_EXPONENT, summarise_blocks
 from fluxion_jax.chunk_attention import TILE_BLOCKS, fetch_blocks
+from fluxion_jax.errors import refused_by_name
 from fluxion_jax.jitting import jit
 
 
+@refused_by_name()
 def rebuild_summaries(cache: HostKV, implementation: host_ops.Implementation = None) -> HostKV:
     """Makes exponents and summaries what they would be if only the cached tokens had ever come.
 
     Args:
       cache: consumed; keys and values stay as they are, and so does its status.
       implementation: which host operations to use.
+
+    Raises:
+      UnsupportedError: they cannot be used here.
     """
     return _rebuild(cache, implementation) if cache.num_host_blocks else cache
 

@@ -23,7 +23,7 @@ int32_t guarded(const Body& body) noexcept {
 }  // namespace
 
 // Raised whenever a handler's operands or one of these functions change their meaning.
-FLUXION_EXPORT int32_t fluxion_interface_version() { return 1; }
+FLUXION_EXPORT int32_t fluxion_interface_version() { return 2; }
 
 FLUXION_EXPORT const char* fluxion_variant() { return fluxion::kernels().name; }
 
@@ -68,9 +68,16 @@ FLUXION_EXPORT int32_t fluxion_release_cancel_word(int32_t id) {
   return guarded([&] { return runtime().cancels.release(id) ? 1 : 0; });
 }
 
-FLUXION_EXPORT int32_t fluxion_inject_fault(int32_t status, int64_t after_collects) {
+FLUXION_EXPORT int32_t fluxion_inject_append_fault(int32_t status, int64_t after_calls) {
   return guarded([&] {
-    runtime().fault.arm(static_cast<uint32_t>(status), after_collects);
+    runtime().append_fault.arm(static_cast<uint32_t>(status), after_calls);
+    return 0;
+  });
+}
+
+FLUXION_EXPORT int32_t fluxion_inject_collect_fault(int32_t status, int64_t after_calls) {
+  return guarded([&] {
+    runtime().collect_fault.arm(static_cast<uint32_t>(status), after_calls);
     return 0;
   });
 }

@@ -185,7 +185,7 @@ ffi::Error collect_impl(ffi::RemainingArgs args, ffi::RemainingRets rets, bool h
   out.out = static_cast<float*>(in.ret("out", DataType::F32, {g.batch, g.heads, g.head_dim}));
   out.lse = static_cast<float*>(in.ret("lse", DataType::F32, {g.batch, g.heads}));
   out.status = static_cast<int32_t*>(in.ret("status", DataType::S32, {1}));
-  out.times = static_cast<float*>(in.ret("times", DataType::F32, {4}));
+  out.times = static_cast<float*>(in.ret("times", DataType::F32, {kTimes}));
   out.blocks_read =
       static_cast<int32_t*>(in.ret("blocks_read", DataType::S32, {g.batch, g.kv_heads}));
   out.units_scanned =

@@ -17,7 +17,6 @@ float seconds(Clock::duration duration) { return std::chrono::duration<float>(du
 void write_empty(const Geometry& g, const CollectOut& out) {
   std::fill_n(out.out, g.batch * g.heads * g.head_dim, 0.0f);
   std::fill_n(out.lse, g.batch * g.heads, -std::numeric_limits<float>::infinity());
-  std::fill_n(out.times, 4, 0.0f);
   std::fill_n(out.blocks_read, g.batch * g.kv_heads, 0);
   std::fill_n(out.units_scanned, g.batch * g.kv_heads, 0);
   if (out.selection != nullptr) {
@@ -43,21 +42,32 @@ void finish(Runtime& run, Request& request) {
   run.pool.help(request.left(), Clock::time_point::max());
 }
 
+uint32_t check_collect(const Request& request, const Geometry& geometry, const CacheView& cache,
+                       const FlushView& flush) {
+  uint32_t status = request.status() | validate_flush(geometry, flush);
+  if (!(request.geometry() == geometry)) status |= kInvalid;
+  const CacheView& seen = request.cache();
+  const bool moved = seen.k != cache.k || seen.v != cache.v || seen.summaries != cache.summaries;
+  return moved ? status | kNotInPlace : status;
+}
+
 }  // namespace
 
 uint32_t append(const Geometry& geometry, const CacheView& cache, const FlushView& flush) noexcept {
-  const uint32_t status = validate_flush(geometry, flush);
-  if (status != kOk) return status;
+  uint32_t status = validate_flush(geometry, flush);
   try {
-    write_flush(geometry, cache, flush, &runtime().pool);
+    Runtime& run = runtime();
+    status |= run.append_fault.next();
+    if (status == kOk) write_flush(geometry, cache, flush, &run.pool);
   } catch (...) {
     return kInternal;
   }
-  return kOk;
+  return status;
 }
 
 void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
             int32_t tick[2]) noexcept {
+  const Clock::time_point start = Clock::now();
   tick[0] = kFailedSlot;
   tick[1] = kInternal;
   try {
@@ -73,6 +83,7 @@ void submit(const Geometry& geometry, const WorkView& work, const CacheView& cac
     }
     tick[0] = slot->index;
     tick[1] = slot->generation;
+    slot->request.submit_s = seconds(Clock::now() - start);
     run.slots.publish(slot);
   } catch (...) {
     return;
@@ -93,39 +104,39 @@ bool start(const int32_t tick[2], std::function<void()> action) noexcept {
 
 void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& cache,
              const FlushView& flush, bool in_place, const CollectOut& out) noexcept {
-  write_empty(geometry, out);
+  const Clock::time_point start = Clock::now();
   uint32_t status = in_place ? kOk : kNotInPlace;
+  float times[kTimes] = {};
   try {
     Runtime& run = runtime();
-    status |= run.fault.next();
+    status |= run.collect_fault.next();
     Slot* slot = tick[0] < 0 ? nullptr : run.slots.claim(tick[0], tick[1]);
     if (slot == nullptr) {
-      const bool failed = tick[0] == kFailedSlot && tick[1] == kInternal;
-      *out.status = static_cast<int32_t>(status | (failed ? kInternal : kInvalid));
-      return;
+      status |= tick[0] == kFailedSlot && tick[1] == kInternal ? kInternal : kInvalid;
+    } else {
+      Request& request = slot->request;
+      const Clock::time_point claimed = Clock::now();
+      finish(run, request);
+      times[kWaited] = seconds(Clock::now() - claimed);
+      times[kBusy] = static_cast<float>(request.busy_s());
+      times[kSpan] = static_cast<float>(request.span_s());
+      times[kScored] = static_cast<float>(request.scored_s());
+      times[kSelected] = static_cast<float>(request.selected_s());
+      times[kAttended] = static_cast<float>(request.attended_s());
+      times[kOwn] = static_cast<float>(request.submit_s);
+      status |= check_collect(request, geometry, cache, flush);
+      if (status == kOk) {
+        write_results(request, out);
+        write_flush(geometry, cache, flush, &run.pool);
+      }
+      run.slots.release(slot);
     }
-    Request& request = slot->request;
-    const Clock::time_point start = Clock::now();
-    finish(run, request);
-    out.times[0] = seconds(Clock::now() - start);
-    out.times[1] = static_cast<float>(request.busy_s());
-    out.times[2] = static_cast<float>(request.span_s());
-    out.times[3] = static_cast<float>(request.select_s());
-    status |= request.status();
-    if (!(request.geometry() == geometry)) status |= kInvalid;
-    const CacheView& seen = request.cache();
-    const bool moved =
-        seen.k != cache.k || seen.v != cache.v || seen.summaries != cache.summaries;
-    if (moved) status |= kNotInPlace;
-    status |= validate_flush(geometry, flush);
-    if (status == kOk) {
-      write_results(request, out);
-      write_flush(geometry, cache, flush, &run.pool);
-    }
-    run.slots.release(slot);
   } catch (...) {
     status |= kInternal;
   }
+  if (status != kOk) write_empty(geometry, out);
+  times[kOwn] += seconds(Clock::now() - start) - times[kWaited];
+  std::copy_n(times, kTimes, out.times);
   *out.status = static_cast<int32_t>(status);
 }
 

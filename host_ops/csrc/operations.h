@@ -26,12 +26,24 @@ void submit(const Geometry& geometry, const WorkView& work, const CacheView& cac
 // collect. Without worker threads nothing begins before collect, and false is returned.
 bool start(const int32_t tick[2], std::function<void()> action) noexcept;
 
+// What `CollectOut::times` holds, in seconds; the names are those of TIMES in host_ops/types.py.
+enum Time {
+  kWaited,    // collect waited or helped, until the last task was done
+  kBusy,      // threads worked, summed over them; contains the next three
+  kSpan,      // from submit to the end of the last task
+  kScored,    // scoring, summed over threads
+  kSelected,  // selection, summed over threads
+  kAttended,  // attention, summed over threads
+  kOwn,       // submit and collect themselves, without waiting: copies in and out, the flush
+  kTimes,
+};
+
 // Where collect writes. All of it is written on every path.
 struct CollectOut {
   float* out;              // [B, N, H]
   float* lse;              // [B, N]
   int32_t* status;         // [1]
-  float* times;            // [4] seconds: waited, busy, span, select
+  float* times;            // [kTimes]
   int32_t* blocks_read;    // [B, K]
   int32_t* units_scanned;  // [B, K]
   uint32_t* selection;     // [B, N, W], or null

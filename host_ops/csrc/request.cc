@@ -66,7 +66,7 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   started_.store(false, std::memory_order_relaxed);
   left_.store(0, std::memory_order_relaxed);
   busy_ns_.store(0, std::memory_order_relaxed);
-  select_ns_.store(0, std::memory_order_relaxed);
+  for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
   span_ns_.store(0, std::memory_order_relaxed);
   const uint32_t status = cancel_known ? validate(work) : kInvalid;
   status_.store(status, std::memory_order_relaxed);
@@ -86,6 +86,10 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
       tasks_[task_count_++]->prepare(this, b, k);
     }
   }
+  // Largest first, so that no large task is left over when all others are done.
+  std::sort(tasks_.begin(), tasks_.begin() + task_count_, [](const auto& a, const auto& b) {
+    return a->bytes() != b->bytes() ? a->bytes() > b->bytes() : a->index() < b->index();
+  });
   submitted_ = Clock::now();
   left_.store(task_count_, std::memory_order_release);
   return kOk;
@@ -96,7 +100,7 @@ void Request::start(Pool* pool) noexcept {
   pool_ = pool;
   // The request may be finished, collected and reused while the last push returns.
   const int64_t count = task_count_;
-  for (int64_t i = 0; i < count; ++i) pool->push(tasks_[i].get(), 1);
+  for (int64_t i = 0; i < count; ++i) tasks_[i]->start();
 }
 
 bool Request::when_finished(std::function<void()> action) {

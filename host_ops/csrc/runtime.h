@@ -16,16 +16,16 @@
 
 namespace fluxion {
 
-// A test seam: one collect is made to fail as if its tasks had.
+// A test seam: one call of an operation is made to fail.
 class Fault {
  public:
-  // Lets `after_collects` collects pass and adds `status` to the next; kOk disarms.
-  void arm(uint32_t status, int64_t after_collects) {
+  // Lets `after_calls` calls pass and adds `status` to the next; kOk disarms.
+  void arm(uint32_t status, int64_t after_calls) {
     status_.store(status, std::memory_order_relaxed);
-    countdown_.store(status == kOk ? 0 : after_collects + 1, std::memory_order_release);
+    countdown_.store(status == kOk ? 0 : after_calls + 1, std::memory_order_release);
   }
 
-  // To be called by every collect; returns the status to add.
+  // To be called by every call; returns the status to add.
   uint32_t next() {
     if (countdown_.load(std::memory_order_acquire) <= 0) return kOk;
     return countdown_.fetch_sub(1, std::memory_order_acq_rel) == 1
@@ -42,7 +42,8 @@ struct Runtime {
   Pool pool{default_threads()};
   SlotTable slots;
   CancelTable cancels;
-  Fault fault;
+  Fault append_fault;
+  Fault collect_fault;
 };
 
 Runtime& runtime();

@@ -13,7 +13,6 @@ namespace {
 // Memory of a thread that runs tasks; it grows to the largest task seen and stays.
 struct Scratch {
   std::vector<float> attention;
-  std::vector<int32_t> scores;
   std::vector<int16_t> split_queries;
   SelectionScratch selection;
 };
@@ -33,117 +32,161 @@ int64_t elapsed_ns(Clock::time_point start) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
 }
 
+int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 }  // namespace
 
 void Task::prepare(Request* request, int64_t batch, int64_t kv_head) {
   request_ = request;
   batch_ = batch;
   kv_head_ = kv_head;
-  chunks_ = -1;
-  chunks_left_.store(0, std::memory_order_relaxed);
+  index_ = batch * request->geometry_.kv_heads + kv_head;
   blocks_.clear();
   head_masks_.clear();
+  const Geometry& g = request->geometry_;
+  int64_t blocks = std::min(request->boundary_[index_], request->host_blocks_[batch]);
+  ranked_ = false;
+  if (!request->has_bitmap_) {
+    plan_scoring();
+    const int32_t* wanted = request->k_units_.data() + batch * g.heads + kv_head * g.group();
+    int64_t most_read = 0;
+    for (int64_t h = 0; h < g.group(); ++h) most_read += std::max<int64_t>(wanted[h], 0) * ratio_;
+    blocks = std::min(blocks, most_read);
+  }
+  const int64_t scored = ranked_ ? units_ * 2 * g.head_dim : 0;
+  bytes_ = scored + blocks * 2 * g.block_elements() * element_bytes(g.dtype);
 }
 
-void Task::run(int64_t part) noexcept {
+// Nothing is ranked where every head wants nothing, or every head wants all.
+void Task::plan_scoring() {
+  const Geometry& g = request_->geometry_;
+  ratio_ = request_->granularity_[index_] / kBlockTokens;
+  units_ = parts_of(request_->host_blocks_[batch_], ratio_);
+  shared_ = request_->shared_[index_] != 0;
+  const int32_t* wanted = request_->k_units_.data() + batch_ * g.heads + kv_head_ * g.group();
+  const auto [least, most] = std::minmax_element(wanted, wanted + g.group());
+  most_wanted_ = *most;
+  ranked_ = *most > 0 && *least < units_;
+  if (!ranked_) return;
+  request_->units_scanned_[index_] = static_cast<int32_t>(units_);
+  grown(&scores_, g.group() * units_);
+}
+
+void Task::start() {
+  begin(ranked_ ? Stage::kScore : Stage::kSelect, ranked_ ? parts_of(units_, kScoreUnits) : 1);
+  request_->pool_->push(this, parts_);
+}
+
+void Task::begin(Stage stage, int64_t parts) {
+  stage_ = stage;
+  parts_ = parts;
+  parts_left_.store(parts, std::memory_order_relaxed);
+}
+
+void Task::go_on(Stage stage, int64_t parts) {
+  begin(stage, parts);
+  // What one thread has to do alone, this one does at once.
+  if (parts == 1) return run(0);
+  request_->pool_->push(this, parts);
+}
+
+template <typename Body>
+void Task::timed(const Body& body) noexcept {
   const Clock::time_point start = Clock::now();
-  const bool selecting = chunks_ < 0;
   if (!request_->stopped()) {
     try {
-      if (selecting) {
-        select();
-      } else {
-        attend(part);
-      }
+      body();
     } catch (...) {
       request_->fail(kInternal);
     }
   }
   const int64_t took = elapsed_ns(start);
   request_->busy_ns_.fetch_add(took, std::memory_order_relaxed);
-  if (selecting) {
-    request_->select_ns_.fetch_add(took, std::memory_order_relaxed);
-    if (chunks_ <= 0 || request_->stopped()) return finish();
-    chunks_left_.store(chunks_, std::memory_order_relaxed);
-    request_->pool_->push(this, chunks_);
-  } else if (chunks_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-    merge();
-    finish();
-  }
+  request_->stage_ns_[static_cast<int>(stage_)].fetch_add(took, std::memory_order_relaxed);
 }
 
-void Task::finish() { request_->task_finished(); }
-
-void Task::select() {
-  const Geometry& g = request_->geometry_;
-  if (!request_->has_bitmap_) score_and_select();
-  collect_union();
-  const int64_t count = static_cast<int64_t>(blocks_.size());
-  request_->blocks_read_[batch_ * g.kv_heads + kv_head_] = static_cast<int32_t>(count);
-  const int64_t chunks = (count + kChunkBlocks - 1) / kChunkBlocks;
-  grown(&partials_, chunks * g.group() * (g.head_dim + 2));
-  chunks_ = chunks;
-}
-
-void Task::score_and_select() {
-  const Geometry& g = request_->geometry_;
-  const int64_t task = batch_ * g.kv_heads + kv_head_;
-  const int64_t group = g.group();
-  const int64_t first_head = batch_ * g.heads + kv_head_ * group;
-  const int64_t host_blocks = request_->host_blocks_[batch_];
-  const int64_t ratio = request_->granularity_[task] / kBlockTokens;
-  const int level = ratio == 1 ? 0 : ratio == 2 ? 1 : ratio == 4 ? 2 : 3;
-  const int64_t units = (host_blocks + ratio - 1) / ratio;
-
-  // Nothing to rank where every head wants nothing, or every head wants all.
-  const int32_t* wanted = request_->k_units_.data() + first_head;
-  uint32_t* words = request_->bitmap_.data() + first_head * g.words();
-  const auto [least, most] = std::minmax_element(wanted, wanted + group);
-  if (*most <= 0) return;
-  Scratch& memory = scratch();
-  if (*least >= units) {
-    for (int64_t h = 0; h < group; ++h) {
-      select_top(nullptr, units, units, ratio, host_blocks, words + h * g.words(),
-                 memory.selection);
+void Task::run(int64_t part) noexcept {
+  timed([&] {
+    switch (stage_) {
+      case Stage::kScore:
+        return score(part);
+      case Stage::kSelect:
+        return select(part);
+      case Stage::kAttend:
+        return attend(part);
     }
-    return;
+  });
+  if (parts_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) advance();
+}
+
+void Task::advance() {
+  if (stage_ == Stage::kScore && !request_->stopped()) {
+    // A short row is ranked sooner than another thread is told of it.
+    const bool one_by_one = units_ > kScoreUnits && !shared_;
+    return go_on(Stage::kSelect, one_by_one ? request_->geometry_.group() : 1);
   }
-  int32_t* scores = grown(&memory.scores, group * units);
+  if (stage_ == Stage::kSelect) {
+    timed([&] { collect_union(); });
+    if (!blocks_.empty() && !request_->stopped()) {
+      return go_on(Stage::kAttend, parts_of(static_cast<int64_t>(blocks_.size()), kChunkBlocks));
+    }
+  } else if (stage_ == Stage::kAttend) {
+    timed([&] { merge(); });
+  }
+  request_->task_finished();
+}
+
+void Task::score(int64_t part) {
+  const Geometry& g = request_->geometry_;
+  const int64_t group = g.group();
+  const int64_t first = part * kScoreUnits;
+  const int level = ratio_ == 1 ? 0 : ratio_ == 2 ? 1 : ratio_ == 4 ? 2 : 3;
+  const int64_t row = index_ * g.summary_rows() + level_offset(g.blocks, level) + first;
   ScoreArgs args;
-  args.q8 = request_->q8_.data() + first_head * g.head_dim;
-  args.rows = request_->cache_.summaries +
-              (task * g.summary_rows() + level_offset(g.blocks, level)) * 2 * g.head_dim;
-  args.count = units;
+  args.q8 = request_->q8_.data() + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
+  args.rows = request_->cache_.summaries + row * 2 * g.head_dim;
+  args.count = std::min(kScoreUnits, units_ - first);
   args.group = static_cast<int32_t>(group);
   args.head_dim = static_cast<int32_t>(g.head_dim);
-  args.scratch = grown(&memory.split_queries, group * 2 * g.head_dim);
-  args.scores = scores;
-  args.stride = units;
+  args.scratch = grown(&scratch().split_queries, group * 2 * g.head_dim);
+  args.scores = scores_.data() + first;
+  args.stride = units_;
   kernels().score(args);
-  request_->units_scanned_[task] = static_cast<int32_t>(units);
+  if (!shared_) return;
+  for (int64_t h = 1; h < group; ++h) {
+    const int32_t* other = args.scores + h * units_;
+    for (int64_t u = 0; u < args.count; ++u) args.scores[u] = std::max(args.scores[u], other[u]);
+  }
+}
 
-  if (request_->shared_[task] == 0) {
-    for (int64_t h = 0; h < group; ++h) {
-      select_top(scores + h * units, units, wanted[h], ratio, host_blocks, words + h * g.words(),
-                 memory.selection);
-    }
+void Task::select(int64_t part) {
+  if (request_->has_bitmap_) return;
+  const Geometry& g = request_->geometry_;
+  const int64_t group = g.group();
+  if (ranked_ && shared_) {
+    select_head(0, most_wanted_);
+    uint32_t* words =
+        request_->bitmap_.data() + (batch_ * g.heads + kv_head_ * group) * g.words();
+    for (int64_t h = 1; h < group; ++h) std::copy_n(words, g.words(), words + h * g.words());
     return;
   }
-  for (int64_t h = 1; h < group; ++h) {
-    for (int64_t u = 0; u < units; ++u) {
-      scores[u] = std::max(scores[u], scores[h * units + u]);
-    }
-  }
-  select_top(scores, units, *std::max_element(wanted, wanted + group), ratio, host_blocks, words,
-             memory.selection);
-  for (int64_t h = 1; h < group; ++h) std::copy_n(words, g.words(), words + h * g.words());
+  const int32_t* wanted = request_->k_units_.data() + batch_ * g.heads + kv_head_ * group;
+  if (parts_ > 1) return select_head(part, wanted[part]);
+  for (int64_t h = 0; h < group; ++h) select_head(h, wanted[h]);
+}
+
+void Task::select_head(int64_t head, int64_t wanted) {
+  const Geometry& g = request_->geometry_;
+  const int64_t row = batch_ * g.heads + kv_head_ * g.group() + head;
+  const int32_t* scores = ranked_ ? scores_.data() + head * units_ : nullptr;
+  select_top(scores, units_, wanted, ratio_, request_->host_blocks_[batch_],
+             request_->bitmap_.data() + row * g.words(), scratch().selection);
 }
 
 void Task::collect_union() {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
-  const int64_t limit = std::min(request_->boundary_[batch_ * g.kv_heads + kv_head_],
-                                 request_->host_blocks_[batch_]);
+  const int64_t limit = std::min(request_->boundary_[index_], request_->host_blocks_[batch_]);
   const uint32_t* rows =
       request_->bitmap_.data() + (batch_ * g.heads + kv_head_ * group) * g.words();
   for (int64_t w = 0; w * 32 < limit; ++w) {
@@ -160,6 +203,9 @@ void Task::collect_union() {
       head_masks_.push_back(mask);
     }
   }
+  const int64_t count = static_cast<int64_t>(blocks_.size());
+  request_->blocks_read_[index_] = static_cast<int32_t>(count);
+  grown(&partials_, parts_of(count, kChunkBlocks) * group * (g.head_dim + 2));
 }
 
 float* Task::partial(int64_t chunk) {
@@ -172,7 +218,7 @@ void Task::attend(int64_t chunk) {
   const int64_t group = g.group();
   const int64_t first = chunk * kChunkBlocks;
   const int64_t count = std::min<int64_t>(kChunkBlocks, blocks_.size() - first);
-  const int64_t offset = (batch_ * g.kv_heads + kv_head_) * g.task_elements();
+  const int64_t offset = index_ * g.task_elements();
   const int64_t bytes = element_bytes(g.dtype);
   AttendArgs args;
   args.k = static_cast<const char*>(request_->cache_.k) + offset * bytes;
@@ -193,7 +239,6 @@ void Task::attend(int64_t chunk) {
 
 // Adds up the partials in chunk order. A weight of 0 still multiplies, so that a NaN survives.
 void Task::merge() {
-  if (request_->stopped()) return;
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
   const float minus_infinity = -std::numeric_limits<float>::infinity();
@@ -201,9 +246,9 @@ void Task::merge() {
     const int64_t row = batch_ * g.heads + kv_head_ * group + h;
     float* out = request_->out_.data() + row * g.head_dim;
     float top = minus_infinity;
-    for (int64_t c = 0; c < chunks_; ++c) top = std::max(top, partial(c)[h]);
+    for (int64_t c = 0; c < parts_; ++c) top = std::max(top, partial(c)[h]);
     float sum = 0.0f;
-    for (int64_t c = 0; c < chunks_; ++c) {
+    for (int64_t c = 0; c < parts_; ++c) {
       const float* part = partial(c);
       const float* acc = part + 2 * group + h * g.head_dim;
       const float weight = part[h] == minus_infinity ? 0.0f : std::exp(part[h] - top);

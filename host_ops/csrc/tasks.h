@@ -1,10 +1,12 @@
 // One submitted request: the tasks of one layer of one step, from submit to collect.
 //
 // A task is one (sequence, KV head) with something to do for the host: selectable blocks and a
-// boundary above 0. It runs in two stages on the pool: selection (one part), then chunks of
-// kChunkBlocks blocks, each a partial attention state; whoever finishes the last chunk merges the
-// partials in chunk order. Chunks depend only on the selection, so the bits of the result depend
-// neither on the number of threads nor on who ran what.
+// boundary above 0. It runs on the pool in three stages, each cut into parts of a fixed size, so
+// that few large tasks keep as many threads busy as many small ones: scoring by kScoreUnits units,
+// selection by query heads, attention by chunks of kChunkBlocks blocks. Whoever finishes the last
+// part of a stage begins the next one, and in the end merges the chunks' partial states in their
+// order. Parts depend only on the work, so the bits of the result depend neither on the number of
+// threads nor on who ran what.
 //
 // Ownership: a request copies the small operands and only points at K, V and the summaries, which
 // the caller keeps alive from start to `finished()`. It owns its results. It is never destroyed;
@@ -29,28 +31,54 @@
 namespace fluxion {
 
 constexpr int64_t kChunkBlocks = 64;
+constexpr int64_t kScoreUnits = 512;
 
 class Request;
 
 class Task : public Job {
  public:
   void prepare(Request* request, int64_t batch, int64_t kv_head);
+
+  // Queues the first stage.
+  void start();
+
+  // An upper bound of what the task reads; the union of the selections is not known beforehand.
+  int64_t bytes() const { return bytes_; }
+  int64_t index() const { return index_; }
+
   void run(int64_t part) noexcept override;
 
  private:
-  void select();
-  void score_and_select();
+  enum class Stage { kScore, kSelect, kAttend };
+
+  void plan_scoring();
+  void begin(Stage stage, int64_t parts);
+  void go_on(Stage stage, int64_t parts);
+  void advance();
+  void score(int64_t part);
+  void select(int64_t part);
+  void select_head(int64_t head, int64_t wanted);
   void collect_union();
   void attend(int64_t chunk);
   void merge();
-  void finish();
   float* partial(int64_t chunk);
+  template <typename Body>
+  void timed(const Body& body) noexcept;
 
   Request* request_ = nullptr;
   int64_t batch_ = 0;
   int64_t kv_head_ = 0;
-  int64_t chunks_ = -1;                  // Below 0: the selection is still to be made.
-  std::atomic<int64_t> chunks_left_{0};
+  int64_t index_ = 0;                    // Among all (sequence, KV head).
+  int64_t bytes_ = 0;
+  int64_t ratio_ = 1;                    // Blocks of a unit.
+  int64_t units_ = 0;
+  int64_t most_wanted_ = 0;              // By any head of the group.
+  bool shared_ = false;                  // One ranking for the whole group.
+  bool ranked_ = false;                  // Whether there is anything to score.
+  Stage stage_ = Stage::kSelect;
+  int64_t parts_ = 0;
+  std::atomic<int64_t> parts_left_{0};
+  std::vector<int32_t> scores_;          // [G, units]; row 0 becomes the maximum where shared.
   std::vector<int32_t> blocks_;          // Union of the group's selections below the boundary.
   std::vector<uint64_t> head_masks_;     // Which heads of the group selected the block.
   std::vector<float> partials_;          // Per chunk: m [G], l [G], acc [G, H].
@@ -90,8 +118,11 @@ class Request {
   const std::vector<uint32_t>& selection() const { return bitmap_; } // [B, N, W]
   const std::vector<int32_t>& blocks_read() const { return blocks_read_; }      // [B, K]
   const std::vector<int32_t>& units_scanned() const { return units_scanned_; }  // [B, K]
+  double scored_s() const { return 1e-9 * stage_ns_[0].load(std::memory_order_relaxed); }
+  double selected_s() const { return 1e-9 * stage_ns_[1].load(std::memory_order_relaxed); }
+  double attended_s() const { return 1e-9 * stage_ns_[2].load(std::memory_order_relaxed); }
+  double submit_s = 0.0;  // Set by whoever prepares it.
   double busy_s() const { return 1e-9 * busy_ns_.load(std::memory_order_relaxed); }
-  double select_s() const { return 1e-9 * select_ns_.load(std::memory_order_relaxed); }
   double span_s() const { return 1e-9 * span_ns_.load(std::memory_order_relaxed); }
 
  private:
@@ -133,7 +164,7 @@ class Request {
   std::vector<int32_t> blocks_read_;
   std::vector<int32_t> units_scanned_;
   std::atomic<int64_t> busy_ns_{0};
-  std::atomic<int64_t> select_ns_{0};
+  std::atomic<int64_t> stage_ns_[3] = {};  // By Task::Stage.
   std::atomic<int64_t> span_ns_{0};
 };
 

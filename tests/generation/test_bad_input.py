@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 
 import fluxion_jax as fx
+import pallas_kernels
+from fluxion_jax.cache.rebuild import rebuild_summaries
+from fluxion_jax.policy import parse_split
+from host_ops import native
 from tests.generation import tiny
 
 ROWS = tiny.prompts((5, 340, 400), seed=9)
@@ -289,3 +293,26 @@ def test_a_pending_error_is_refused_at_once(model, intact):
         held = jax.tree.leaves(getattr(pending, name)), jax.tree.leaves(getattr(intact, name))
         for got, expected in zip(*held, strict=True):
             np.testing.assert_array_equal(got, expected)
+
+
+def test_an_implementation_that_cannot_be_used(model, intact, monkeypatch):
+    """What a leaf package refuses comes as an error of this one, from every way in."""
+    q, k = jnp.zeros((3, 4, 64)), jnp.zeros((3, 2, 64))
+    step = {"scale": 1.0, "split": parse_split("device")}
+
+    def refuse(*args, **kwargs):
+        raise pallas_kernels.UnsupportedImplementationError("triton: too old")
+
+    monkeypatch.setattr(pallas_kernels, "block_sparse_attention", refuse)
+    refused(
+        fx.UnsupportedError,
+        "triton: too old",
+        lambda: fx.decode_attention(q, k, k, intact.fork(), 0, fx.full(), **step),
+    )
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "it was not built")
+    execution = fx.Execution(host="native")
+    for call in (
+        lambda: tiny.generate(model, REST, cache=intact, execution=execution),
+        lambda: rebuild_summaries(intact.fork(), "native"),
+    ):
+        refused(fx.UnsupportedError, "native: it was not built", call)

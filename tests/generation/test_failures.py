@@ -90,7 +90,7 @@ def test_nan_in_a_step_does_not_count(broken):
 @pytest.mark.parametrize("collects", [0, 1, 2 * 5, 2 * 15 + 1, 2 * 40 + 1])
 def test_a_failing_native_operation(reference, collects):
     cache = tiny.new_cache(tiny.llama())
-    host_ops.inject_fault(host_ops.STATUS_INTERNAL, after_collects=collects)
+    host_ops.inject_fault(host_ops.STATUS_INTERNAL, after_calls=collects)
     try:
         with pytest.raises(fx.FluxionError, match="native operation failed"):
             tiny.generate(tiny.llama(), ROWS, cache=cache, max_new_tokens=NEW_TOKENS)
@@ -102,12 +102,33 @@ def test_a_failing_native_operation(reference, collects):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+def test_a_failing_write_in_prefill_leaves_the_cache_as_it_was(reference, layer):
+    """The other layer's write of the same chunk succeeds; the chunk does not count all the same."""
+    cache = tiny.new_cache(tiny.llama())
+    chunks = 2
+    host_ops.inject_fault(host_ops.STATUS_INTERNAL, chunks * NUM_LAYERS + layer, operation="append")
+    try:
+        with pytest.raises(fx.FluxionError, match="native operation failed"):
+            tiny.generate(tiny.llama(), ROWS, cache=cache, max_new_tokens=NEW_TOKENS)
+    finally:
+        host_ops.inject_fault(host_ops.STATUS_OK, operation="append")
+    written = [min(len(row) - 1, chunks * tiny.CHUNK_TOKENS) for row in ROWS]
+    np.testing.assert_array_equal(cache.lengths, written)
+    cache = cache.clear_status()
+    rest = [row[n:] for row, n in zip(ROWS, written, strict=True)]
+    result = tiny.generate(tiny.llama(), rest, cache=cache, max_new_tokens=20)
+    for got, whole in zip(result.tokens, reference.tokens, strict=True):
+        np.testing.assert_array_equal(got, whole[:20])
+
+
+@pytest.mark.native
 def test_a_failing_native_operation_under_a_sparse_policy():
     """What was written before the fault is written again, and summaries fold it twice."""
     options = {"policy": "fixed:32:0.05", "max_new_tokens": 50}
     reference = tiny.generate(tiny.llama(), ROWS, **options)
     cache = tiny.new_cache(tiny.llama())
-    host_ops.inject_fault(host_ops.STATUS_TIMEOUT, after_collects=2 * 12 + 1)
+    host_ops.inject_fault(host_ops.STATUS_TIMEOUT, after_calls=2 * 12 + 1)
     try:
         with pytest.raises(fx.FluxionError, match=r"did not finish in time; .*FLUXION_TIMEOUT_S"):
             tiny.generate(tiny.llama(), ROWS, cache=cache, **options)

@@ -70,7 +70,7 @@ def test_rebuilding_changes_nothing_that_is_right():
 def test_tokens_before_a_failing_step_reach_the_caller():
     whole = tiny.generate(tiny.llama(), ROWS, max_new_tokens=40)
     cache, layers = tiny.new_cache(tiny.llama()), tiny.llama().config.num_layers
-    host_ops.inject_fault(host_ops.STATUS_INTERNAL, after_collects=20 * layers)
+    host_ops.inject_fault(host_ops.STATUS_INTERNAL, after_calls=20 * layers)
     with pytest.raises(fx.FluxionError, match="native operation failed") as failure:
         tiny.generate(tiny.llama(), ROWS, max_new_tokens=40, cache=cache)
     partial = failure.value.partial

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import host_ops
-from host_ops import Collected, Flush, Work, numpy_reference
+from host_ops import TIMES, Collected, Flush, Work, numpy_reference
 
 BLOCK_TOKENS = 16
 # Against float64 on the same stored values; bfloat16 storage is computed in float32 and costs
@@ -171,8 +171,8 @@ def reference(case: Case) -> Collected:
     k, v = case.k.copy(), case.v.copy()
     summaries = None if case.summaries is None else case.summaries.copy()
     share = numpy_reference.collect(case.work, k, v, summaries, case.flush, case.scale)
-    fields = {name: value for name, value in share._asdict().items() if name != "select_s"}
-    return Collected(k=k, v=v, summaries=summaries, times=np.zeros(4), **fields)
+    fields = {name: value for name, value in share._asdict().items() if name != "stages_s"}
+    return Collected(k=k, v=v, summaries=summaries, times=np.zeros(len(TIMES)), **fields)
 
 
 def check(implementation: str, case: Case, tolerance: float = TOLERANCE) -> Collected:

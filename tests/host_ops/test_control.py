@@ -51,12 +51,40 @@ def test_words_are_never_zero():
 def test_an_injected_fault_comes_once_and_after_the_collects_it_was_told_to_wait_for(
     implementation,
 ):
-    host_ops.inject_fault(host_ops.STATUS_INTERNAL, after_collects=2, implementation=implementation)
+    host_ops.inject_fault(host_ops.STATUS_INTERNAL, after_calls=2, implementation=implementation)
     try:
         status = [int(cases.run(implementation, case_with_work()).status[0]) for _ in range(4)]
     finally:
         host_ops.inject_fault(host_ops.STATUS_OK, implementation=implementation)
     assert status == [0, 0, host_ops.STATUS_INTERNAL, 0]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_fault_in_append_comes_once_and_nothing_is_written(implementation):
+    case = case_with_work()
+    program = cases.jitted_append(implementation)
+
+    def append():
+        k, *_, status = program(*map(cases.to_host, (case.k, case.v, case.summaries)), case.flush)
+        return int(status[0]), np.array_equal(k, case.k)
+
+    host_ops.inject_fault(
+        host_ops.STATUS_INTERNAL, 1, operation="append", implementation=implementation
+    )
+    try:
+        assert cases.run(implementation, case).status == [host_ops.STATUS_OK]
+        assert [append() for _ in range(3)] == [
+            (host_ops.STATUS_OK, False),
+            (host_ops.STATUS_INTERNAL, True),
+            (host_ops.STATUS_OK, False),
+        ]
+    finally:
+        host_ops.inject_fault(host_ops.STATUS_OK, operation="append", implementation=implementation)
+
+
+def test_a_submit_cannot_be_made_to_fail():
+    with pytest.raises(ValueError, match=r"one of .'append', 'collect'., got 'submit'"):
+        host_ops.inject_fault(host_ops.STATUS_INTERNAL, operation="submit")
 
 
 def test_draining_with_nothing_to_do_returns():

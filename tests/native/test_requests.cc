@@ -17,7 +17,7 @@ namespace {
 struct Result {
   std::vector<float> out, lse;
   int32_t status = -1;
-  float times[4];
+  float times[kTimes];
   std::vector<int32_t> blocks_read, units_scanned;
   std::vector<uint32_t> selection;
 };
@@ -243,7 +243,7 @@ TEST(a_collect_that_takes_too_long_ends_with_a_status) {
 
 TEST(an_injected_fault_hits_one_collect) {
   Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
-  runtime().fault.arm(kInternal, 1);
+  runtime().collect_fault.arm(kInternal, 1);
   CHECK_EQ(run(c).status, 0);
   CHECK_EQ(run(c).status, static_cast<int32_t>(kInternal));
   CHECK_EQ(run(c).status, 0);
@@ -260,7 +260,7 @@ TEST(work_runs_between_start_and_collect) {
   }
   const Result r = collect_tick(c, tick);
   CHECK_EQ(r.status, 0);
-  CHECK(r.times[1] > 0.0f && r.times[2] > 0.0f);
+  CHECK(r.times[kBusy] > 0.0f && r.times[kSpan] > 0.0f);
   check_result(r, c);
 }
 

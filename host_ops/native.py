@@ -4,8 +4,10 @@ One shared library of plain C functions and XLA FFI handlers, loaded with ctypes
 does not depend on the Python version. It is looked for at `FLUXION_HOST_LIBRARY`, else next to
 this file, where CMake installs it. The process's environment is read when it is loaded:
 `FLUXION_CPU_VARIANT` (scalar, avx2, avx512) forces the kernels, `FLUXION_NUM_THREADS` sets how
-many threads work including the one that collects, `FLUXION_TIMEOUT_S` bounds how long a collect
-waits.
+many threads work including the one that collects (by default one for each CPU), `FLUXION_CPUS`
+confines the library's own threads to a list of CPUs such as `0-7,16` (the thread that collects is
+the framework's and stays where it is), `FLUXION_SPIN_US` sets for how many microseconds an idle
+thread spins before it sleeps, and `FLUXION_TIMEOUT_S` bounds how long a collect waits.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ import jax
 # Has to match fluxion_interface_version() in csrc/c_api.cc.
 INTERFACE_VERSION = 2
 MAX_THREADS = 1024
+MAX_SPIN_US = 1_000_000
 TARGETS = ("fluxion_append", "fluxion_submit", "fluxion_start", "fluxion_collect")
 
 _lock = threading.Lock()
@@ -49,20 +53,24 @@ def info() -> dict[str, Any]:
 
     Returns:
       `loaded` (bool), `path`, `reason` (None if loaded), `variant` and `variants` (kernels in use
-      and usable, best first), `threads` (including the one that collects), `cpus` (this process
-      may run on) and `in_flight` (submitted, not collected); the last five are None or empty if
-      it is not loaded.
+      and usable, best first), `threads` (including the one that collects), `cpus` (how many this
+      process may run on), `cpu_list` (those that the library's threads run on), `spin_us` (how
+      long an idle thread spins) and `in_flight` (submitted, not collected); all but the first
+      three are None or empty if it is not loaded.
     """
     library, path, reason = _load()
     about: dict[str, Any] = {"loaded": library is not None, "path": str(path), "reason": reason}
     if library is None:
-        nothing = dict.fromkeys(("variant", "threads", "cpus", "in_flight"))
+        names = ("variant", "threads", "cpus", "cpu_list", "spin_us", "in_flight")
+        nothing = dict.fromkeys(names)
         return about | nothing | {"variants": ()}
     return about | {
         "variant": library.fluxion_variant().decode(),
         "variants": tuple(library.fluxion_variants().decode().split(",")),
         "threads": library.fluxion_threads(),
         "cpus": library.fluxion_cpus(),
+        "cpu_list": library.fluxion_cpu_list().decode(),
+        "spin_us": library.fluxion_spin_us(),
         "in_flight": library.fluxion_slots_in_flight(),
     }
 
@@ -194,9 +202,9 @@ def _open(path: Path) -> _Loaded:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    for name in ("variant", "variants", "variant_problem"):
+    for name in ("variant", "variants", "variant_problem", "cpu_list"):
         getattr(library, f"fluxion_{name}").restype = ctypes.c_char_p
-    for name in ("interface_version", "threads", "cpus", "slots_in_flight", "drain"):
+    for name in ("interface_version", "threads", "cpus", "spin_us", "slots_in_flight", "drain"):
         getattr(library, f"fluxion_{name}").restype = ctypes.c_int32
     for name in ("set_threads", "cancel", "release_cancel_word"):
         getattr(library, f"fluxion_{name}").argtypes = [ctypes.c_int32]
@@ -207,20 +215,57 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def _environment_problem() -> str | None:
     """What is wrong with the environment variables; the library itself would use its defaults."""
-    threads = os.environ.get("FLUXION_NUM_THREADS", "")
-    if threads and not (threads.isdecimal() and 1 <= int(threads) <= MAX_THREADS):
+    return (
+        _number_problem("FLUXION_NUM_THREADS", 1, MAX_THREADS, "use all allowed CPUs")
+        or _number_problem("FLUXION_SPIN_US", 0, MAX_SPIN_US, "spin for the default of 50")
+        or _cpus_problem(os.environ.get("FLUXION_CPUS", ""))
+        or _timeout_problem(os.environ.get("FLUXION_TIMEOUT_S", ""))
+    )
+
+
+def _number_problem(name: str, low: int, high: int, otherwise: str) -> str | None:
+    text = os.environ.get(name, "")
+    if not text or (text.isascii() and text.isdecimal() and low <= int(text) <= high):
+        return None
+    return (
+        f"expected {name} to be a number from {low} to {high}, got {text!r}; "
+        f"unset it to {otherwise}"
+    )
+
+
+def _cpus_problem(text: str) -> str | None:
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*", text):
         return (
-            f"expected FLUXION_NUM_THREADS to be a number from 1 to {MAX_THREADS}, "
-            f"got {threads!r}; unset it to use all allowed CPUs"
+            f"expected FLUXION_CPUS to be a list of CPUs such as '0-3,8', got {text!r}; "
+            "unset it to use all allowed CPUs"
         )
-    timeout_s = os.environ.get("FLUXION_TIMEOUT_S", "")
-    try:
-        valid = not timeout_s or 0 < float(timeout_s) < 1e9
-    except ValueError:
-        valid = False
-    if not valid:
+    wanted: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        wanted.update(range(int(first), int(last or first) + 1))
+        if int(last or first) < int(first):
+            return (
+                f"expected ranges of FLUXION_CPUS to ascend, got {part!r}; write '{last}-{first}'"
+            )
+    allowed = os.sched_getaffinity(0)
+    if not wanted <= allowed:
         return (
-            f"expected FLUXION_TIMEOUT_S to be a positive number of seconds, got {timeout_s!r}; "
-            "unset it for the default of 300"
+            f"expected FLUXION_CPUS to name CPUs out of {sorted(allowed)}, which this process may "
+            f"run on, got {text!r}; leave out {sorted(wanted - allowed)}"
         )
     return None
+
+
+def _timeout_problem(text: str) -> str | None:
+    try:
+        valid = not text or 0 < float(text) < 1e9
+    except ValueError:
+        valid = False
+    if valid:
+        return None
+    return (
+        f"expected FLUXION_TIMEOUT_S to be a positive number of seconds, got {text!r}; "
+        "unset it for the default of 300"
+    )

@@ -1,6 +1,7 @@
 // The C functions that host_ops/native.py calls through ctypes. None of them throws.
 
 #include <cstdint>
+#include <string>
 
 #include "dispatch.h"
 #include "runtime.h"
@@ -35,7 +36,26 @@ FLUXION_EXPORT int32_t fluxion_threads() {
   return guarded([] { return runtime().pool.threads(); });
 }
 
-FLUXION_EXPORT int32_t fluxion_cpus() { return fluxion::allowed_cpus(); }
+FLUXION_EXPORT int32_t fluxion_cpus() {
+  return guarded([] { return static_cast<int32_t>(fluxion::allowed_cpus().size()); });
+}
+
+// The CPUs of the pool's threads, as a list such as "0-3,8"; valid until this thread asks again.
+FLUXION_EXPORT const char* fluxion_cpu_list() {
+  thread_local std::string text;
+  guarded([] {
+    const auto& wanted = runtime().pool.cpus();
+    text = fluxion::format_cpus(wanted.empty() ? fluxion::allowed_cpus() : wanted);
+    return 0;
+  });
+  return text.c_str();
+}
+
+FLUXION_EXPORT int32_t fluxion_spin_us() {
+  return guarded([] {
+    return static_cast<int32_t>(runtime().pool.spin() / std::chrono::microseconds(1));
+  });
+}
 
 FLUXION_EXPORT int32_t fluxion_slots_in_flight() {
   return guarded([] { return runtime().slots.in_flight(); });

@@ -1,17 +1,16 @@
 #include "pool.h"
 
+#include <pthread.h>
+
+#include <algorithm>
+#include <csignal>
 #include <cstdlib>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
+#include "cpus.h"
 
 namespace fluxion {
 namespace {
 
-// The gap between two layers of a decode step is shorter than a wake-up through the kernel, longer
-// spinning would take the core from the framework's own threads.
-constexpr auto kSpin = std::chrono::microseconds(50);
 // Bounds the harm of a missed wake-up and lets waiting callers see their deadline.
 constexpr auto kNap = std::chrono::milliseconds(20);
 
@@ -23,9 +22,45 @@ inline void relax() {
 #endif
 }
 
+// Threads started while it lives leave signals alone, except those that their own faults raise.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&all, fault);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+// The number in an environment variable if it lies within bounds, otherwise `fallback`.
+long environment_number(const char* name, long low, long high, long fallback) {
+  const char* text = std::getenv(name);
+  if (text == nullptr || *text == '\0') return fallback;
+  char* end = nullptr;
+  const long number = std::strtol(text, &end, 10);
+  return *end == '\0' && number >= low && number <= high ? number : fallback;
+}
+
+}  // namespace
+
+void SpinLock::lock() {
+  while (held_.exchange(true, std::memory_order_acquire)) {
+    for (int i = 0; held_.load(std::memory_order_relaxed); ++i) {
+      // Who holds it may have lost its core.
+      if (i % 64 == 63) std::this_thread::yield();
+      relax();
+    }
+  }
+}
+
 template <typename Ready>
-bool spin_until(const Ready& ready) {
-  const Clock::time_point end = Clock::now() + kSpin;
+bool Pool::spin_until(const Ready& ready) const {
+  const Clock::time_point end = Clock::now() + spin_;
   do {
     for (int i = 0; i < 64; ++i) {
       if (ready()) return true;
@@ -35,9 +70,8 @@ bool spin_until(const Ready& ready) {
   return false;
 }
 
-}  // namespace
-
-Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads) {}
+Pool::Pool(int threads, std::vector<int> cpus, Clock::duration spin)
+    : cpus_(std::move(cpus)), spin_(spin), threads_(threads < 1 ? 1 : threads) {}
 
 Pool::~Pool() { set_threads(1); }
 
@@ -47,7 +81,7 @@ void Pool::push(Job* job, int64_t parts) {
     start_workers();
   }
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<SpinLock> lock(queue_lock_);
     job->next_ = nullptr;
     job->parts_ = parts;
     job->next_part_ = 0;
@@ -55,16 +89,25 @@ void Pool::push(Job* job, int64_t parts) {
     tail_ = job;
     queued_.store(queued_.load(std::memory_order_relaxed) + parts, std::memory_order_release);
   }
-  if (parts > 1) {
-    wake_.notify_all();
-  } else {
-    wake_.notify_one();
+  wake(1);
+}
+
+void Pool::wake(int count) {
+  bool helper = false;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (count == 1 && waking_ > 0) return;  // It will wake others while there is work.
+    helper = sleeping_ == 0 && waiting_ > 0;
+    count = std::min(count, sleeping_ - waking_);
+    waking_ += std::max(count, 0);
   }
+  for (int i = 0; i < count; ++i) wake_.notify_one();
+  if (helper) done_.notify_one();
 }
 
 bool Pool::pop(Part* part) {
   if (queued_.load(std::memory_order_acquire) == 0) return false;
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(queue_lock_);
   Job* job = head_;
   if (job == nullptr) return false;
   *part = {job, job->next_part_++};
@@ -92,25 +135,43 @@ bool Pool::help(const std::atomic<int64_t>& left, Clock::time_point deadline) {
     if (spin_until([&] { return done() || work(); })) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     const Clock::time_point nap = Clock::now() + kNap;
-    wake_.wait_until(lock, nap < deadline ? nap : deadline, [&] { return done() || work(); });
+    ++waiting_;
+    done_.wait_until(lock, std::min(nap, deadline), [&] { return done() || work(); });
+    --waiting_;
   }
   return true;
 }
 
 void Pool::notify_done() {
-  // Taking the lock closes the window between a waiter's check and its sleep.
-  { std::lock_guard<std::mutex> lock(mutex_); }
-  wake_.notify_all();
+  {
+    // Taking the lock closes the window between a helper's check and its sleep.
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (waiting_ == 0) return;
+  }
+  done_.notify_all();
 }
 
 void Pool::work(uint64_t epoch) {
   const auto retired = [&] { return epoch_.load(std::memory_order_acquire) != epoch; };
   const auto ready = [&] { return retired() || queued_.load(std::memory_order_acquire) > 0; };
+  run_on(cpus_);
+  bool woken = false;
   while (!retired()) {
-    if (run_one()) continue;
+    Part part;
+    if (pop(&part)) {
+      if (woken && queued_.load(std::memory_order_relaxed) > 0) wake(2);
+      woken = false;
+      part.job->run(part.index);
+      continue;
+    }
     if (spin_until(ready)) continue;
     std::unique_lock<std::mutex> lock(mutex_);
-    wake_.wait(lock, ready);
+    ++sleeping_;
+    // Not in a loop: whoever was called has to come up, or it would count as waking for ever.
+    if (!ready()) wake_.wait(lock);
+    --sleeping_;
+    waking_ = std::max(waking_ - 1, 0);
+    woken = true;
   }
 }
 
@@ -118,6 +179,7 @@ void Pool::start_workers() {
   if (started_.load(std::memory_order_relaxed)) return;
   const uint64_t epoch = epoch_.load(std::memory_order_relaxed);
   const int workers = threads() - 1;
+  const SignalsBlocked blocked;
   try {
     while (static_cast<int>(workers_.size()) < workers) {
       workers_.emplace_back([this, epoch] { work(epoch); });
@@ -150,24 +212,16 @@ void Pool::set_threads(int threads) {
   }
 }
 
-int allowed_cpus() {
-#if defined(__linux__)
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) == 0 && CPU_COUNT(&set) > 0) return CPU_COUNT(&set);
-#endif
-  const unsigned count = std::thread::hardware_concurrency();
-  return count > 0 ? static_cast<int>(count) : 1;
+int default_threads() {
+  const std::vector<int> wanted = wanted_cpus();
+  const size_t cpus = wanted.empty() ? allowed_cpus().size() : wanted.size();
+  return static_cast<int>(
+      environment_number("FLUXION_NUM_THREADS", 1, 1024, static_cast<long>(cpus)));
 }
 
-int default_threads() {
-  const char* text = std::getenv("FLUXION_NUM_THREADS");
-  if (text != nullptr && *text != '\0') {
-    char* end = nullptr;
-    const long wanted = std::strtol(text, &end, 10);
-    if (*end == '\0' && wanted >= 1 && wanted <= 1024) return static_cast<int>(wanted);
-  }
-  return allowed_cpus();
+Clock::duration default_spin() {
+  const long spin_us = environment_number("FLUXION_SPIN_US", 0, 1000000, -1);
+  return spin_us < 0 ? kDefaultSpin : std::chrono::microseconds(spin_us);
 }
 
 }  // namespace fluxion

@@ -2,8 +2,11 @@
 //
 // Ownership: a Job belongs to its caller, who keeps it alive until its last part has run; the queue
 // links jobs through themselves, so pushing never allocates and cannot fail.
-// Threads: every method may be called from any thread. `run_one` and `help` let a waiting caller
-// work too, so that a pool of no threads at all makes progress.
+// Threads: every method may be called from any thread, also from a part that the pool runs.
+// `run_one` and `help` let a waiting caller work too, so that a pool of no threads at all makes
+// progress. Workers leave all signals to the threads of the process that expect them.
+// Waking: a push wakes one sleeping worker at most, and each worker that wakes to find work left
+// wakes two more. So the caller, who has more to do, pays for one wake-up and not for all.
 // A process has one pool (runtime.h). It starts its threads at the first push.
 
 #ifndef FLUXION_POOL_H_
@@ -23,6 +26,20 @@ using Clock = std::chrono::steady_clock;
 
 class Pool;
 
+// A lock for a few instructions, among threads that have nothing better to do than to wait.
+class SpinLock {
+ public:
+  void lock();
+  void unlock() { held_.store(false, std::memory_order_release); }
+
+ private:
+  std::atomic<bool> held_{false};
+};
+
+// The gap between two layers of a decode step is shorter than a wake-up through the kernel; longer
+// spinning would take the core from the framework's own threads.
+constexpr Clock::duration kDefaultSpin = std::chrono::microseconds(50);
+
 // Work in `parts` independent parts, begun in order.
 class Job {
  public:
@@ -39,8 +56,9 @@ class Job {
 
 class Pool {
  public:
-  // `threads` counts the helping caller: `threads - 1` workers are started.
-  explicit Pool(int threads);
+  // `threads` counts the helping caller: `threads - 1` workers are started, confined to `cpus`
+  // (anywhere if there are none). Whoever has nothing to do spins for `spin` before it sleeps.
+  explicit Pool(int threads, std::vector<int> cpus = {}, Clock::duration spin = kDefaultSpin);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -61,6 +79,8 @@ class Pool {
   // that nothing waits for workers that no longer exist.
   void set_threads(int threads);
   int threads() const { return threads_.load(std::memory_order_relaxed); }
+  const std::vector<int>& cpus() const { return cpus_; }
+  Clock::duration spin() const { return spin_; }
 
  private:
   struct Part {
@@ -70,14 +90,24 @@ class Pool {
 
   bool pop(Part* part);
   void work(uint64_t epoch);
+  void wake(int count);
+  template <typename Ready>
+  bool spin_until(const Ready& ready) const;
   void start_workers();   // Both with start_mutex_ held.
   void stop_workers();
 
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  Job* head_ = nullptr;             // Guarded by mutex_, like tail_.
+  const std::vector<int> cpus_;
+  const Clock::duration spin_;
+  SpinLock queue_lock_;
+  Job* head_ = nullptr;             // Guarded by queue_lock_, like tail_.
   Job* tail_ = nullptr;
-  std::atomic<int64_t> queued_{0};  // Parts not yet begun; written under mutex_.
+  std::atomic<int64_t> queued_{0};  // Parts not yet begun; written under queue_lock_.
+  std::mutex mutex_;                // For going to sleep only.
+  std::condition_variable wake_;    // Where workers sleep.
+  std::condition_variable done_;    // Where helpers do.
+  int sleeping_ = 0;                // Workers on wake_; guarded by mutex_, like the next two.
+  int waking_ = 0;                  // Of these, how many have been called and are not yet up.
+  int waiting_ = 0;                 // Helpers on done_.
   std::atomic<uint64_t> epoch_{0};  // Raised to send the workers of older epochs home.
   std::atomic<int> threads_;
   std::mutex start_mutex_;          // Guards workers_; taken before mutex_.
@@ -85,11 +115,11 @@ class Pool {
   std::atomic<bool> started_{false};
 };
 
-// CPUs this process may run on.
-int allowed_cpus();
-
-// FLUXION_NUM_THREADS if it is a number from 1 to 1024, otherwise the allowed CPUs.
+// FLUXION_NUM_THREADS if it is a number from 1 to 1024, otherwise as many as there are CPUs to use.
 int default_threads();
+
+// FLUXION_SPIN_US if it is a number from 0 to 1000000, otherwise kDefaultSpin.
+Clock::duration default_spin();
 
 }  // namespace fluxion
 

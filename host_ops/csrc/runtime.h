@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cancel.h"
+#include "cpus.h"
 #include "pool.h"
 #include "slots.h"
 
@@ -39,7 +40,7 @@ class Fault {
 };
 
 struct Runtime {
-  Pool pool{default_threads()};
+  Pool pool{default_threads(), wanted_cpus(), default_spin()};
   SlotTable slots;
   CancelTable cancels;
   Fault append_fault;

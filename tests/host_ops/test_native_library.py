@@ -57,6 +57,10 @@ def test_a_file_that_is_no_library_is_explained(tmp_path):
     [
         ("FLUXION_NUM_THREADS", "0", "expected FLUXION_NUM_THREADS to be a number from 1 to 1024"),
         ("FLUXION_NUM_THREADS", "many", "got 'many'"),
+        ("FLUXION_SPIN_US", "-1", "expected FLUXION_SPIN_US to be a number from 0 to 1000000"),
+        ("FLUXION_CPUS", "0;1", "expected FLUXION_CPUS to be a list of CPUs such as '0-3,8'"),
+        ("FLUXION_CPUS", "1-0", "to ascend, got '1-0'; write '0-1'"),
+        ("FLUXION_CPUS", "0,60000", "leave out [60000]"),
         ("FLUXION_TIMEOUT_S", "soon", "got 'soon'; unset it for the default of 300"),
         ("FLUXION_TIMEOUT_S", "-1", "expected FLUXION_TIMEOUT_S to be a positive number"),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # What threads can race for; a fork under this sanitizer tests only the sanitizer.
-THREADED = ["append_writes", "pool_", "helper", "worker", "bits", "cancel", "long", "drain", "meet"]
+THREADED = ["append_writes", "pool_", "help", "worker", "bits", "cancel", "long", "drain", "meet"]
 
 
 def sanitizer_works(folder: Path, option: str) -> bool:

@@ -2,10 +2,12 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <csignal>
 #include <cstdlib>
 #include <thread>
 
 #include "check.h"
+#include "cpus.h"
 #include "pool.h"
 #include "runtime.h"
 
@@ -141,6 +143,86 @@ TEST(taking_the_last_worker_away_runs_what_is_queued) {
   pool.set_threads(1);
   opener.join();
   CHECK(job.each_once());
+}
+
+TEST(a_part_may_push_and_help) {
+  // Each part of the outer job waits for a job of its own, down to the depth of the pool's work.
+  class Nested : public CountingJob {
+   public:
+    explicit Nested(Pool* pool) : CountingJob(pool, 6), pool_(pool) {}
+    void run(int64_t part) noexcept override {
+      CountingJob inner(pool_, 3);
+      pool_->push(&inner, 3);
+      CHECK(pool_->help(inner.left, kNever));
+      CHECK(inner.each_once());
+      CountingJob::run(part);
+    }
+
+   private:
+    Pool* pool_;
+  };
+  for (const int threads : {1, 2, 4}) {
+    Pool pool(threads);
+    for (int round = 0; round < 20; ++round) {
+      Nested job(&pool);
+      pool.push(&job, 6);
+      CHECK(pool.help(job.left, kNever));
+      CHECK(job.each_once());
+    }
+  }
+}
+
+TEST(sleeping_workers_wake_for_every_push) {
+  // Without spinning all of them sleep between the rounds, so each round is a chain of wake-ups.
+  Pool pool(4, {}, Clock::duration::zero());
+  for (int round = 0; round < 200; ++round) {
+    CountingJob jobs[2] = {{&pool, 1 + round % 5}, {&pool, 1}};
+    for (CountingJob& job : jobs) pool.push(&job, static_cast<int64_t>(job.runs.size()));
+    if (round % 10 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    const Clock::time_point end = Clock::now() + std::chrono::seconds(20);
+    while (jobs[0].left + jobs[1].left > 0 && Clock::now() < end) std::this_thread::yield();
+    for (CountingJob& job : jobs) CHECK(pool.help(job.left, kNever));
+    CHECK(jobs[0].each_once() && jobs[1].each_once());
+  }
+}
+
+TEST(pool_workers_keep_to_their_cpus_and_leave_signals_alone) {
+  class Look : public Job {
+   public:
+    void run(int64_t) noexcept override {
+      cpus = allowed_cpus();
+      sigset_t blocked;
+      pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
+      blocks_interrupt = sigismember(&blocked, SIGINT) == 1;
+      blocks_fault = sigismember(&blocked, SIGSEGV) == 1;
+      left = 0;
+    }
+    std::vector<int> cpus;
+    bool blocks_interrupt = false;
+    bool blocks_fault = true;
+    std::atomic<int64_t> left{1};
+  };
+  const std::vector<int> last = {allowed_cpus().back()};
+  Pool pool(2, last);
+  Look look;
+  pool.push(&look, 1);
+  while (look.left > 0) std::this_thread::yield();
+  CHECK(look.cpus == last);
+  CHECK(look.blocks_interrupt);
+  CHECK(!look.blocks_fault);
+  sigset_t mine;
+  pthread_sigmask(SIG_SETMASK, nullptr, &mine);
+  CHECK(sigismember(&mine, SIGINT) == 0);
+}
+
+TEST(cpu_lists_are_read_and_written) {
+  const std::vector<int> some = {0, 1, 2, 5, 8, 9};
+  CHECK(parse_cpus("8-9,0-2,5,1") == some);
+  CHECK_EQ(format_cpus(some), std::string("0-2,5,8-9"));
+  CHECK_EQ(format_cpus({7}), std::string("7"));
+  for (const char* wrong : {"", ",", "1,", "-1", "1-", "2-1", "1 ", "a", "99999999999999999999"}) {
+    CHECK(parse_cpus(wrong).empty());
+  }
 }
 
 TEST(a_forked_child_has_a_working_pool) {

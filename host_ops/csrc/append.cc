@@ -85,10 +85,11 @@ class FlushJob : public Job {
   FlushJob(const Geometry& geometry, const CacheView& cache, const FlushView& flush, Pool* pool)
       : geometry_(geometry), cache_(cache), flush_(flush), pool_(pool) {}
 
-  void run(int64_t part) noexcept override {
-    write_task(geometry_, cache_, flush_, part);
+  void run(int64_t first, int64_t last) noexcept override {
+    for (int64_t task = first; task < last; ++task) write_task(geometry_, cache_, flush_, task);
     Pool* pool = pool_;
-    if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) pool->notify_done();
+    const int64_t done = last - first;
+    if (left_.fetch_sub(done, std::memory_order_acq_rel) == done) pool->notify_done();
   }
 
   void run_all() {

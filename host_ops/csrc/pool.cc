@@ -105,24 +105,29 @@ void Pool::wake(int count) {
   if (helper) done_.notify_one();
 }
 
-bool Pool::pop(Part* part) {
+// Takes a fair share of half of a job's parts, so that one thread is not held up by counting and
+// many threads still finish together.
+bool Pool::pop(Parts* parts) {
   if (queued_.load(std::memory_order_acquire) == 0) return false;
   std::lock_guard<SpinLock> lock(queue_lock_);
   Job* job = head_;
   if (job == nullptr) return false;
-  *part = {job, job->next_part_++};
+  const int64_t share = (job->parts_ - job->next_part_) / (2 * threads());
+  const int64_t taken = std::max<int64_t>(share, 1);
+  *parts = {job, job->next_part_, job->next_part_ + taken};
+  job->next_part_ += taken;
   if (job->next_part_ == job->parts_) {
     head_ = job->next_;
     if (head_ == nullptr) tail_ = nullptr;
   }
-  queued_.store(queued_.load(std::memory_order_relaxed) - 1, std::memory_order_release);
+  queued_.store(queued_.load(std::memory_order_relaxed) - taken, std::memory_order_release);
   return true;
 }
 
-bool Pool::run_one() {
-  Part part;
-  if (!pop(&part)) return false;
-  part.job->run(part.index);
+bool Pool::run_some() {
+  Parts parts;
+  if (!pop(&parts)) return false;
+  parts.job->run(parts.first, parts.last);
   return true;
 }
 
@@ -131,7 +136,7 @@ bool Pool::help(const std::atomic<int64_t>& left, Clock::time_point deadline) {
   const auto work = [&] { return queued_.load(std::memory_order_acquire) > 0; };
   while (!done()) {
     if (Clock::now() >= deadline) return false;
-    if (run_one()) continue;
+    if (run_some()) continue;
     if (spin_until([&] { return done() || work(); })) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     const Clock::time_point nap = Clock::now() + kNap;
@@ -157,11 +162,11 @@ void Pool::work(uint64_t epoch) {
   run_on(cpus_);
   bool woken = false;
   while (!retired()) {
-    Part part;
-    if (pop(&part)) {
+    Parts parts;
+    if (pop(&parts)) {
       if (woken && queued_.load(std::memory_order_relaxed) > 0) wake(2);
       woken = false;
-      part.job->run(part.index);
+      parts.job->run(parts.first, parts.last);
       continue;
     }
     if (spin_until(ready)) continue;
@@ -208,7 +213,7 @@ void Pool::set_threads(int threads) {
     stop_workers();
     threads_.store(threads < 1 ? 1 : threads, std::memory_order_relaxed);
   }
-  while (run_one()) {
+  while (run_some()) {
   }
 }
 

@@ -3,7 +3,7 @@
 // Ownership: a Job belongs to its caller, who keeps it alive until its last part has run; the queue
 // links jobs through themselves, so pushing never allocates and cannot fail.
 // Threads: every method may be called from any thread, also from a part that the pool runs.
-// `run_one` and `help` let a waiting caller work too, so that a pool of no threads at all makes
+// `run_some` and `help` let a waiting caller work too, so that a pool of no threads at all makes
 // progress. Workers leave all signals to the threads of the process that expect them.
 // Waking: a push wakes one sleeping worker at most, and each worker that wakes to find work left
 // wakes two more. So the caller, who has more to do, pays for one wake-up and not for all.
@@ -44,8 +44,8 @@ constexpr Clock::duration kDefaultSpin = std::chrono::microseconds(50);
 class Job {
  public:
   virtual ~Job() = default;
-  // Runs one part. The job may be pushed again, or cease to exist, once its last part has run.
-  virtual void run(int64_t part) noexcept = 0;
+  // Runs parts [first, last). The job may be pushed again, or cease to exist, once all have run.
+  virtual void run(int64_t first, int64_t last) noexcept = 0;
 
  private:
   friend class Pool;
@@ -66,8 +66,8 @@ class Pool {
   // Enqueues `parts` > 0 parts. The job must not be queued already.
   void push(Job* job, int64_t parts);
 
-  // Runs one queued part on the calling thread. Returns false if nothing is queued.
-  bool run_one();
+  // Runs some queued parts on the calling thread. Returns false if nothing is queued.
+  bool run_some();
 
   // Works and waits until `left` is 0 or `deadline` has passed; returns whether it is 0.
   bool help(const std::atomic<int64_t>& left, Clock::time_point deadline);
@@ -83,12 +83,13 @@ class Pool {
   Clock::duration spin() const { return spin_; }
 
  private:
-  struct Part {
+  struct Parts {
     Job* job;
-    int64_t index;
+    int64_t first;
+    int64_t last;
   };
 
-  bool pop(Part* part);
+  bool pop(Parts* parts);
   void work(uint64_t epoch);
   void wake(int count);
   template <typename Ready>

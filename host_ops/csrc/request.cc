@@ -39,20 +39,29 @@ void Request::copy(const WorkView& work) {
   copy_array(&shared_, work.shared, g.batch * g.kv_heads);
   copy_array(&host_blocks_, work.host_blocks, g.batch);
   copy_array(&boundary_, work.boundary, g.batch * g.kv_heads);
-  bitmap_.assign(g.batch * g.heads * g.words(), 0);
-  if (!has_bitmap_) return;
-  // Only rows of tasks are copied, so the selection that goes back is zero where nothing was done.
-  for (int64_t b = 0; b < g.batch; ++b) {
-    const int64_t words = (host_blocks_[b] + 31) / 32;
-    for (int64_t n = 0; n < g.heads; ++n) {
-      if (words == 0 || boundary_[b * g.kv_heads + n / g.group()] <= 0) continue;
-      const int64_t row = (b * g.heads + n) * g.words();
-      std::copy_n(work.bitmap + row, words, bitmap_.begin() + row);
-      if (host_blocks_[b] % 32 != 0) {
-        bitmap_[row + words - 1] &= (uint32_t{1} << (host_blocks_[b] % 32)) - 1;
-      }
-    }
+}
+
+// Copies the given selection of a group, cut at the host blocks.
+void Request::copy_bitmap(const uint32_t* bitmap, int64_t batch, int64_t kv_head) {
+  const Geometry& g = geometry_;
+  const int64_t words = (host_blocks_[batch] + 31) / 32;
+  const int64_t rest = host_blocks_[batch] % 32;
+  for (int64_t h = 0; h < g.group(); ++h) {
+    const int64_t row = (batch * g.heads + kv_head * g.group() + h) * g.words();
+    uint32_t* copied = bitmap_.data() + row;
+    std::copy_n(bitmap + row, words, copied);
+    if (rest != 0) copied[words - 1] &= (uint32_t{1} << rest) - 1;
+    std::fill_n(copied + words, g.words() - words, 0);
   }
+}
+
+// The results of a group without work; a task writes all of its own.
+void Request::write_nothing(int64_t batch, int64_t kv_head) {
+  const Geometry& g = geometry_;
+  const int64_t row = batch * g.heads + kv_head * g.group();
+  std::fill_n(out_.data() + row * g.head_dim, g.group() * g.head_dim, 0.0f);
+  std::fill_n(lse_.data() + row, g.group(), -std::numeric_limits<float>::infinity());
+  std::fill_n(bitmap_.data() + row * g.words(), g.group() * g.words(), 0);
 }
 
 uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
@@ -71,15 +80,20 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   const uint32_t status = cancel_known ? validate(work) : kInvalid;
   status_.store(status, std::memory_order_relaxed);
   const Geometry& g = geometry_;
-  out_.assign(g.batch * g.heads * g.head_dim, 0.0f);
-  lse_.assign(g.batch * g.heads, -std::numeric_limits<float>::infinity());
+  out_.resize(g.batch * g.heads * g.head_dim);
+  lse_.resize(g.batch * g.heads);
+  bitmap_.resize(g.batch * g.heads * g.words());
   blocks_read_.assign(g.batch * g.kv_heads, 0);
   units_scanned_.assign(g.batch * g.kv_heads, 0);
   if (status != kOk) return status;
   copy(work);
   for (int64_t b = 0; b < g.batch; ++b) {
     for (int64_t k = 0; k < g.kv_heads; ++k) {
-      if (host_blocks_[b] == 0 || boundary_[b * g.kv_heads + k] <= 0) continue;
+      if (host_blocks_[b] == 0 || boundary_[b * g.kv_heads + k] <= 0) {
+        write_nothing(b, k);
+        continue;
+      }
+      if (has_bitmap_) copy_bitmap(work.bitmap, b, k);
       if (task_count_ == static_cast<int64_t>(tasks_.size())) {
         tasks_.push_back(std::make_unique<Task>());
       }

@@ -86,7 +86,7 @@ void Task::begin(Stage stage, int64_t parts) {
 void Task::go_on(Stage stage, int64_t parts) {
   begin(stage, parts);
   // What one thread has to do alone, this one does at once.
-  if (parts == 1) return run(0);
+  if (parts == 1) return run(0, 1);
   request_->pool_->push(this, parts);
 }
 
@@ -105,18 +105,16 @@ void Task::timed(const Body& body) noexcept {
   request_->stage_ns_[static_cast<int>(stage_)].fetch_add(took, std::memory_order_relaxed);
 }
 
-void Task::run(int64_t part) noexcept {
+void Task::run(int64_t first, int64_t last) noexcept {
   timed([&] {
-    switch (stage_) {
-      case Stage::kScore:
-        return score(part);
-      case Stage::kSelect:
-        return select(part);
-      case Stage::kAttend:
-        return attend(part);
+    for (int64_t part = first; part < last && !request_->stopped(); ++part) {
+      if (stage_ == Stage::kScore) score(part);
+      if (stage_ == Stage::kSelect) select(part);
+      if (stage_ == Stage::kAttend) attend(part);
     }
   });
-  if (parts_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) advance();
+  const int64_t done = last - first;
+  if (parts_left_.fetch_sub(done, std::memory_order_acq_rel) == done) advance();
 }
 
 void Task::advance() {
@@ -127,12 +125,11 @@ void Task::advance() {
   }
   if (stage_ == Stage::kSelect) {
     timed([&] { collect_union(); });
-    if (!blocks_.empty() && !request_->stopped()) {
-      return go_on(Stage::kAttend, parts_of(static_cast<int64_t>(blocks_.size()), kChunkBlocks));
-    }
-  } else if (stage_ == Stage::kAttend) {
-    timed([&] { merge(); });
+    const int64_t chunks = parts_of(static_cast<int64_t>(blocks_.size()), kChunkBlocks);
+    if (chunks > 0 && !request_->stopped()) return go_on(Stage::kAttend, chunks);
+    begin(Stage::kAttend, 0);
   }
+  timed([&] { merge(); });
   request_->task_finished();
 }
 
@@ -179,8 +176,10 @@ void Task::select_head(int64_t head, int64_t wanted) {
   const Geometry& g = request_->geometry_;
   const int64_t row = batch_ * g.heads + kv_head_ * g.group() + head;
   const int32_t* scores = ranked_ ? scores_.data() + head * units_ : nullptr;
-  select_top(scores, units_, wanted, ratio_, request_->host_blocks_[batch_],
-             request_->bitmap_.data() + row * g.words(), scratch().selection);
+  uint32_t* words = request_->bitmap_.data() + row * g.words();
+  std::fill_n(words, g.words(), 0);
+  select_top(scores, units_, wanted, ratio_, request_->host_blocks_[batch_], words,
+             scratch().selection);
 }
 
 void Task::collect_union() {
@@ -237,7 +236,8 @@ void Task::attend(int64_t chunk) {
   (g.dtype == DType::kFloat32 ? kernels().attend_f32 : kernels().attend_bf16)(args);
 }
 
-// Adds up the partials in chunk order. A weight of 0 still multiplies, so that a NaN survives.
+// Adds up the partials in chunk order, if there are any. A weight of 0 still multiplies, so that a
+// NaN survives.
 void Task::merge() {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
@@ -245,6 +245,7 @@ void Task::merge() {
   for (int64_t h = 0; h < group; ++h) {
     const int64_t row = batch_ * g.heads + kv_head_ * group + h;
     float* out = request_->out_.data() + row * g.head_dim;
+    std::fill_n(out, g.head_dim, 0.0f);
     float top = minus_infinity;
     for (int64_t c = 0; c < parts_; ++c) top = std::max(top, partial(c)[h]);
     float sum = 0.0f;
@@ -255,9 +256,9 @@ void Task::merge() {
       sum += weight * part[group + h];
       for (int64_t i = 0; i < g.head_dim; ++i) out[i] += weight * acc[i];
     }
+    request_->lse_[row] = sum == 0.0f ? minus_infinity : top + std::log(sum);
     if (sum == 0.0f) continue;
     for (int64_t i = 0; i < g.head_dim; ++i) out[i] /= sum;
-    request_->lse_[row] = top + std::log(sum);
   }
 }
 

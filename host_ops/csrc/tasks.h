@@ -46,7 +46,7 @@ class Task : public Job {
   int64_t bytes() const { return bytes_; }
   int64_t index() const { return index_; }
 
-  void run(int64_t part) noexcept override;
+  void run(int64_t first, int64_t last) noexcept override;
 
  private:
   enum class Stage { kScore, kSelect, kAttend };
@@ -130,6 +130,8 @@ class Request {
 
   uint32_t validate(const WorkView& work) const;
   void copy(const WorkView& work);
+  void copy_bitmap(const uint32_t* bitmap, int64_t batch, int64_t kv_head);
+  void write_nothing(int64_t batch, int64_t kv_head);
   bool stopped();
   void fail(uint32_t status) { status_.fetch_or(status, std::memory_order_acq_rel); }
   void task_finished();

@@ -21,10 +21,10 @@ class CountingJob : public Job {
   CountingJob(Pool* pool, int64_t parts) : left(parts), runs(parts), pool_(pool) {
     for (auto& count : runs) count = 0;
   }
-  void run(int64_t part) noexcept override {
-    ++runs[part];
+  void run(int64_t first, int64_t last) noexcept override {
+    for (int64_t part = first; part < last; ++part) ++runs[part];
     Pool* pool = pool_;
-    if (left.fetch_sub(1) == 1) pool->notify_done();
+    if (left.fetch_sub(last - first) == last - first) pool->notify_done();
   }
   bool each_once() const {
     for (const auto& count : runs) {
@@ -42,7 +42,7 @@ class CountingJob : public Job {
 // Blocks the worker that runs it until it is opened.
 class Gate : public Job {
  public:
-  void run(int64_t) noexcept override {
+  void run(int64_t, int64_t) noexcept override {
     entered = true;
     while (!open) std::this_thread::yield();
     left = 0;
@@ -78,9 +78,9 @@ TEST(pool_without_workers_runs_nothing_by_itself) {
   pool.push(&job, 2);
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   CHECK_EQ(job.left.load(), 2);
-  CHECK(pool.run_one());
-  CHECK(pool.run_one());
-  CHECK(!pool.run_one());
+  CHECK(pool.run_some());
+  CHECK(pool.run_some());
+  CHECK(!pool.run_some());
   CHECK(job.each_once());
 }
 
@@ -150,12 +150,12 @@ TEST(a_part_may_push_and_help) {
   class Nested : public CountingJob {
    public:
     explicit Nested(Pool* pool) : CountingJob(pool, 6), pool_(pool) {}
-    void run(int64_t part) noexcept override {
+    void run(int64_t first, int64_t last) noexcept override {
       CountingJob inner(pool_, 3);
       pool_->push(&inner, 3);
       CHECK(pool_->help(inner.left, kNever));
       CHECK(inner.each_once());
-      CountingJob::run(part);
+      CountingJob::run(first, last);
     }
 
    private:
@@ -189,7 +189,7 @@ TEST(sleeping_workers_wake_for_every_push) {
 TEST(pool_workers_keep_to_their_cpus_and_leave_signals_alone) {
   class Look : public Job {
    public:
-    void run(int64_t) noexcept override {
+    void run(int64_t, int64_t) noexcept override {
       cpus = allowed_cpus();
       sigset_t blocked;
       pthread_sigmask(SIG_SETMASK, nullptr, &blocked);

@@ -105,15 +105,16 @@ void Pool::wake(int count) {
   if (helper) done_.notify_one();
 }
 
-// Takes a fair share of half of a job's parts, so that one thread is not held up by counting and
-// many threads still finish together.
+// Takes a fair share of half of a job's parts, so that few threads are not held up by counting and
+// many still finish together. Without workers nobody else is expected to take the rest.
 bool Pool::pop(Parts* parts) {
   if (queued_.load(std::memory_order_acquire) == 0) return false;
   std::lock_guard<SpinLock> lock(queue_lock_);
   Job* job = head_;
   if (job == nullptr) return false;
-  const int64_t share = (job->parts_ - job->next_part_) / (2 * threads());
-  const int64_t taken = std::max<int64_t>(share, 1);
+  const int64_t left = job->parts_ - job->next_part_;
+  const int64_t sharers = threads() > 1 ? 2 * threads() : 1;
+  const int64_t taken = std::max<int64_t>(left / sharers, 1);
   *parts = {job, job->next_part_, job->next_part_ + taken};
   job->next_part_ += taken;
   if (job->next_part_ == job->parts_) {

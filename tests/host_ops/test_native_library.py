@@ -110,13 +110,22 @@ def test_an_unknown_cancel_word_is_refused():
 @pytest.mark.native
 def test_results_have_the_same_bits_for_any_number_of_threads():
     before = native.info()["threads"]
-    case = cases.random_case(cases.Shape(num_blocks=400, dtype="bfloat16"), seed=3)
+    # Several parts of every stage: granularity 16 is scored in three, and selected by heads.
+    shape = cases.Shape(num_blocks=1160, head_dim=8, dtype="bfloat16")
+    case = cases.random_case(shape, seed=3).with_work(
+        granularity=[[16, 16, 32], [16, 64, 128]],
+        shared=[[0, 1, 0], [1, 0, 0]],
+        k_units=np.arange(24).reshape(2, 12) * 9,
+        host_blocks=[1153, 1100],
+        boundary=[[1160, 1160, 1160], [1000, 1160, 1160]],
+    )
     try:
         results = []
         for threads in (1, 2, 3):
             native.set_threads(threads)
             assert native.info()["threads"] == threads
             results.append(cases.run("native", case))
+        cases.check("native", case)
     finally:
         native.set_threads(before)
     for other in results[1:]:

@@ -2,7 +2,8 @@
 
     python tools/mutations.py [NAME ...]
 
-Works on a copy of the tree, with whatever environment this interpreter has. First the tests named
+Works on a copy of the tree, with whatever environment this interpreter has; where that environment
+links to this tree, the link is cut, so that the copy is what runs. First the tests named
 in `tools/mutation_table.py` must pass on the unchanged copy; then each mutation is applied, its
 tests run, and it counts as caught only if a test fails. A test run that cannot start fails this
 check, and so does an old text that no longer occurs exactly once: the table follows the code.
@@ -25,6 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 600
 PASSED, FAILED = 0, 1  # exit statuses of pytest; every other one means that it could not run
 
+# An editable install may find its packages before sys.path is looked at.
+CUT_LINK = """import sys
+sys.meta_path[:] = [
+    finder for finder in sys.meta_path
+    if "fluxion_jax" not in getattr(finder, "known_packages", ())
+]
+"""
+WHERE = """import fluxion_jax, host_ops, pallas_kernels
+for package in (fluxion_jax, host_ops, pallas_kernels):
+    print(package.__path__[0])
+"""
+
 
 def copy_tree(target: Path) -> None:
     """Copies what git tracks or would track."""
@@ -41,6 +54,27 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
+def environment(tree: Path) -> dict[str, str]:
+    """The environment in which `tree` is what gets imported."""
+    startup = tree.parent / "startup"
+    startup.mkdir(exist_ok=True)
+    (startup / "sitecustomize.py").write_text(CUT_LINK)
+    return {**os.environ, "PYTHONPATH": f"{startup}{os.pathsep}{tree}"}
+
+
+def imported_from(tree: Path) -> list[Path]:
+    """The folders that hold the packages, as a test in `tree` would import them."""
+    printed = subprocess.run(
+        [sys.executable, "-c", WHERE],
+        cwd=tree.parent,
+        env=environment(tree),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return [Path(line).parent for line in printed.splitlines()]
+
+
 def run_tests(tree: Path, tests: tuple[str, ...], log: Path) -> int:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     with log.open("w") as output:
@@ -48,7 +82,7 @@ def run_tests(tree: Path, tests: tuple[str, ...], log: Path) -> int:
             return subprocess.run(
                 command,
                 cwd=tree,
-                env={**os.environ, "PYTHONPATH": str(tree)},
+                env=environment(tree),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=TIMEOUT_S,
@@ -101,6 +135,9 @@ def main() -> int:
         copy_tree(tree)
         if not rebuild(tree):
             print("expected the host library to compile on the unchanged tree; nothing was tried")
+            return 1
+        if set(places := imported_from(tree)) != {tree}:
+            print(f"expected the packages to come from {tree}, got {places}; nothing was tried")
             return 1
         status = run_tests(tree, tests, log)
         if status != PASSED:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,50 +15,112 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # What threads can race for; a fork under this sanitizer tests only the sanitizer.
 THREADED = ["append_writes", "pool_", "help", "worker", "bits", "cancel", "long", "drain", "meet"]
+FUZZ_S = 10
+
+pytestmark = pytest.mark.slow
 
 
-def sanitizer_works(folder: Path, option: str) -> bool:
-    source = folder / "probe.cc"
-    source.write_text("int main() { return 0; }\n")
-    program = folder / "probe"
-    built = subprocess.run(
-        ["c++", option, str(source), "-o", str(program)], capture_output=True, check=False
-    )
-    return built.returncode == 0 and subprocess.run([program], check=False).returncode == 0
+@functools.cache
+def links(compiler: str, option: str) -> bool:
+    """Whether a program made with this option compiles and runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cc"
+        # What libFuzzer needs; the others bring a main function of their own.
+        entry = 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long)'
+        fuzzing = option.endswith("fuzzer")
+        source.write_text(f"{entry if fuzzing else 'int main()'} {{ return 0; }}\n")
+        program = Path(folder) / "probe"
+        command = [compiler, option, str(source), "-o", str(program)]
+        built = subprocess.run(command, capture_output=True, check=False)
+        run = [program, "-runs=1"] if fuzzing else [program]
+        return (
+            built.returncode == 0
+            and subprocess.run(run, capture_output=True, check=False).returncode == 0
+        )
 
 
-def build(kind: str, option: str) -> Path:
+def build(kind: str, *options: str) -> Path:
     """Builds below build/, so that the next run compiles only what has changed."""
     folder = ROOT / "build" / f"native-tests-{kind}"
+    folder.mkdir(parents=True, exist_ok=True)
     source = ROOT / "host_ops" / "csrc"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    for command in (
-        ["cmake", "-S", source, "-B", folder, *generator, "-DFLUXION_TESTS=ON", option],
-        ["cmake", "--build", folder, "--parallel", "2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "native_tests" / "fluxion_tests"
+    # Tests of one kind may run in several processes at once.
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-S", source, "-B", folder, *generator, "-DFLUXION_TESTS=ON", *options],
+            ["cmake", "--build", folder, "--parallel", "2"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "native_tests"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "option", "probe", "names"),
-    [
-        ("address", "-DFLUXION_SANITIZE=ON", "-fsanitize=address,undefined", []),
-        ("thread", "-DFLUXION_THREAD_SANITIZE=ON", "-fsanitize=thread", THREADED),
-    ],
-)
-def test_cpp(tmp_path, kind, option, probe, names):
+def sanitized(kind: str) -> Path:
+    """The folder of the programs under a sanitizer: "address" (with undefined) or "thread"."""
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             if "native" in os.environ.get("FLUXION_REQUIRE", "").split(","):
                 pytest.fail(f"native is required by FLUXION_REQUIRE, but {tool} is not installed")
             pytest.skip(f"{tool} is not installed")
-    if not sanitizer_works(tmp_path, probe):
-        pytest.skip(f"the compiler cannot link {probe}")
-    done = subprocess.run(
-        [build(kind, option), *names], capture_output=True, text=True, timeout=500, check=False
+    flag = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}[kind]
+    if not links("c++", flag):
+        pytest.skip(f"the compiler cannot link {flag}")
+    option = {"address": "-DFLUXION_SANITIZE=ON", "thread": "-DFLUXION_THREAD_SANITIZE=ON"}[kind]
+    return build(kind, option)
+
+
+def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [program, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
+
+
+@pytest.mark.parametrize(("kind", "names"), [("address", []), ("thread", THREADED)])
+def test_cpp(kind, names):
+    done = run(sanitized(kind) / "fluxion_tests", *names)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.native
+def test_every_variant_stays_within_its_buffers():
+    from host_ops import native
+
+    program = sanitized("address") / "fluxion_tests"
+    for variant in native.info()["variants"]:
+        done = run(program, "canaries", FLUXION_CPU_VARIANT=variant)
+        assert done.returncode == 0, variant + done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "defect", "said"),
+    [
+        ("address", "bounds", "heap-buffer-overflow"),
+        ("address", "overflow", "signed integer overflow"),
+        ("thread", "race", "data race"),
+    ],
+)
+def test_a_planted_defect_is_caught(kind, defect, said):
+    """Or a clean run under the sanitizer would mean nothing."""
+    program = sanitized(kind) / "fluxion_planted"
+    assert run(program).returncode == 0
+    done = run(program, defect)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def test_a_search_for_arguments_that_do_harm(tmp_path):
+    clang = shutil.which("clang++")
+    if clang is None or not links(clang, "-fsanitize=fuzzer"):
+        pytest.skip("no Clang with libFuzzer; test_cpp tries a fixed set of random arguments")
+    options = ("-DFLUXION_SANITIZE=ON", "-DFLUXION_FUZZ=ON", f"-DCMAKE_CXX_COMPILER={clang}")
+    program = build("fuzz", *options) / "fluxion_fuzz"
+    done = run(program, f"-max_total_time={FUZZ_S}", "-max_len=400", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-5000:]

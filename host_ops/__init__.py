@@ -13,6 +13,7 @@ from host_ops.control import drain as drain
 from host_ops.control import inject_fault as inject_fault
 from host_ops.control import new_cancel_word as new_cancel_word
 from host_ops.control import release_cancel_word as release_cancel_word
+from host_ops.control import spread as spread
 from host_ops.errors import UnavailableError as UnavailableError
 from host_ops.memory import DEVICE as DEVICE
 from host_ops.memory import HOST as HOST

@@ -1,10 +1,15 @@
-"""What reaches host work from outside the program: cancel words, drain, and a fault for tests."""
+"""What reaches host work and host memory from outside the program.
+
+Cancel words, drain, the place of a fresh cache, and faults for tests.
+"""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from types import ModuleType
+
+import jax
 
 from host_ops.errors import UnavailableError
 from host_ops.types import STATUS_OK
@@ -27,6 +32,20 @@ def drain() -> None:
     """Waits until no host work is queued or running; only the native pool can have any."""
     if library := _native():
         library.drain()
+
+
+def spread(x: jax.Array) -> None:
+    """Lays a host array on all memory nodes of the machine in turn, where there are several.
+
+    Any thread may read any block. Pages that XLA touched from one node would all lie there, and
+    the threads of the other nodes would read them over the link. For arrays just allocated: what
+    they hold already is moved. Does nothing without the native library.
+
+    Args:
+      x: any array on one device, in host memory.
+    """
+    if x.nbytes and (library := _native()):
+        library.spread(x.unsafe_buffer_pointer(), x.nbytes)
 
 
 def new_cancel_word() -> int:

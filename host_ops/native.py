@@ -93,6 +93,15 @@ def set_threads(threads: int) -> None:
     _require().fluxion_set_threads(threads)
 
 
+def spread(address: int, num_bytes: int) -> int:
+    """Lays memory on all memory nodes of the machine in turn, whatever it holds.
+
+    Returns:
+      On how many nodes it lies; 1 if there is but one or the system refused.
+    """
+    return int(_require().fluxion_spread(address, num_bytes))
+
+
 def drain() -> int:
     """Waits until no submitted work is queued or running.
 
@@ -208,6 +217,8 @@ def _declare(library: ctypes.CDLL) -> None:
         getattr(library, f"fluxion_{name}").restype = ctypes.c_int32
     for name in ("set_threads", "cancel", "release_cancel_word"):
         getattr(library, f"fluxion_{name}").argtypes = [ctypes.c_int32]
+    library.fluxion_spread.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.fluxion_spread.restype = ctypes.c_int32
     for name in ("append", "collect"):
         inject = getattr(library, f"fluxion_inject_{name}_fault")
         inject.argtypes = [ctypes.c_int32, ctypes.c_int64]

@@ -97,7 +97,7 @@ class HostKV:
         host_shape = (blocks, BLOCK_TOKENS, head_dim)
         window_shape = (layout.window_tokens, head_dim)
         sliding_shape = (min(layout.sliding_window or 0, max_tokens), head_dim)
-        return cls(
+        cache = cls(
             layout=layout,
             max_tokens=max_tokens,
             k=each(num_global, host_shape, dtype, "pinned_host"),
@@ -116,7 +116,10 @@ class HostKV:
             status=jnp.zeros((1,), jnp.int32),
             cancel=jnp.zeros((1,), jnp.int32),
             home=jnp.zeros((2,), jnp.uint32),
-        ).at_home()
+        )
+        for array in cache.host_arrays:
+            host_ops.spread(array)
+        return cache.at_home()
 
     @classmethod
     def from_arrays(
@@ -287,8 +290,13 @@ class HostKV:
     @property
     def host_bytes(self) -> int:
         """Bytes in host memory."""
-        host = [*self.k, *self.v, *(self.summaries if self.layout.summaries == "host" else ())]
-        return sum(x.nbytes for x in host)
+        return sum(x.nbytes for x in self.host_arrays)
+
+    @property
+    def host_arrays(self) -> Arrays:
+        """What lies in host memory: keys, values, and summaries if they are kept there."""
+        on_host = self.layout.summaries == "host"
+        return (*self.k, *self.v, *(self.summaries if on_host else ()))
 
     @property
     def device_bytes(self) -> int:

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "nodes.h"
 #include "runtime.h"
 
 #define FLUXION_EXPORT extern "C" __attribute__((visibility("default")))
@@ -54,6 +55,15 @@ FLUXION_EXPORT const char* fluxion_cpu_list() {
 FLUXION_EXPORT int32_t fluxion_spin_us() {
   return guarded([] {
     return static_cast<int32_t>(runtime().pool.spin() / std::chrono::microseconds(1));
+  });
+}
+
+// Lays an array on all memory nodes in turn; returns on how many, 1 if it was left where it is.
+FLUXION_EXPORT int32_t fluxion_spread(void* address, int64_t bytes) {
+  return guarded([&] {
+    const auto nodes = fluxion::memory_nodes();
+    const bool moved = nodes.size() > 1 && fluxion::interleave(address, bytes, nodes);
+    return moved ? static_cast<int32_t>(nodes.size()) : 1;
   });
 }
 

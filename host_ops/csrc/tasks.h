@@ -112,6 +112,9 @@ class Request {
   // Valid once finished.
   uint32_t status() const { return status_.load(std::memory_order_acquire); }
   const Geometry& geometry() const { return geometry_; }
+  // In the order in which they are begun.
+  const Task& task(int64_t i) const { return *tasks_[i]; }
+  int64_t tasks() const { return task_count_; }
   const CacheView& cache() const { return cache_; }
   const std::vector<float>& out() const { return out_; }             // [B, N, H]
   const std::vector<float>& lse() const { return lse_; }             // [B, N]

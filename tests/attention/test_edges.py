@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import fluxion_jax as fx
+import host_ops
 from fluxion_jax.chunk_attention import prefill_attention
 from fluxion_jax.policy import parse_policy, parse_split, split_at
 from fluxion_jax.reference import full_attention
@@ -26,6 +27,13 @@ SPLITS = ("host", "device", 0.0, 0.4, 1.0)
 
 def layout(**options: Any) -> fx.KVLayout:
     return fx.KVLayout(1, KV_HEADS, HEAD_DIM, "float32", **options)
+
+
+def test_a_fresh_cache_is_spread_over_the_memory_nodes(monkeypatch):
+    spread: list[int] = []
+    monkeypatch.setattr(host_ops, "spread", lambda x: spread.append(x.unsafe_buffer_pointer()))
+    cache = fx.HostKV.allocate(layout(), 1, 640)
+    assert spread == [x.unsafe_buffer_pointer() for x in (*cache.k, *cache.v, *cache.summaries)]
 
 
 def drawn(tokens: int, batch: int = 1, seed: int = 0) -> tuple[np.ndarray, ...]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import host_ops
+from host_ops import native
 from tests.host_ops import cases
 
+NODES = len(list(Path("/sys/devices/system/node").glob("node[0-9]*/meminfo"))) or 1
 SHAPE = cases.Shape(num_blocks=72)
 IMPLEMENTATIONS = [pytest.param("native", marks=pytest.mark.native), "numpy"]
 
@@ -85,6 +89,14 @@ def test_a_fault_in_append_comes_once_and_nothing_is_written(implementation):
 def test_a_submit_cannot_be_made_to_fail():
     with pytest.raises(ValueError, match=r"one of .'append', 'collect'., got 'submit'"):
         host_ops.inject_fault(host_ops.STATUS_INTERNAL, operation="submit")
+
+
+@pytest.mark.native
+def test_spreading_an_array_over_memory_nodes_keeps_what_it_holds():
+    x = cases.to_host(np.arange(1 << 20, dtype=np.float32))
+    host_ops.spread(x)
+    np.testing.assert_array_equal(x, np.arange(1 << 20))
+    assert native.spread(x.unsafe_buffer_pointer(), x.nbytes) == NODES
 
 
 def test_draining_with_nothing_to_do_returns():

@@ -185,6 +185,37 @@ TEST(sleeping_workers_wake_for_every_push) {
   }
 }
 
+TEST(pool_parts_of_one_job_run_on_all_threads_at_once) {
+  // Asleep or spinning: each part goes on only when all have begun, on a thread of its own.
+  class Meeting : public Job {
+   public:
+    explicit Meeting(int64_t parts) : left(parts), parts_(parts) {}
+    void run(int64_t first, int64_t last) noexcept override {
+      begun += last - first;
+      const Clock::time_point end = Clock::now() + std::chrono::seconds(20);
+      while (begun < parts_ && Clock::now() < end) std::this_thread::yield();
+      met = met && begun == parts_;
+      left -= last - first;
+    }
+    std::atomic<int64_t> begun{0};
+    std::atomic<int64_t> left;
+    std::atomic<bool> met{true};
+
+   private:
+    const int64_t parts_;
+  };
+  for (const auto spin : {Clock::duration::zero(), kDefaultSpin}) {
+    Pool pool(6, {}, spin);
+    for (int round = 0; round < 20; ++round) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(round % 3));
+      Meeting job(6);
+      pool.push(&job, 6);
+      CHECK(pool.help(job.left, kNever));
+      CHECK(job.met);
+    }
+  }
+}
+
 TEST(pool_workers_keep_to_their_cpus_and_leave_signals_alone) {
   class Look : public Job {
    public:

@@ -2,7 +2,7 @@
 // (fluxion_fuzz, with Clang); test_fuzz.cc tries a fixed set of random ones with any compiler.
 //
 // Whatever the values, an operation either refuses them and changes nothing, or does what it
-// should inside of its arrays. These have exactly the sizes they must have, so that AddressSanitizer
+// should inside of its arrays; which of the two is known. These have exactly the sizes they must have, so that AddressSanitizer
 // sees every step beyond.
 
 #include <algorithm>
@@ -18,8 +18,6 @@ using namespace fluxion;
 using namespace fluxion_tests;
 
 namespace {
-
-constexpr uint32_t kKnown = kInvalid | kCancelled | kTimeout | kInternal | kNotInPlace;
 
 #define EXPECT(condition)                                                             \
   if (!(condition)) {                                                                 \
@@ -75,11 +73,48 @@ void read_values(Bytes& in, Case* c) {
   in.fill(&c->num_blocks, static_cast<int32_t>(in.below(2)));
 }
 
+struct Tick {
+  int32_t words[2];
+  bool valid;  // Whether its submit was given nothing that has to be refused.
+
+  bool operator==(const Tick& other) const {
+    return words[0] == other.words[0] && words[1] == other.words[1];
+  }
+};
+
+// The rules of host_ops/types.py, once more.
+bool work_is_valid(const Case& c, const WorkView& work) {
+  const Geometry& g = c.g;
+  bool valid = work.cancel == 0;  // No cancel word is ever made here.
+  for (int64_t b = 0; b < g.batch; ++b) {
+    valid &= c.host_blocks[b] >= 0 && c.host_blocks[b] <= g.blocks;
+    if (c.host_blocks[b] == 0 || work.bitmap != nullptr) continue;
+    for (int64_t task = b * g.kv_heads; task < (b + 1) * g.kv_heads; ++task) {
+      const int32_t unit = c.granularity[task];
+      const bool known = unit == 16 || unit == 32 || unit == 64 || unit == 128;
+      valid &= known || c.boundary[task] <= 0;
+    }
+  }
+  return valid;
+}
+
+bool flush_is_valid(const Case& c) {
+  bool valid = true;
+  for (int64_t b = 0; b < c.g.batch; ++b) {
+    const bool none = c.num_blocks[b] == 0;
+    const bool inside = c.first_block[b] >= 0 && c.first_block[b] < c.g.blocks;
+    valid &= none || (c.num_blocks[b] == 1 && inside);
+  }
+  for (const int32_t shift : c.shift) valid &= shift >= 0;
+  return valid;
+}
+
 bool all_finite(const std::vector<float>& values) {
   return std::all_of(values.begin(), values.end(), [](float x) { return std::isfinite(x); });
 }
 
-void check_collect(Case& c, const int32_t tick[2], const Geometry& g, bool in_place) {
+void check_collect(Case& c, const Tick& tick, bool in_place) {
+  const Geometry& g = c.g;
   const Stored before = c.k;
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::vector<float> out(g.batch * g.heads * g.head_dim, nan);
@@ -89,10 +124,11 @@ void check_collect(Case& c, const int32_t tick[2], const Geometry& g, bool in_pl
   std::vector<int32_t> units_scanned(g.batch * g.kv_heads, -1);
   std::vector<uint32_t> selection(g.batch * g.heads * g.words(), 0xdeadbeef);
   int32_t status = -1;
-  collect(tick, g, c.cache(), c.flush(), in_place,
+  collect(tick.words, g, c.cache(), c.flush(), in_place,
           {out.data(), lse.data(), &status, times.data(), blocks_read.data(),
            units_scanned.data(), selection.data()});
-  EXPECT((status & ~static_cast<int32_t>(kKnown)) == 0);
+  const uint32_t refused = tick.valid && flush_is_valid(c) ? kOk : kInvalid;
+  EXPECT(static_cast<uint32_t>(status) == (refused | (in_place ? kOk : kNotInPlace)));
   EXPECT(all_finite(out) && all_finite(times));
   for (const int32_t read : blocks_read) EXPECT(read >= 0 && read <= g.blocks);
   for (const int32_t scanned : units_scanned) EXPECT(scanned >= 0 && scanned <= g.blocks);
@@ -106,7 +142,7 @@ void check_collect(Case& c, const int32_t tick[2], const Geometry& g, bool in_pl
 void check_append(Case& c) {
   const Stored before = c.k;
   const uint32_t status = append(c.g, c.cache(), c.flush());
-  EXPECT((status & ~kKnown) == 0);
+  EXPECT(status == (flush_is_valid(c) ? kOk : kInvalid));
   EXPECT(status == kOk || c.k == before);
 }
 
@@ -118,32 +154,30 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Case c = make_case(g, in.byte());
   std::mt19937 rng(in.byte());
   const auto bitmap = integers<uint32_t>(rng, g.batch * g.heads * g.words(), 0, UINT32_MAX);
-  struct Tick {
-    int32_t words[2];
-  };
   std::vector<Tick> open;
   for (int step = 0; step < 12 && (in.more() || !open.empty()); ++step) {
     read_values(in, &c);
     const int64_t operation = in.more() ? in.below(6) : 2;
-    Tick tick = open.empty() || in.below(8) == 7 ? Tick{{in.value(), in.value()}} : open.back();
+    Tick tick{{in.value(), in.value()}, false};
+    if (std::find(open.begin(), open.end(), tick) != open.end()) continue;
+    if (!open.empty() && in.below(8) != 7) tick = open.back();
     if (operation < 2) {
       WorkView work = c.work();
       work.cancel = in.below(4) == 3 ? in.value() : 0;
       if (in.below(3) == 0) work.bitmap = bitmap.data();
       submit(g, work, c.cache(), c.scale, tick.words);
+      tick.valid = work_is_valid(c, work);
       open.push_back(tick);
       if (operation == 0) start(tick.words, [] {});
     } else if (operation < 4) {
-      if (!open.empty() && std::equal(tick.words, tick.words + 2, open.back().words)) {
-        open.pop_back();
-      }
-      check_collect(c, tick.words, g, in.below(8) != 7);
+      if (!open.empty() && tick == open.back()) open.pop_back();
+      check_collect(c, tick, in.below(8) != 7);
     } else {
       if (operation == 4) start(tick.words, [] {});
       // What is submitted reads the cache until it is collected.
       if (operation == 5 && open.empty()) check_append(c);
     }
   }
-  for (const Tick& tick : open) check_collect(c, tick.words, g, true);
+  for (const Tick& tick : open) check_collect(c, tick, true);
   return 0;
 }

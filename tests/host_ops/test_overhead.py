@@ -20,8 +20,9 @@ from tests.host_ops import cases
 
 pytestmark = [pytest.mark.native, pytest.mark.slow]
 
-CALL_S = 2e-6
-LAYER_S = 10e-6
+# Twice what an idle machine needs at most: tests share cores with each other.
+CALL_S = 2 * 2e-6
+LAYER_S = 2 * 10e-6
 # 4096 tokens, 8 KV heads of 4 query heads each.
 SHAPE = cases.Shape(
     num_blocks=256, head_dim=128, batch=1, kv_heads=8, dtype="bfloat16", flush_blocks=1
@@ -82,7 +83,9 @@ def test_a_call_without_work_costs_next_to_nothing(link, calls):
     case = case_of(boundary=0)
     short_s, _ = least_s(link, 32, case, runs=300)
     long_s, _ = least_s(link, 64, case, runs=300)
-    assert (long_s - short_s) / (32 * calls) < CALL_S
+    call_s = (long_s - short_s) / (32 * calls)
+    print(f"{link.__name__}: {1e6 * call_s:.2f} us a call")
+    assert call_s < CALL_S
 
 
 def test_a_layer_costs_little_besides_scoring_selection_and_attention():
@@ -93,4 +96,5 @@ def test_a_layer_costs_little_besides_scoring_selection_and_attention():
         _, rest_s = least_s(step, 8, case_of(boundary=256), runs=100)
     finally:
         native.set_threads(before)
+    print(f"besides scoring, selection and attention: {1e6 * rest_s:.2f} us a layer")
     assert 0 < rest_s < LAYER_S

@@ -3,7 +3,7 @@
 #   make demo      a real model answers from a long text, its KV cache in host memory
 #   make test      the test suite
 #   make lint      formatting, lint and types
-#   make bench     the demo's measurements of this machine, written to benchmarks/results/
+#   make bench     the host kernels against this machine's memory, into benchmarks/results/
 #
 # Variables: PYTHON (the interpreter, 3.11 or newer), VENV (where the environment goes),
 # ARGS (passed on, as in `make demo ARGS="--model gemma3-270m"`).
@@ -40,7 +40,7 @@ format: $(VENV)/.made-lint
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.made-demo native
-	$(BIN)/fluxion demo --output benchmarks/results $(ARGS)
+	$(BIN)/fluxion bench host --output benchmarks/results $(ARGS)
 
 # Builds in place, and again only what changed. Without a compiler it says so and goes on: the
 # package then runs on its JAX and NumPy code.

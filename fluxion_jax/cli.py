@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_generate(commands)
     _add_demo(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -88,6 +89,20 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--scored-tokens", type=int, default=256, metavar="N")
     _add_common(parser)
     parser.set_defaults(run=_demo)
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="measure this machine, or a selection's quality")
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    host = kinds.add_parser("host", help="host kernels against the speed of memory")
+    host.add_argument("--quick", action="store_true", help="one head shape, fewer repetitions")
+    _add_common(host)
+    host.set_defaults(run=_bench_host)
+    selection = kinds.add_parser("selection", help="integer selection against its alternatives")
+    selection.add_argument("--model", default="smollm2-135m", help="see fluxion generate --help")
+    selection.add_argument("--context-tokens", type=int, default=8192, metavar="N")
+    _add_common(selection)
+    selection.set_defaults(run=_bench_selection)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -164,6 +179,27 @@ def _demo(arguments: argparse.Namespace) -> int:
     fidelity_figure(report.fidelity, title).savefig(figure)
     _emit(arguments, report.to_dict(), render(report), "demo.json")
     print(f"figure: {figure}", file=sys.stderr)
+    return 0
+
+
+def _bench_host(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import host
+
+    cells = arguments.output / "cells" if arguments.output else None
+    report = host.run(
+        host.QUICK if arguments.quick else host.Settings(),
+        cells,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    _emit(arguments, report, host.render(report), "bench-host.json")
+    return 0
+
+
+def _bench_selection(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import selection
+
+    report = selection.run(arguments.model, context_tokens=arguments.context_tokens)
+    _emit(arguments, report, selection.render(report), "bench-selection.json")
     return 0
 
 

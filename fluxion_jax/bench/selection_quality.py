@@ -48,9 +48,7 @@ def grouped(q: Array, kv_heads: int) -> Array:
     return np.moveaxis(q.reshape(steps, kv_heads, heads // kv_heads, head_dim), 1, 0)
 
 
-def full_attention(
-    layer: Captured, positions: npt.NDArray[np.int64], host: slice
-) -> Attention:
+def full_attention(layer: Captured, positions: npt.NDArray[np.int64], host: slice) -> Attention:
     """Attends from each query to all tokens up to its own position.
 
     Args:
@@ -110,7 +108,10 @@ def select(scores: Array, k_units: int) -> npt.NDArray[np.bool_]:
 
 
 def judge(
-    chosen: npt.NDArray[np.bool_], layer: Captured, attention: Attention, host: slice,
+    chosen: npt.NDArray[np.bool_],
+    layer: Captured,
+    attention: Attention,
+    host: slice,
     granularity: int,
 ) -> tuple[Array, Array]:
     """What a selection recalls and what it does to the output.

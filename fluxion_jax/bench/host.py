@@ -1,0 +1,277 @@
+"""`fluxion bench host`: the host's kernels against what its memory can deliver."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import host_ops
+from fluxion_jax.bench.cells import cell
+from fluxion_jax.bench.comparators import times_s
+from fluxion_jax.bench.stamp import cache_bytes, stamp
+from fluxion_jax.bench.statistics import summarise
+from fluxion_jax.env import _memory
+from fluxion_jax.errors import FluxionError
+from fluxion_jax.cache.host_kv import memory_sharding
+from host_ops import TIMES, Flush, Work, ceiling, native
+
+KV_HEADS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+      shapes: (head size, query heads of a group).
+      granularities: tokens of a unit.
+      repetitions: of each figure.
+      cache_bytes: K and V of the cache; None for three times the last-level cache, at least 1 GiB
+        and at most a sixth of the free memory.
+      read_fraction: share of the cache that attention reads.
+    """
+
+    shapes: tuple[tuple[int, int], ...] = ((128, 4), (128, 7), (64, 3), (256, 4))
+    granularities: tuple[int, ...] = (16, 32, 64, 128)
+    repetitions: int = 9
+    cache_bytes: int | None = None
+    read_fraction: float = 0.1
+
+
+QUICK = Settings(shapes=((128, 4),), repetitions=5)
+
+
+def run(
+    settings: Settings = Settings(),
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measures ceiling, attention, scoring and selection with one thread and with all.
+
+    Args:
+      settings: what is measured.
+      folder: where finished cells are kept and looked for; None keeps nothing.
+      say: told in one line what is measured next.
+
+    Raises:
+      FluxionError: the native library cannot be used.
+    """
+    if reason := native.unavailable_reason():
+        raise FluxionError(f"expected the native host library, got none: {reason}")
+    wanted = settings.cache_bytes or _default_bytes()
+    threads = native.info()["threads"]
+    rows = []
+    for head_dim, group in settings.shapes:
+        rows += _shape_rows(head_dim, group, wanted, threads, settings, folder, say)
+    return {
+        "benchmark": "host",
+        "stamp": stamp(),
+        "settings": {**dataclasses.asdict(settings), "cache_bytes": wanted, "kv_heads": KV_HEADS},
+        "rows": rows,
+    }
+
+
+def _shape_rows(
+    head_dim: int,
+    group: int,
+    wanted: int,
+    threads: int,
+    settings: Settings,
+    folder: Path | None,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    # Built by the first cell that has to be measured, and gone with the last.
+    benches: list[_Bench] = []
+
+    def measure(granularity: int, count: int) -> dict[str, Any]:
+        say(f"head size {head_dim}, group {group}, unit {granularity}, {count} threads")
+        if not benches:
+            benches.append(_Bench(head_dim, group, wanted))
+        native.set_threads(count)
+        try:
+            return benches[0].measure(granularity, count, settings, count == threads)
+        finally:
+            native.set_threads(threads)
+
+    return [
+        cell(
+            folder,
+            f"host-{wanted}-{head_dim}-{group}-{granularity}-{count}-{native.info()['variant']}",
+            partial(measure, granularity, count),
+        )
+        for count in sorted({1, threads})
+        for granularity in settings.granularities
+    ]
+
+
+def _default_bytes() -> int:
+    memory = _memory()
+    free = min(int(str(memory["available_bytes"])), int(str(memory["limit_bytes"] or 2**60)))
+    return min(max(3 * max(cache_bytes().values(), default=0), 2**30), free // 6)
+
+
+class _Bench:
+    """A cache of one shape, and the compiled step that reads it."""
+
+    def __init__(self, head_dim: int, group: int, wanted: int) -> None:
+        self.head_dim, self.group = head_dim, group
+        self.blocks = max(64, wanted // (KV_HEADS * 64 * head_dim) // 64 * 64)
+        self.block_bytes = 64 * head_dim
+        cache = (1, KV_HEADS, self.blocks, 16, head_dim)
+        rows = (1, KV_HEADS, self.blocks * 15 // 8, 2, head_dim)
+        low = jax.random.randint(jax.random.key(3), (*rows[:2], 8, 2, head_dim), -100, 100)
+        summaries = jnp.sort(low.astype(jnp.int8), axis=3)
+        pattern = (*cache[:2], 8, *cache[3:])
+        k, v = (
+            _tiled(jax.random.normal(jax.random.key(seed), pattern), cache, "bfloat16")
+            for seed in (1, 2)
+        )
+        self.cache = (k, v, _tiled(summaries, rows, "int8"))
+        self.rng = np.random.default_rng(0)
+        self.program = _program(head_dim**-0.5)
+
+    def work(self, granularity: int, k_units: int, bitmap: Any) -> Work:
+        heads = (1, KV_HEADS * self.group)
+        q = self.rng.normal(size=(*heads, self.head_dim)).astype(np.float32)
+        per_group = np.ones((1, KV_HEADS), np.int32)
+        return Work(
+            q=jnp.asarray(q),
+            q8=jnp.asarray(np.clip(q * 40, -127, 127).astype(np.int8)),
+            granularity=jnp.asarray(per_group * granularity),
+            k_units=jnp.full(heads, k_units, jnp.int32),
+            shared=jnp.asarray(per_group * 0),
+            host_blocks=jnp.asarray([self.blocks], jnp.int32),
+            boundary=jnp.asarray(per_group * self.blocks),
+            cancel=jnp.zeros(1, jnp.int32),
+            bitmap=bitmap,
+        )
+
+    def step(self, work: Work) -> tuple[dict[str, float], int]:
+        """Seconds by name, and blocks read."""
+        flush = _nothing(self.head_dim)
+        self.cache, status, times, read = jax.block_until_ready(
+            self.program(self.cache, work, flush)
+        )
+        if int(status[0]) != host_ops.STATUS_OK:
+            raise FluxionError(f"expected status 0, got {int(status[0])}")
+        return dict(zip(TIMES, np.asarray(times, float).tolist(), strict=True)), int(read.sum())
+
+    def measure(
+        self, granularity: int, threads: int, settings: Settings, compare: bool
+    ) -> dict[str, Any]:
+        keys = np.asarray(self.cache[0])
+        self.step(self.work(granularity, 1, None))
+        ceilings, attention, scoring, share, rest = [], [], [], [], []
+        scored_bytes = KV_HEADS * (self.blocks * 16 // granularity) * 2 * self.head_dim
+        fraction = settings.read_fraction
+        k_units = max(1, int(fraction * self.blocks * 16 // granularity))
+        for repetition in range(settings.repetitions + 1):
+            # Reading all keys also drives out of the caches what the next step reads.
+            read_s, _ = ceiling.read_all(keys)
+            ids, bitmap = self.random_selection(granularity, fraction)
+            attended, blocks = self.step(self.work(granularity, 0, bitmap))
+            ceiling.read_all(keys)
+            scored, _ = self.step(self.work(granularity, k_units, None))
+            if repetition == 0:
+                continue
+            ceilings.append(keys.nbytes / read_s / 1e9)
+            attention.append(blocks * self.block_bytes / attended["span"] / 1e9)
+            scoring.append(scored_bytes / (scored["scored"] / threads) / 1e9)
+            share.append(scored["selected"] / scored["scored"])
+            stages_s = sum(scored[name] for name in ("scored", "selected", "attended"))
+            rest.append(1e6 * (scored["waited"] + scored["own"] - stages_s))
+        del keys
+        top = summarise(ceilings)["median"]
+        row: dict[str, Any] = {
+            "head_dim": self.head_dim,
+            "group": self.group,
+            "granularity": granularity,
+            "threads": threads,
+            "ceiling_gb_s": summarise(ceilings),
+            "attention_gb_s": summarise(attention),
+            "attention_of_ceiling": summarise(attention)["median"] / top,
+            "scoring_gb_s": summarise(scoring),
+            "scoring_of_ceiling": summarise(scoring)["median"] / top,
+            "selection_of_scoring": summarise(share),
+        }
+        if threads == 1:
+            row["rest_us"] = summarise(rest)
+        if compare:
+            useful = ids.size * self.block_bytes
+            q = self.rng.normal(size=(KV_HEADS, self.group, self.head_dim)).astype(np.float32)
+            seconds = times_s(q, self.cache[0][0], self.cache[1][0], ids, self.head_dim**-0.5, 3)
+            row["comparators_gb_s"] = {n: useful / s["median"] / 1e9 for n, s in seconds.items()}
+            fastest = max(row["comparators_gb_s"].values())
+            row["attention_over_fastest"] = summarise(attention)["median"] / fastest
+        return row
+
+    def random_selection(self, granularity: int, fraction: float) -> tuple[Any, jax.Array]:
+        """Sorted random blocks `[K, M]` in whole units, and their bitmap for every head."""
+        ratio = granularity // 16
+        units = self.blocks // ratio
+        count = max(1, int(units * fraction))
+        picked = [np.sort(self.rng.choice(units, count, replace=False)) for _ in range(KV_HEADS)]
+        ids = (np.stack(picked)[..., None] * ratio + np.arange(ratio)).reshape(KV_HEADS, -1)
+        bits = np.zeros((KV_HEADS, self.blocks), np.uint8)
+        np.put_along_axis(bits, ids, 1, axis=1)
+        words = np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
+        return ids, jnp.asarray(np.repeat(words, self.group, axis=0)[None])
+
+
+def _tiled(pattern: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    def fill(x: Any) -> Any:
+        repeats = -(-shape[2] // x.shape[2])
+        whole = jnp.tile(x.astype(dtype), (1, 1, repeats, 1, 1))[:, :, : shape[2]]
+        return jax.device_put(whole, jax.memory.Space.Host)
+
+    return jax.jit(fill, out_shardings=memory_sharding("pinned_host"))(pattern)
+
+
+def _nothing(head_dim: int) -> Flush:
+    blocks = jnp.zeros((1, KV_HEADS, 1, 16, head_dim), jnp.bfloat16)
+    return Flush(
+        blocks,
+        blocks,
+        jnp.zeros((1, KV_HEADS, 1, 2, head_dim), jnp.int8),
+        jnp.zeros((1, KV_HEADS, head_dim), jnp.int32),
+        jnp.zeros(1, jnp.int32),
+        jnp.zeros(1, jnp.int32),
+    )
+
+
+def _program(scale: float) -> Any:
+    def step(cache: Any, work: Work, flush: Flush) -> Any:
+        k, v, summaries = cache
+        tick = host_ops.submit(work, k, v, summaries, scale=scale, implementation="native")
+        done = host_ops.collect(tick, work, k, v, summaries, flush, (), scale=scale, implementation="native")
+        return (done.k, done.v, done.summaries), done.status, done.times, done.blocks_read
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as a table for a terminal."""
+    lines = [
+        "GB/s of useful bytes, medians; in brackets the share of the streaming read",
+        " H  G unit threads  ceiling       attention         scoring selection    rest  best other",
+    ]
+    for r in report["rows"]:
+        others = r.get("comparators_gb_s")
+        best = max(others, key=others.get) if others else ""
+        tail = f"{others[best]:.1f} {best} ({r['attention_over_fastest']:.1f}x)" if others else ""
+        rest = f"{r['rest_us']['median']:6.0f}us" if "rest_us" in r else " " * 8
+        lines.append(
+            f"{r['head_dim']:3d} {r['group']:2d} {r['granularity']:4d} {r['threads']:6d} "
+            f"{r['ceiling_gb_s']['median']:8.1f} "
+            f"{r['attention_gb_s']['median']:8.1f} ({r['attention_of_ceiling']:.2f}) "
+            f"{r['scoring_gb_s']['median']:8.1f} ({r['scoring_of_ceiling']:.2f}) "
+            f"{r['selection_of_scoring']['median']:9.1%} {rest}  {tail}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""The measurements themselves: numbers known in advance, brute force, and a tiny real run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fluxion_jax.bench import selection_quality as quality
+from fluxion_jax.bench.capture import Captured
+from fluxion_jax.bench.cells import cell
+from fluxion_jax.bench.host import Settings, render, run
+from fluxion_jax.bench.stamp import cache_bytes
+from fluxion_jax.bench.statistics import summarise
+from host_ops import ceiling
+
+
+def test_statistics_of_known_values():
+    found = summarise([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert (found["median"], found["min"], found["max"]) == (3.0, 1.0, 5.0)
+    assert found["spread"] == pytest.approx(2 / 3)
+    assert found["repetitions"] == 5
+
+
+def test_a_finished_cell_is_not_measured_again(tmp_path):
+    assert cell(tmp_path, "a", lambda: {"x": 1}) == {"x": 1}
+    assert cell(tmp_path, "a", lambda: pytest.fail("measured again")) == {"x": 1}
+    assert cell(tmp_path, "b", lambda: {"x": 2}) == {"x": 2}
+
+
+def test_cache_sizes_are_read_from_sysfs(tmp_path):
+    for i, (level, kind, size) in enumerate(
+        [(1, "Data", "48K"), (1, "Instruction", "32K"), (3, "Unified", "2M")]
+    ):
+        (tmp_path / f"index{i}").mkdir()
+        for name, value in (("level", level), ("type", kind), ("size", size)):
+            (tmp_path / f"index{i}" / name).write_text(f"{value}\n")
+    assert cache_bytes(tmp_path) == {"L1d": 48 * 1024, "L3": 2 * 1024**2}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("size", [1, 63, 64, (1 << 20) + 77, 3 << 20])
+def test_the_ceiling_reads_every_byte(size):
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    whole = size // 64 * 64
+    want = np.bitwise_xor.reduce(data[:whole].view(np.uint64), initial=0)
+    want ^= np.uint64(np.bitwise_xor.reduce(data[whole:], initial=0))
+    seconds, total = ceiling.read_all(data)
+    assert seconds > 0
+    assert total == int(want)
+
+
+@pytest.mark.native
+def test_a_tiny_run_has_every_figure(tmp_path):
+    settings = Settings(((16, 2),), (16, 128), repetitions=2, cache_bytes=1 << 21)
+    report = run(settings, tmp_path)
+    json.dumps(report, allow_nan=False)
+    assert {r["granularity"] for r in report["rows"]} == {16, 128}
+    for row in report["rows"]:
+        assert row["attention_gb_s"]["median"] > 0
+        assert row["scoring_of_ceiling"] > 0
+    assert {"jax", "jax with gather"} <= report["rows"][-1]["comparators_gb_s"].keys()
+    assert len(render(report).splitlines()) == 2 + len(report["rows"])
+    said = []
+    assert run(settings, tmp_path, said.append)["rows"] == report["rows"]
+    assert said == []
+
+
+def layer() -> Captured:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((3, 4, 8), (2, 90, 8), (2, 90, 8)))
+    return Captured(q, k, v, 0.5)
+
+
+def test_scores_and_judgement_are_those_of_brute_force():
+    captured, positions, host = layer(), np.array([80, 85, 89]), slice(10, 74)
+    attention = quality.full_attention(captured, positions, host)
+    scores = {
+        m: quality.unit_scores(m, captured, attention, host, 32, False) for m in quality.METHODS
+    }
+    chosen = quality.select(scores["float"], 1)
+    mass, error = quality.judge(chosen, captured, attention, host, 32)
+    outs = np.zeros((3, 4, 2, 8))
+    for t, n in np.ndindex(3, 4):
+        kv, end = n // 2, positions[t] + 1
+        keys, values = captured.k[kv, :end], captured.v[kv, :end]
+        weights = np.exp(keys @ captured.q[t, n] * 0.5)
+        weights /= weights.sum()
+        bounds = []
+        for u in range(2):
+            unit = slice(10 + 32 * u, 42 + 32 * u)
+            products = (
+                captured.q[t, n] * keys[unit].min(axis=0),
+                captured.q[t, n] * keys[unit].max(axis=0),
+            )
+            bounds.append(np.maximum(*products).sum())
+            at = kv, t, n % 2, u
+            assert scores["oracle"][at] == pytest.approx(weights[unit].sum(), rel=1e-4)
+            assert scores["float"][at] == pytest.approx(bounds[-1], rel=1e-4)
+            mean = keys[unit].mean(axis=0) @ captured.q[t, n]
+            assert scores["mean"][at] == pytest.approx(mean, rel=1e-3, abs=1e-4)
+        best = int(np.argmax(bounds))
+        kept = np.ones(end, bool)
+        kept[10:74] = False
+        kept[10 + 32 * best : 42 + 32 * best] = True
+        assert mass[kv, t, n % 2] == pytest.approx(scores["oracle"][kv, t, n % 2, best], rel=1e-4)
+        outs[t, n] = weights @ values, weights[kept] @ values[kept] / weights[kept].sum()
+    norms = np.linalg.norm(outs[:, :, 1] - outs[:, :, 0], axis=-1)
+    want = norms / np.linalg.norm(outs[:, :, 0], axis=-1).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.moveaxis(error, 0, 1).reshape(3, 4), want, rtol=1e-3)
+    # Integers of the product are the float bounds in steps of their head, up to rounding.
+    peaks = np.abs(captured.k[:, host]).max(axis=1)
+    folded = quality.grouped(captured.q, 2) * 2.0 ** np.ceil(np.log2(peaks / 127))[:, None, None]
+    steps = np.abs(folded).max(axis=-1, keepdims=True) / 127
+    np.testing.assert_allclose(scores["integer"] * steps, scores["float"], rtol=0.05, atol=0.3)

@@ -17,9 +17,9 @@ from fluxion_jax.bench.cells import cell
 from fluxion_jax.bench.comparators import times_s
 from fluxion_jax.bench.stamp import cache_bytes, stamp
 from fluxion_jax.bench.statistics import summarise
+from fluxion_jax.cache.host_kv import memory_sharding
 from fluxion_jax.env import _memory
 from fluxion_jax.errors import FluxionError
-from fluxion_jax.cache.host_kv import memory_sharding
 from host_ops import TIMES, Flush, Work, ceiling, native
 
 KV_HEADS = 8
@@ -250,7 +250,9 @@ def _program(scale: float) -> Any:
     def step(cache: Any, work: Work, flush: Flush) -> Any:
         k, v, summaries = cache
         tick = host_ops.submit(work, k, v, summaries, scale=scale, implementation="native")
-        done = host_ops.collect(tick, work, k, v, summaries, flush, (), scale=scale, implementation="native")
+        done = host_ops.collect(
+            tick, work, k, v, summaries, flush, (), scale=scale, implementation="native"
+        )
         return (done.k, done.v, done.summaries), done.status, done.times, done.blocks_read
 
     return jax.jit(step, donate_argnums=0)

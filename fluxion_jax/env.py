@@ -38,7 +38,16 @@ VARIABLES = (
     "XLA_FLAGS",
     "CUDA_VISIBLE_DEVICES",
 )
-CPU_FEATURES = ("sse4_2", "avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16")
+CPU_FEATURES = (
+    "sse4_2",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+)
 
 Section = dict[str, object]
 Report = dict[str, Section]

@@ -1,13 +1,14 @@
 """The native library: finds, loads and registers it, and controls its pool of threads.
 
 One shared library of plain C functions and XLA FFI handlers, loaded with ctypes at first use; it
-does not depend on the Python version. It is looked for at `FLUXION_HOST_LIBRARY`, else next to
-this file, where CMake installs it. The process's environment is read when it is loaded:
-`FLUXION_CPU_VARIANT` (scalar, avx2, avx512) forces the kernels, `FLUXION_NUM_THREADS` sets how
-many threads work including the one that collects (by default one for each CPU), `FLUXION_CPUS`
-confines the library's own threads to a list of CPUs such as `0-7,16` (the thread that collects is
-the framework's and stays where it is), `FLUXION_SPIN_US` sets for how many microseconds an idle
-thread spins before it sleeps, and `FLUXION_TIMEOUT_S` bounds how long a collect waits.
+does not depend on the Python version. It is looked for at `FLUXION_HOST_LIBRARY`, else next to this
+file, where CMake installs it. The process's environment is read when it is loaded:
+`FLUXION_CPU_VARIANT` (scalar, avx2, avx512, avx512_vnni) forces the kernels, `FLUXION_NUM_THREADS`
+sets how many threads work including the one that collects (by default one for each CPU),
+`FLUXION_CPUS` confines the library's own threads to a list of CPUs such as `0-7,16` (the thread
+that collects is the framework's and stays where it is), `FLUXION_SPIN_US` sets for how many
+microseconds an idle thread spins before it sleeps, and `FLUXION_TIMEOUT_S` bounds how long a
+collect waits.
 """
 
 from __future__ import annotations

@@ -11,10 +11,13 @@ std::vector<const KernelTable*> usable() {
   std::vector<const KernelTable*> tables;
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("popcnt");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && avx512_vnni_kernels() != nullptr) tables.push_back(avx512_vnni_kernels());
   if (avx512 && avx512_kernels() != nullptr) tables.push_back(avx512_kernels());
   if (avx2 && avx2_kernels() != nullptr) tables.push_back(avx2_kernels());
 #endif

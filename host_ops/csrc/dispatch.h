@@ -10,7 +10,7 @@
 namespace fluxion {
 
 // The best variant this CPU and build support, or the one named by FLUXION_CPU_VARIANT (scalar,
-// avx2, avx512) if it is among them. Chosen on the first call and kept. Any thread.
+// avx2, avx512, avx512_vnni) if it is among them. Chosen on the first call and kept. Any thread.
 const KernelTable& kernels();
 
 // The kernels of a named variant, or null if this CPU or build lacks it.

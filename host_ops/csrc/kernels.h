@@ -36,22 +36,36 @@ struct ScoreArgs {
   int64_t count;
   int32_t group;
   int32_t head_dim;
-  int16_t* scratch;     // [G, 2, H], for the split queries; contents are not kept.
+  uint8_t* scratch;     // [G, 2, H], for the split queries; contents are not kept.
   int32_t* scores;      // [G, stride] out: sum over H of max(q8 * lo, q8 * hi).
   int64_t stride;
 };
+
+// The best units of one head, ties to the lowest id.
+struct SelectArgs {
+  const int32_t* scores;  // [units]
+  int64_t units;
+  int64_t wanted;         // 0 < wanted < units.
+  int64_t ratio;          // Blocks of a unit: 1, 2, 4 or 8.
+  int32_t* scratch;       // [units + kSelectPadding]; contents are not kept.
+  uint32_t* words;        // [ceil(units * ratio / 32)] out: bit of every block of those units.
+};
+
+constexpr int64_t kSelectPadding = 32;
 
 struct KernelTable {
   const char* name;
   void (*attend_f32)(const AttendArgs&);
   void (*attend_bf16)(const AttendArgs&);
   void (*score)(const ScoreArgs&);
+  void (*select)(const SelectArgs&);
 };
 
 // Null where the variant was not compiled for this architecture.
 const KernelTable* scalar_kernels();
 const KernelTable* avx2_kernels();
 const KernelTable* avx512_kernels();
+const KernelTable* avx512_vnni_kernels();
 
 }  // namespace fluxion
 

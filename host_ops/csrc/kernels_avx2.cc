@@ -10,12 +10,14 @@ namespace fluxion {
 namespace {
 
 #include "simd_avx2.h"
+#include "ints_avx2.h"
 // The order matters: each of these builds on the names above it.
 #include "exp_impl.h"
 #include "kernels_impl.h"
 #include "score_impl.h"
+#include "selection_impl.h"
 
-constexpr KernelTable kTable = {"avx2", attend<float>, attend<BFloat16>, score};
+constexpr KernelTable kTable = {"avx2", attend<float>, attend<BFloat16>, score, select};
 
 }  // namespace
 

@@ -6,12 +6,14 @@ namespace fluxion {
 namespace {
 
 #include "simd_scalar.h"
+#include "ints_scalar.h"
 // The order matters: each of these builds on the names above it.
 #include "exp_impl.h"
 #include "kernels_impl.h"
-#include "score_impl.h"
+#include "score_scalar.h"
+#include "selection_impl.h"
 
-constexpr KernelTable kTable = {"scalar", attend<float>, attend<BFloat16>, score};
+constexpr KernelTable kTable = {"scalar", attend<float>, attend<BFloat16>, score, select};
 
 }  // namespace
 

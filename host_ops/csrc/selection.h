@@ -6,20 +6,18 @@
 #include <cstdint>
 #include <vector>
 
-namespace fluxion {
+#include "kernels.h"
 
-// Reusable memory of a selecting thread.
-struct SelectionScratch {
-  std::vector<int32_t> histogram;
-  std::vector<int32_t> candidates;
-};
+namespace fluxion {
 
 // Sets in `words` the blocks of the `wanted` best of `units` units by score, ties to the lowest id.
 //
 // A unit is `ratio` blocks (1, 2, 4 or 8), the last one may be cut at `host_blocks`. `wanted` is
-// clipped to [0, units]; if that is none or all of them, `scores` is not read. `words` holds ceil(host_blocks / 32) words or more, zero on entry.
-void select_top(const int32_t* scores, int64_t units, int64_t wanted, int64_t ratio,
-                int64_t host_blocks, uint32_t* words, SelectionScratch& scratch);
+// clipped to [0, units]; if that is none or all of them, `scores` is not read. `words` holds
+// ceil(host_blocks / 32) words or more, zero on entry. `scratch` grows as needed and keeps nothing.
+void select_top(const KernelTable& table, const int32_t* scores, int64_t units, int64_t wanted,
+                int64_t ratio, int64_t host_blocks, uint32_t* words,
+                std::vector<int32_t>* scratch);
 
 }  // namespace fluxion
 

@@ -48,38 +48,3 @@ inline Vec pow2_of(Vec n) {
 inline Vec zero_below(Vec y, Vec x, float limit) {
   return {_mm256_andnot_ps(_mm256_cmp_ps(x.x, _mm256_set1_ps(limit), _CMP_LT_OQ), y.x)};
 }
-
-inline int32_t reduce_add(__m256i v) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
-
-template <int kHeads>
-inline void score_row(const int8_t* row, const int16_t* const* pos, const int16_t* const* neg,
-                      int64_t head_dim, int32_t* sums) {
-  __m256i acc[kHeads];
-  for (int h = 0; h < kHeads; ++h) acc[h] = _mm256_setzero_si256();
-  int64_t c = 0;
-  for (; c + 16 <= head_dim; c += 16) {
-    const __m256i lo = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row + c)));
-    const __m256i hi = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row + head_dim + c)));
-    for (int h = 0; h < kHeads; ++h) {
-      const __m256i p = _mm256_loadu_si256((const __m256i*)(pos[h] + c));
-      const __m256i n = _mm256_loadu_si256((const __m256i*)(neg[h] + c));
-      acc[h] = _mm256_add_epi32(acc[h], _mm256_madd_epi16(hi, p));
-      acc[h] = _mm256_add_epi32(acc[h], _mm256_madd_epi16(lo, n));
-    }
-  }
-  if (c < head_dim) {
-    const __m128i lo = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)(row + c)));
-    const __m128i hi = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)(row + head_dim + c)));
-    for (int h = 0; h < kHeads; ++h) {
-      const __m128i p = _mm_loadu_si128((const __m128i*)(pos[h] + c));
-      const __m128i n = _mm_loadu_si128((const __m128i*)(neg[h] + c));
-      const __m128i s = _mm_add_epi32(_mm_madd_epi16(hi, p), _mm_madd_epi16(lo, n));
-      acc[h] = _mm256_add_epi32(acc[h], _mm256_zextsi128_si256(s));
-    }
-  }
-  for (int h = 0; h < kHeads; ++h) sums[h] = reduce_add(acc[h]);
-}

@@ -53,23 +53,3 @@ inline Vec zero_below(Vec y, Vec x, float limit) {
   const __mmask16 keep = _mm512_cmp_ps_mask(x.x, _mm512_set1_ps(limit), _CMP_NLT_UQ);
   return {_mm512_maskz_mov_ps(keep, y.x)};
 }
-
-template <int kHeads>
-inline void score_row(const int8_t* row, const int16_t* const* pos, const int16_t* const* neg,
-                      int64_t head_dim, int32_t* sums) {
-  __m512i acc[kHeads];
-  for (int h = 0; h < kHeads; ++h) acc[h] = _mm512_setzero_si512();
-  for (int64_t c = 0; c < head_dim; c += 32) {
-    const int64_t left = head_dim - c;
-    const __mmask32 lanes = left >= 32 ? ~0u : (1u << left) - 1;
-    const __m512i lo = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(lanes, row + c));
-    const __m512i hi = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(lanes, row + head_dim + c));
-    for (int h = 0; h < kHeads; ++h) {
-      const __m512i p = _mm512_maskz_loadu_epi16(lanes, pos[h] + c);
-      const __m512i n = _mm512_maskz_loadu_epi16(lanes, neg[h] + c);
-      acc[h] = _mm512_add_epi32(acc[h], _mm512_madd_epi16(hi, p));
-      acc[h] = _mm512_add_epi32(acc[h], _mm512_madd_epi16(lo, n));
-    }
-  }
-  for (int h = 0; h < kHeads; ++h) sums[h] = _mm512_reduce_add_epi32(acc[h]);
-}

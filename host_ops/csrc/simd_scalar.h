@@ -85,15 +85,3 @@ inline Vec pow2_of(Vec n) {
 inline Vec zero_below(Vec y, Vec x, float limit) {
   return each([&](int i) { return x.lane[i] < limit ? 0.0f : y.lane[i]; });
 }
-
-template <int kHeads>
-inline void score_row(const int8_t* row, const int16_t* const* pos, const int16_t* const* neg,
-                      int64_t head_dim, int32_t* sums) {
-  for (int h = 0; h < kHeads; ++h) {
-    int32_t sum = 0;
-    for (int64_t c = 0; c < head_dim; ++c) {
-      sum += pos[h][c] * row[head_dim + c] + neg[h][c] * row[c];
-    }
-    sums[h] = sum;
-  }
-}

@@ -13,8 +13,8 @@ namespace {
 // Memory of a thread that runs tasks; it grows to the largest task seen and stays.
 struct Scratch {
   std::vector<float> attention;
-  std::vector<int16_t> split_queries;
-  SelectionScratch selection;
+  std::vector<uint8_t> split_queries;
+  std::vector<int32_t> selection;
 };
 
 Scratch& scratch() {
@@ -178,8 +178,8 @@ void Task::select_head(int64_t head, int64_t wanted) {
   const int32_t* scores = ranked_ ? scores_.data() + head * units_ : nullptr;
   uint32_t* words = request_->bitmap_.data() + row * g.words();
   std::fill_n(words, g.words(), 0);
-  select_top(scores, units_, wanted, ratio_, request_->host_blocks_[batch_], words,
-             scratch().selection);
+  select_top(kernels(), scores, units_, wanted, ratio_, request_->host_blocks_[batch_], words,
+             &scratch().selection);
 }
 
 void Task::collect_union() {

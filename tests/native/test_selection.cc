@@ -4,6 +4,8 @@
 
 #include "cases.h"
 #include "check.h"
+#include "dispatch.h"
+#include "guarded.h"
 #include "selection.h"
 
 using namespace fluxion;
@@ -27,14 +29,23 @@ std::vector<uint32_t> plainly(const std::vector<int32_t>& scores, int64_t wanted
   return words;
 }
 
+// Every variant, with guarded arrays, against the plain order.
 void compare(const std::vector<int32_t>& scores, int64_t ratio, int64_t host_blocks) {
-  SelectionScratch scratch;
   const int64_t units = static_cast<int64_t>(scores.size());
-  for (const int64_t wanted : {int64_t{-5}, int64_t{0}, int64_t{1}, units / 3, units / 2,
-                               units - 1, units, units + 7}) {
-    std::vector<uint32_t> words((host_blocks + 31) / 32, 0);
-    select_top(scores.data(), units, wanted, ratio, host_blocks, words.data(), scratch);
-    CHECK(words == plainly(scores, wanted, ratio, host_blocks));
+  const auto guarded = guard(scores);
+  guarded->freeze();
+  for (const int64_t wanted : {int64_t{-5}, int64_t{0}, int64_t{1}, units / 20, units / 3,
+                               units / 2, units - 1, units, units + 7}) {
+    const std::vector<uint32_t> want = plainly(scores, wanted, ratio, host_blocks);
+    for (const char* name : {"scalar", "avx2", "avx512", "avx512_vnni"}) {
+      const KernelTable* table = find_kernels(name);
+      if (table == nullptr) continue;
+      std::vector<int32_t> scratch;
+      std::vector<uint32_t> words(want.size(), 0);
+      select_top(*table, guarded->as<int32_t>(), units, wanted, ratio, host_blocks, words.data(),
+                 &scratch);
+      CHECK(words == want);
+    }
   }
 }
 
@@ -64,4 +75,23 @@ TEST(selection_with_one_outlier) {
   scores[200] = INT_MAX;
   scores[100] = INT_MIN;
   compare(scores, 1, 300);
+}
+
+TEST(selection_of_many_units_whatever_a_sample_says) {
+  std::mt19937 rng(2);
+  for (const int64_t units : {1024, 1025, 3001, 8192}) {
+    compare(integers<int32_t>(rng, units, -(1 << 21), 1 << 21), 1, units);
+    compare(integers<int32_t>(rng, units, INT_MIN, INT_MAX), 2, 2 * units - 1);
+    compare(integers<int32_t>(rng, units, 0, 1), 8, 8 * units - 5);
+    compare(std::vector<int32_t>(units, INT_MIN), 4, 4 * units);
+    // What the samples say is far above all others, or far below.
+    std::vector<int32_t> few(units, 0), most(units, INT_MAX);
+    for (int64_t i = 0; i < 256; ++i) {
+      const int64_t sampled = (i * 2654435769u & 0xffffffffu) * units >> 32;
+      few[sampled] = static_cast<int32_t>(i) + 1;
+      most[sampled] = static_cast<int32_t>(i);
+    }
+    compare(few, 1, units);
+    compare(most, 1, units);
+  }
 }

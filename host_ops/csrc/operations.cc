@@ -12,6 +12,9 @@ namespace {
 // The slot of a tick that carries a status instead of naming a slot.
 constexpr int32_t kFailedSlot = -1;
 
+// How long a part of a task may take to notice that it has been cut off.
+constexpr auto kCutOff = std::chrono::seconds(1);
+
 float seconds(Clock::duration duration) { return std::chrono::duration<float>(duration).count(); }
 
 void write_empty(const Geometry& g, const CollectOut& out) {
@@ -34,12 +37,21 @@ void write_results(const Request& request, const CollectOut& out) {
   }
 }
 
-// Returns with every task finished; a task past its time is cut off at its next part.
-void finish(Runtime& run, Request& request) {
+void read_times(const Request& request, float times[kTimes]) {
+  times[kBusy] = static_cast<float>(request.busy_s());
+  times[kSpan] = static_cast<float>(request.span_s());
+  times[kScored] = static_cast<float>(request.scored_s());
+  times[kSelected] = static_cast<float>(request.selected_s());
+  times[kAttended] = static_cast<float>(request.attended_s());
+}
+
+// A task past its time is cut off at its next part. Returns whether every task has finished.
+bool finish(Runtime& run, Request& request, bool may_leave) {
   request.start(&run.pool);
-  if (run.pool.help(request.left(), Clock::now() + timeout())) return;
+  if (run.pool.help(request.left(), Clock::now() + timeout())) return true;
   request.abort(kTimeout);
-  run.pool.help(request.left(), Clock::time_point::max());
+  const auto last = may_leave ? Clock::now() + kCutOff : Clock::time_point::max();
+  return run.pool.help(request.left(), last);
 }
 
 uint32_t check_collect(const Request& request, const Geometry& geometry, const CacheView& cache,
@@ -65,29 +77,42 @@ uint32_t append(const Geometry& geometry, const CacheView& cache, const FlushVie
   return status;
 }
 
-void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
-            int32_t tick[2]) noexcept {
-  const Clock::time_point start = Clock::now();
+Slot* reserve(int32_t tick[2]) noexcept {
   tick[0] = kFailedSlot;
   tick[1] = kInternal;
   try {
-    Runtime& run = runtime();
-    CancelWord cancel = work.cancel == 0 ? nullptr : run.cancels.find(work.cancel);
-    const bool cancel_known = work.cancel == 0 || cancel != nullptr;
-    Slot* slot = run.slots.acquire();
-    try {
-      slot->request.prepare(geometry, work, cache, scale, std::move(cancel), cancel_known);
-    } catch (...) {
-      run.slots.release(slot);
-      return;
-    }
+    Slot* slot = runtime().slots.acquire();
     tick[0] = slot->index;
     tick[1] = slot->generation;
-    slot->request.submit_s = seconds(Clock::now() - start);
-    run.slots.publish(slot);
+    return slot;
   } catch (...) {
-    return;
+    return nullptr;
   }
+}
+
+void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const CacheView& cache,
+          float scale) noexcept {
+  if (slot == nullptr) return;
+  const Clock::time_point start = Clock::now();
+  Runtime& run = runtime();
+  try {
+    CancelWord cancel = work.cancel == 0 ? nullptr : run.cancels.find(work.cancel);
+    const bool cancel_known = work.cancel == 0 || cancel != nullptr;
+    slot->request.prepare(geometry, work, cache, scale, std::move(cancel), cancel_known);
+  } catch (...) {
+    slot->request.refuse(kInternal);
+  }
+  slot->request.submit_s = seconds(Clock::now() - start);
+  run.slots.publish(slot);
+}
+
+void give_back(Slot* slot) noexcept {
+  if (slot != nullptr) runtime().slots.release(slot);
+}
+
+void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
+            int32_t tick[2]) noexcept {
+  fill(reserve(tick), geometry, work, cache, scale);
 }
 
 bool start(const int32_t tick[2], std::function<void()> action) noexcept {
@@ -103,7 +128,8 @@ bool start(const int32_t tick[2], std::function<void()> action) noexcept {
 }
 
 void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& cache,
-             const FlushView& flush, bool in_place, const CollectOut& out) noexcept {
+             const FlushView& flush, bool in_place, const CollectOut& out,
+             bool may_leave) noexcept {
   const Clock::time_point start = Clock::now();
   uint32_t status = in_place ? kOk : kNotInPlace;
   float times[kTimes] = {};
@@ -116,20 +142,21 @@ void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& c
     } else {
       Request& request = slot->request;
       const Clock::time_point claimed = Clock::now();
-      finish(run, request);
+      const bool finished = finish(run, request, may_leave);
       times[kWaited] = seconds(Clock::now() - claimed);
-      times[kBusy] = static_cast<float>(request.busy_s());
-      times[kSpan] = static_cast<float>(request.span_s());
-      times[kScored] = static_cast<float>(request.scored_s());
-      times[kSelected] = static_cast<float>(request.selected_s());
-      times[kAttended] = static_cast<float>(request.attended_s());
       times[kOwn] = static_cast<float>(request.submit_s);
-      status |= check_collect(request, geometry, cache, flush);
-      if (status == kOk) {
-        write_results(request, out);
-        write_flush(geometry, cache, flush, &run.pool);
+      if (finished) {
+        read_times(request, times);
+        status |= check_collect(request, geometry, cache, flush);
+        if (status == kOk) {
+          write_results(request, out);
+          write_flush(geometry, cache, flush, &run.pool);
+        }
+        run.slots.release(slot);
+      } else {
+        status |= request.status();
+        run.slots.retire(slot);
       }
-      run.slots.release(slot);
     }
   } catch (...) {
     status |= kInternal;

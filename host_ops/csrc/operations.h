@@ -16,8 +16,21 @@ namespace fluxion {
 // Writes blocks now (prefill). Returns the status; nothing is written unless it is kOk.
 uint32_t append(const Geometry& geometry, const CacheView& cache, const FlushView& flush) noexcept;
 
-// Prepares the tasks of `work` and returns at once; tick = (slot, generation). A submit that failed
-// to get memory says so in its tick, and collect reports it.
+struct Slot;
+
+// The first half of a submit: takes a slot and names it, tick = (slot, generation). Null if there
+// is no memory; then the tick says so, and collect reports it.
+Slot* reserve(int32_t tick[2]) noexcept;
+
+// The second half, once the values are known: prepares the tasks of `work` and hands the slot over
+// to collect. Nothing happens without a slot.
+void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const CacheView& cache,
+          float scale) noexcept;
+
+// Gives a reserved slot back that will not be filled; it may be null.
+void give_back(Slot* slot) noexcept;
+
+// Both halves at once.
 void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
             int32_t tick[2]) noexcept;
 
@@ -55,8 +68,13 @@ struct CollectOut {
 // With any status but kOk the flush is not written and the attention state is that of an empty
 // set. `in_place` is false if the framework has copied the cache; a cache that lies elsewhere than
 // at submit counts as copied as well, because the tasks may have read memory that was reused.
+//
+// A task past its time is cut off at its next part and waited for, unless `may_leave`: then a
+// thread that is stuck is left behind with its slot. It may still read the cache until `drain` has
+// waited for it, so this is for callers that would otherwise hold up a device.
 void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& cache,
-             const FlushView& flush, bool in_place, const CollectOut& out) noexcept;
+             const FlushView& flush, bool in_place, const CollectOut& out,
+             bool may_leave = false) noexcept;
 
 }  // namespace fluxion
 

@@ -109,6 +109,13 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   return kOk;
 }
 
+void Request::refuse(uint32_t status) {
+  task_count_ = 0;
+  started_.store(false, std::memory_order_relaxed);
+  left_.store(0, std::memory_order_relaxed);
+  status_.store(status, std::memory_order_release);
+}
+
 void Request::start(Pool* pool) noexcept {
   if (started_.exchange(true, std::memory_order_acq_rel)) return;
   pool_ = pool;

@@ -18,7 +18,8 @@ Slot* SlotTable::acquire() {
   for (const auto& slot : slots_) {
     const bool expired = slot->state == Slot::State::kInFlight && slot->abandoned &&
                          slot->request.at_rest() && now - slot->abandoned_at > kGrace;
-    if (slot->state == Slot::State::kFree || expired) {
+    const bool left = slot->state == Slot::State::kRetired && slot->request.at_rest();
+    if (slot->state == Slot::State::kFree || expired || left) {
       taken = slot.get();
       break;
     }
@@ -68,13 +69,19 @@ void SlotTable::release(Slot* slot) {
   slot->state = Slot::State::kFree;
 }
 
+void SlotTable::retire(Slot* slot) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  slot->state = Slot::State::kRetired;
+}
+
 int SlotTable::drain(Pool* pool, Clock::time_point deadline) {
   // Slots are never destroyed, so their pointers outlive the lock.
   std::vector<std::pair<Slot*, int32_t>> pending;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& slot : slots_) {
-      if (slot->state == Slot::State::kInFlight && !slot->abandoned) {
+      const bool submitted = slot->state == Slot::State::kInFlight && !slot->abandoned;
+      if (submitted || !slot->request.at_rest()) {
         pending.emplace_back(slot.get(), slot->generation);
       }
     }

@@ -17,7 +17,7 @@
 namespace fluxion {
 
 struct Slot {
-  enum class State { kFree, kInFlight, kClaimed };
+  enum class State { kFree, kInFlight, kClaimed, kRetired };
 
   int32_t index = 0;
   int32_t generation = 0;
@@ -43,6 +43,10 @@ class SlotTable {
   bool start(int32_t index, int32_t generation, Pool* pool, std::function<void()> action);
 
   void release(Slot* slot);
+
+  // Gives up a claimed slot that a thread still works on. No tick finds it again; it is taken for
+  // new requests once that thread has left it, for which `drain` waits.
+  void retire(Slot* slot);
 
   // Waits until all work that was started has run (helping), or the deadline. Slots whose collect
   // has not come by then are marked abandoned: a late collect still finds them, but after a grace

@@ -91,6 +91,9 @@ class Request {
   uint32_t prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
                    float scale, CancelWord cancel, bool cancel_known);
 
+  // Instead of prepare, or after it threw: there are no tasks, and the status is this one.
+  void refuse(uint32_t status);
+
   // Queues the tasks, the first time it is called after prepare. Does not throw.
   void start(Pool* pool) noexcept;
 

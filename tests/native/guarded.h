@@ -2,7 +2,7 @@
 //
 // An array ends where a page begins that must not be touched, so that a read or write behind it ends
 // the process. The rest of its first page holds a pattern that `intact` looks for. `freeze` makes a
-// write to the array itself end the process, too.
+// write to the array itself end the process, too, and `seal` any access.
 
 #ifndef FLUXION_TESTS_GUARDED_H_
 #define FLUXION_TESTS_GUARDED_H_
@@ -44,6 +44,7 @@ class Guarded {
   }
 
   void freeze() { mprotect(first_, inside_, PROT_READ); }
+  void seal() { mprotect(first_, inside_, PROT_NONE); }
   void thaw() { mprotect(first_, inside_, PROT_READ | PROT_WRITE); }
 
   bool intact() const {

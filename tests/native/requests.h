@@ -21,7 +21,8 @@ struct Result {
   std::vector<uint32_t> selection;
 };
 
-inline Result collect_tick(Case& c, const int32_t tick[2], bool in_place = true) {
+inline Result collect_tick(Case& c, const int32_t tick[2], bool in_place = true,
+                           bool may_leave = false) {
   const Geometry& g = c.g;
   Result r;
   const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -32,7 +33,8 @@ inline Result collect_tick(Case& c, const int32_t tick[2], bool in_place = true)
   r.selection.assign(g.batch * g.heads * g.words(), 0xdeadbeef);
   collect(tick, g, c.cache(), c.flush(), in_place,
           {r.out.data(), r.lse.data(), &r.status, r.times, r.blocks_read.data(),
-           r.units_scanned.data(), r.selection.data()});
+           r.units_scanned.data(), r.selection.data()},
+          may_leave);
   return r;
 }
 

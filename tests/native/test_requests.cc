@@ -1,10 +1,14 @@
 // submit, start and collect together, as a program calls them.
 
+#include <signal.h>
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <thread>
 
 #include "check.h"
+#include "guarded.h"
 #include "requests.h"
 #include "runtime.h"
 
@@ -15,6 +19,35 @@ namespace {
 
 // Tasks of 5 chunks.
 const Geometry kLarge{2, 6, 2, 64, 320, DType::kBFloat16};
+
+// A page whose reader is stuck until it is let go.
+class Stuck {
+ public:
+  explicit Stuck(Guarded* page) {
+    page_ = page;
+    reached_ = let_go_ = false;
+    page->seal();
+    struct sigaction action = {};
+    action.sa_handler = [](int) {
+      reached_ = true;
+      while (!let_go_) std::this_thread::yield();
+      page_->thaw();
+    };
+    sigaction(SIGSEGV, &action, &before_);
+  }
+  ~Stuck() { sigaction(SIGSEGV, &before_, nullptr); }
+
+  static void await() {
+    while (!reached_) std::this_thread::yield();
+  }
+  static void let_go() { let_go_ = true; }
+
+ private:
+  static inline Guarded* page_ = nullptr;
+  static inline std::atomic<bool> reached_{false};
+  static inline std::atomic<bool> let_go_{false};
+  struct sigaction before_ = {};
+};
 
 Case large_case(uint32_t seed = 0) {
   Case c = make_case(kLarge, seed);
@@ -174,6 +207,65 @@ TEST(a_collect_that_takes_too_long_ends_with_a_status) {
   CHECK_EQ(r.status, static_cast<int32_t>(kTimeout));
   CHECK(is_empty(r));
   CHECK_EQ(run(c).status, 0);
+}
+
+TEST(a_thread_that_is_stuck_is_left_behind_with_its_slot) {
+  runtime().pool.set_threads(2);
+  runtime().slots.drain(&runtime().pool, Clock::time_point::max());
+  Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
+  select_all(&c);
+  const auto keys = guard(c.k);
+  const CacheView cache{keys->as<void>(), c.v.data(), c.summaries.data()};
+  const Stuck stuck(keys.get());
+  int32_t tick[2];
+  submit(c.g, c.work(), cache, c.scale, tick);
+  CHECK(start(tick, [] {}));
+  Stuck::await();
+  setenv("FLUXION_TIMEOUT_S", "1e-9", 1);
+  const Result left = collect_tick(c, tick, true, true);
+  unsetenv("FLUXION_TIMEOUT_S");
+  CHECK_EQ(left.status, static_cast<int32_t>(kTimeout));
+  CHECK(is_empty(left));
+  CHECK_EQ(collect_tick(c, tick).status, static_cast<int32_t>(kInvalid));
+  CHECK_EQ(runtime().slots.in_flight(), 0);
+  // The stuck thread keeps its slot; a drain waits for it.
+  int32_t next[2];
+  submit(c.g, c.work(), c.cache(), c.scale, next);
+  CHECK(next[0] != tick[0]);
+  CHECK_EQ(collect_tick(c, next).status, 0);
+  Stuck::let_go();
+  runtime().slots.drain(&runtime().pool, Clock::time_point::max());
+  submit(c.g, c.work(), c.cache(), c.scale, next);
+  CHECK_EQ(next[0], tick[0]);
+  CHECK_EQ(next[1], tick[1] + 1);
+  const Result r = collect_tick(c, next);
+  CHECK_EQ(r.status, 0);
+  check_result(r, c);
+}
+
+TEST(a_reserved_slot_is_collected_once_it_is_filled) {
+  Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
+  int32_t tick[2];
+  Slot* slot = reserve(tick);
+  CHECK_EQ(collect_tick(c, tick).status, static_cast<int32_t>(kInvalid));
+  fill(slot, c.g, c.work(), c.cache(), c.scale);
+  CHECK_EQ(collect_tick(c, tick).status, 0);
+  Slot* again = reserve(tick);
+  CHECK(again == slot);
+  give_back(again);
+  CHECK_EQ(collect_tick(c, tick).status, static_cast<int32_t>(kInvalid));
+}
+
+TEST(a_refused_request_says_why) {
+  Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
+  CHECK_EQ(run(c).status, 0);
+  int32_t tick[2];
+  Slot* slot = reserve(tick);
+  slot->request.refuse(kInternal);
+  runtime().slots.publish(slot);
+  const Result r = collect_tick(c, tick);
+  CHECK_EQ(r.status, static_cast<int32_t>(kInternal));
+  CHECK(is_empty(r));
 }
 
 TEST(an_injected_fault_hits_one_collect) {

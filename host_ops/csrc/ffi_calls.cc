@@ -1,0 +1,152 @@
+#include "ffi_calls.h"
+
+namespace fluxion {
+namespace {
+
+using ffi::DataType;
+
+// Reads k and v, the next two operands, and sets the sizes they tell. Queries tell `heads`.
+void read_cache(Operands& in, Geometry* g, CacheView* cache, DataType* dtype) {
+  g->batch = in.peek_arg(0, 0);
+  g->kv_heads = in.peek_arg(0, 1);
+  g->blocks = in.peek_arg(0, 2);
+  g->head_dim = in.peek_arg(0, 4);
+  *dtype = in.peek_dtype();
+  g->dtype = *dtype == DataType::BF16 ? DType::kBFloat16 : DType::kFloat32;
+  if (*dtype != DataType::BF16 && *dtype != DataType::F32) {
+    in.fail("k: expected bfloat16 or float32, got another dtype; cast the cache");
+  }
+  if (g->kv_heads < 1 || g->blocks < 8 || g->blocks % 8 != 0 || g->head_dim < 8 ||
+      g->head_dim % 8 != 0 || g->head_dim > kMaxHeadDim || g->blocks > INT32_MAX) {
+    in.fail("k: expected [B, K, P, 16, H] with P a positive multiple of 8 and H a multiple of 8 up "
+            "to 256, got P " + std::to_string(g->blocks) + " and H " +
+            std::to_string(g->head_dim) + "; choose another layout");
+  }
+  cache->k = const_cast<void*>(
+      in.arg("k", *dtype, {g->batch, g->kv_heads, g->blocks, kBlockTokens, g->head_dim}));
+  cache->v = const_cast<void*>(
+      in.arg("v", *dtype, {g->batch, g->kv_heads, g->blocks, kBlockTokens, g->head_dim}));
+}
+
+void read_summaries(Operands& in, const Geometry& g, CacheView* cache) {
+  cache->summaries = const_cast<int8_t*>(static_cast<const int8_t*>(in.arg(
+      "summaries", DataType::S8, {g.batch, g.kv_heads, g.summary_rows(), 2, g.head_dim})));
+}
+
+void check_heads(Operands& in, const Geometry& g) {
+  if (g.heads < 1 || g.heads % g.kv_heads != 0 || g.group() > kMaxGroup) {
+    in.fail("q: expected N a multiple of K = " + std::to_string(g.kv_heads) + " with at most " +
+            std::to_string(kMaxGroup) + " query heads to a KV head, got N = " +
+            std::to_string(g.heads) + "; use implementation=\"xla\" for larger groups");
+  }
+}
+
+template <typename T>
+const T* as(const void* data) {
+  return static_cast<const T*>(data);
+}
+
+FlushView read_flush(Operands& in, const Geometry& g, DataType dtype) {
+  FlushView flush;
+  flush.capacity = in.peek_arg(0, 2);
+  const int64_t m = flush.capacity;
+  flush.k = in.arg("flush.k", dtype, {g.batch, g.kv_heads, m, kBlockTokens, g.head_dim});
+  flush.v = in.arg("flush.v", dtype, {g.batch, g.kv_heads, m, kBlockTokens, g.head_dim});
+  flush.summaries = as<int8_t>(
+      in.arg("flush.summaries", DataType::S8, {g.batch, g.kv_heads, m, 2, g.head_dim}));
+  flush.shift =
+      as<int32_t>(in.arg("flush.shift", DataType::S32, {g.batch, g.kv_heads, g.head_dim}));
+  flush.first_block = as<int32_t>(in.arg("flush.first_block", DataType::S32, {g.batch}));
+  flush.num_blocks = as<int32_t>(in.arg("flush.num_blocks", DataType::S32, {g.batch}));
+  return flush;
+}
+
+// Reads the results that alias k and v.
+void read_result(Operands& in, const Geometry& g, DataType dtype, CacheView* result) {
+  const std::initializer_list<int64_t> dims = {g.batch, g.kv_heads, g.blocks, kBlockTokens,
+                                               g.head_dim};
+  result->k = in.ret("k", dtype, dims);
+  result->v = in.ret("v", dtype, dims);
+}
+
+void read_result_summaries(Operands& in, const Geometry& g, CacheView* result) {
+  result->summaries = static_cast<int8_t*>(in.ret(
+      "summaries", DataType::S8, {g.batch, g.kv_heads, g.summary_rows(), 2, g.head_dim}));
+}
+
+}  // namespace
+
+AppendCall read_append(Operands& in, bool has_summaries) {
+  AppendCall call;
+  Geometry& g = call.g;
+  DataType dtype;
+  read_cache(in, &g, &call.cache, &dtype);
+  call.flush = read_flush(in, g, dtype);
+  if (has_summaries) read_summaries(in, g, &call.cache);
+  read_result(in, g, dtype, &call.result);
+  call.status = static_cast<int32_t*>(in.ret("status", DataType::S32, {1}));
+  if (has_summaries) read_result_summaries(in, g, &call.result);
+  return call;
+}
+
+SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float scale) {
+  SubmitCall call;
+  Geometry& g = call.g;
+  WorkView& work = call.work;
+  DataType dtype;
+  call.scale = scale;
+  read_cache(in, &g, &call.cache, &dtype);
+  g.heads = in.peek_arg(0, 1);
+  if (in.ok()) check_heads(in, g);
+  if (!in.ok()) return call;
+  work.q = as<float>(in.arg("q", DataType::F32, {g.batch, g.heads, g.head_dim}));
+  work.q8 = as<int8_t>(in.arg("q8", DataType::S8, {g.batch, g.heads, g.head_dim}));
+  work.granularity = as<int32_t>(in.arg("granularity", DataType::S32, {g.batch, g.kv_heads}));
+  work.k_units = as<int32_t>(in.arg("k_units", DataType::S32, {g.batch, g.heads}));
+  work.shared = as<int32_t>(in.arg("shared", DataType::S32, {g.batch, g.kv_heads}));
+  work.host_blocks = as<int32_t>(in.arg("host_blocks", DataType::S32, {g.batch}));
+  work.boundary = as<int32_t>(in.arg("boundary", DataType::S32, {g.batch, g.kv_heads}));
+  call.cancel = as<int32_t>(in.arg("cancel", DataType::S32, {1}));
+  if (has_summaries) read_summaries(in, g, &call.cache);
+  if (has_bitmap) {
+    work.bitmap =
+        as<uint32_t>(in.arg("bitmap", DataType::U32, {g.batch, g.heads, g.words()}));
+  }
+  if (!has_summaries && !has_bitmap) {
+    in.fail("expected summaries or a bitmap, got neither; pass Work.bitmap if the summaries are "
+            "on the device");
+  }
+  call.tick = static_cast<int32_t*>(in.ret("tick", DataType::S32, {2}));
+  return call;
+}
+
+CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection) {
+  CollectCall call;
+  Geometry& g = call.g;
+  CollectOut& out = call.out;
+  DataType dtype;
+  read_cache(in, &g, &call.cache, &dtype);
+  g.heads = in.peek_ret(2, 1);
+  if (in.ok()) check_heads(in, g);
+  if (!in.ok()) return call;
+  call.tick = as<int32_t>(in.arg("tick", DataType::S32, {2}));
+  call.flush = read_flush(in, g, dtype);
+  if (has_summaries) read_summaries(in, g, &call.cache);
+  read_result(in, g, dtype, &call.result);
+  out.out = static_cast<float*>(in.ret("out", DataType::F32, {g.batch, g.heads, g.head_dim}));
+  out.lse = static_cast<float*>(in.ret("lse", DataType::F32, {g.batch, g.heads}));
+  out.status = static_cast<int32_t*>(in.ret("status", DataType::S32, {1}));
+  out.times = static_cast<float*>(in.ret("times", DataType::F32, {kTimes}));
+  out.blocks_read =
+      static_cast<int32_t*>(in.ret("blocks_read", DataType::S32, {g.batch, g.kv_heads}));
+  out.units_scanned =
+      static_cast<int32_t*>(in.ret("units_scanned", DataType::S32, {g.batch, g.kv_heads}));
+  if (has_summaries) read_result_summaries(in, g, &call.result);
+  if (return_selection) {
+    out.selection =
+        static_cast<uint32_t*>(in.ret("selection", DataType::U32, {g.batch, g.heads, g.words()}));
+  }
+  return call;
+}
+
+}  // namespace fluxion

@@ -1,0 +1,32 @@
+// Reads calls out of XLA's operands and results, for every platform.
+//
+// Operands come in the order in which host_ops/ffi.py passes them; optional ones come last and are
+// announced by attributes. Shape and dtype mistakes are errors of the program and fail the call;
+// mistakes in values become a status, because values are only known while the program runs.
+// After a mistake `in.ok()` is false, and the call must not be used.
+
+#ifndef FLUXION_FFI_CALLS_H_
+#define FLUXION_FFI_CALLS_H_
+
+#include "calls.h"
+#include "ffi_operands.h"
+
+namespace fluxion {
+
+AppendCall read_append(Operands& in, bool has_summaries);
+SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float scale);
+CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection);
+
+// An exception (only std::bad_alloc of an error text is conceivable) must not cross the C border.
+template <typename Body>
+ffi::Error guarded(const Body& body) noexcept {
+  try {
+    return body();
+  } catch (...) {
+    return ffi::Error::Internal("fluxion: out of memory in a handler");
+  }
+}
+
+}  // namespace fluxion
+
+#endif  // FLUXION_FFI_CALLS_H_

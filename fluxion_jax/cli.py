@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_generate(commands)
     _add_demo(commands)
+    _add_evaluate(commands)
     _add_bench(commands)
     return parser
 
@@ -89,6 +90,25 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--scored-tokens", type=int, default=256, metavar="N")
     _add_common(parser)
     parser.set_defaults(run=_demo)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help="quality of policies on long-context tasks")
+    parser.add_argument("--model", help="see fluxion generate --help; default smollm2-135m")
+    for name, metavar, kind, text in (
+        ("policy", "P", str, "full is always the reference; default also fixed:16:0.05"),
+        ("task", "T", str, "default passkey, key_value and real_text"),
+        ("length", "S", int, "tokens of prompt and answer; default 2048 and 4096"),
+    ):
+        parser.add_argument(
+            f"--{name}", action="append", type=kind, metavar=metavar, help=f"repeatable; {text}"
+        )
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="per task and length")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample")
+    parser.add_argument("--batch", type=int, default=4, metavar="B", help="samples at once")
+    parser.add_argument("--text", type=Path, metavar="F", help="a text file for real_text")
+    _add_common(parser)
+    parser.set_defaults(run=_evaluate)
 
 
 def _add_bench(commands: Any) -> None:
@@ -179,6 +199,41 @@ def _demo(arguments: argparse.Namespace) -> int:
     fidelity_figure(report.fidelity, title).savefig(figure)
     _emit(arguments, report.to_dict(), render(report), "demo.json")
     print(f"figure: {figure}", file=sys.stderr)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.evaluation import runner
+    from fluxion_jax.evaluation.figures import depth_figure, quality_figure
+    from fluxion_jax.evaluation.report import render
+    from fluxion_jax.plotting import require_matplotlib
+
+    folder = arguments.output
+    if folder:
+        # Better to miss them now than after minutes of work.
+        require_matplotlib()
+        folder.mkdir(parents=True, exist_ok=True)
+    settings = runner.Settings(
+        policies=tuple(arguments.policy or runner.DEFAULT_POLICIES),
+        tasks=tuple(arguments.task or runner.DEFAULT_TASKS),
+        lengths_tokens=tuple(arguments.length or runner.DEFAULT_LENGTHS),
+        samples=arguments.samples,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        text=None if arguments.text is None else _read_prompt(str(arguments.text)),
+    )
+    report = runner.evaluate(
+        arguments.model or runner.DEFAULT_MODEL,
+        settings,
+        folder=folder / "cells" if folder else None,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    _emit(arguments, report, render(report), "evaluate.json")
+    if folder:
+        for name, figure in (("depth", depth_figure(report)), ("quality", quality_figure(report))):
+            if figure is not None:
+                figure.savefig(folder / f"evaluate-{name}.png")
+                print(f"figure: {folder / f'evaluate-{name}.png'}", file=sys.stderr)
     return 0
 
 

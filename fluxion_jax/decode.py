@@ -79,6 +79,7 @@ class Steps(NamedTuple):
       tokens: int32 `[B, S]`, the tokens behind those that were fed; -1 where there is none.
       log_probs: float32 `[B, S]`, natural log of the probability of each of them.
       likeliest: int32 `[B, S]`, the model's most likely token at each step; -1 where none.
+      distributions: float32 `[B, S, V]`, log-probabilities of all tokens; `V` is 0 unless measured.
       num_steps: int32 scalar, steps that succeeded.
       next_tokens: int32 `[B]`, the tokens to feed next.
       finished: bool `[B]`.
@@ -88,6 +89,7 @@ class Steps(NamedTuple):
     tokens: jax.Array
     log_probs: jax.Array
     likeliest: jax.Array
+    distributions: jax.Array
     num_steps: jax.Array
     next_tokens: jax.Array
     finished: jax.Array
@@ -158,12 +160,16 @@ def _decode_chunk(
         stopped = (token[:, None] == stop_tokens).any(axis=-1) & (forced[:, i] < 0)
 
         def put(buffer: jax.Array, value: jax.Array) -> jax.Array:
-            return buffer.at[:, i].set(jnp.where(shown, value, buffer[:, i]))
+            taken = shown.reshape(batch, *[1] * (value.ndim - 1))
+            return buffer.at[:, i].set(jnp.where(taken, value, buffer[:, i]))
 
         steps = Steps(
             tokens=put(steps.tokens, token),
             log_probs=put(steps.log_probs, log_prob),
             likeliest=put(steps.likeliest, likeliest),
+            distributions=put(steps.distributions, log_probs)
+            if execution.measure
+            else steps.distributions,
             num_steps=i + succeeded,
             next_tokens=jnp.where(shown, token, steps.next_tokens),
             finished=steps.finished | (shown & stopped),
@@ -179,10 +185,12 @@ def _decode_chunk(
         return (steps.num_steps < max_steps) & (cache.status[0] == 0) & pending
 
     none = jnp.full((batch, chunk), NO_TOKEN, jnp.int32)
+    kept = model.config.vocab_size if execution.measure else 0
     start = Steps(
         tokens=none,
         log_probs=jnp.zeros((batch, chunk), jnp.float32),
         likeliest=none,
+        distributions=jnp.zeros((batch, chunk, kept), jnp.float32),
         num_steps=jnp.zeros((), jnp.int32),
         next_tokens=tokens,
         finished=finished,

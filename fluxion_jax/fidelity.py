@@ -14,7 +14,7 @@ import numpy as np
 
 from fluxion_jax.attention import Execution
 from fluxion_jax.cache.host_kv import HostKV
-from fluxion_jax.generation import score
+from fluxion_jax.generation import Scores, score
 from fluxion_jax.policy.parse import parse_policy
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.split import Split
@@ -36,6 +36,8 @@ class PolicyReport:
       read_fraction: share of the host cache's K/V that was read.
       recall: float `[L]`, mean share of the attention mass that was read, per global layer.
       output_error: float `[L]`, mean error of a head's output over the step's largest.
+      kl: mean Kullback-Leibler divergence, in nats, of the next-token distribution from that of the
+        reference; None for the reference itself.
     """
 
     policy: str
@@ -47,6 +49,7 @@ class PolicyReport:
     read_fraction: float
     recall: list[float]
     output_error: list[float]
+    kl: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values."""
@@ -87,12 +90,13 @@ def compare_policies(
             execution=Execution(measure=True),
             progress=progress,
         )
-        agreement = difference = None
+        agreement = difference = kl = None
         if reference is None:
             reference = scores
         else:
             agreement = float((scores.likeliest == reference.likeliest).mean())
             difference = float(np.abs(scores.log_probs - reference.log_probs).mean())
+            kl = float(divergence(reference, scores).mean())
         stats = scores.stats
         reports.append(
             PolicyReport(
@@ -105,9 +109,28 @@ def compare_policies(
                 read_fraction=stats.read_fraction,
                 recall=_as_list(stats.recall),
                 output_error=_as_list(stats.output_error),
+                kl=kl,
             )
         )
     return reports
+
+
+def divergence(reference: Scores, scores: Scores) -> np.ndarray:
+    """Kullback-Leibler divergence from the reference at each step, in nats: float64 `[B, S]`.
+
+    Args:
+      reference: measured scores, with distributions.
+      scores: of the same tokens under another policy, measured too.
+    """
+    assert reference.distributions is not None
+    assert scores.distributions is not None
+    wanted, got = reference.distributions, scores.distributions
+    # One row at a time: a vocabulary is large.
+    rows = [
+        (np.exp(w, dtype=np.float64) * (w - g)).sum(axis=-1)
+        for w, g in zip(wanted, got, strict=True)
+    ]
+    return np.stack(rows)
 
 
 def _as_list(values: np.ndarray | None) -> list[float]:

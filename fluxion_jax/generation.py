@@ -174,11 +174,13 @@ class Scores:
       log_probs: float32 `[B, S]`, natural log of the probability of each given token.
       likeliest: int32 `[B, S]`, the model's most likely token in its place.
       stats: counts and times.
+      distributions: float32 `[B, S, V]`, log-probabilities of all tokens; None unless measured.
     """
 
     log_probs: np.ndarray
     likeliest: np.ndarray
     stats: DecodeStats
+    distributions: np.ndarray | None = None
 
     @property
     def perplexity(self) -> float:
@@ -204,7 +206,8 @@ def score(
       tokens: int `[B, S + 1]`; the first is fed, the other `S` are scored.
       policy: what each head may read.
       split: see `generate`.
-      execution: see `generate`; with `measure=True` the stats have recall and output error.
+      execution: see `generate`; with `measure=True` the stats have recall and output error, and
+        the result has the whole distributions.
       progress: see `generate`.
 
     Raises:
@@ -228,10 +231,16 @@ def score(
         forced=tokens[:, 1:],
     )
     chunks = list(session.run())
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(c, name)[:, : int(c.num_steps)] for c in chunks], axis=1)
+
+    distributions = joined("distributions")
     return Scores(
-        np.concatenate([c.log_probs[:, : int(c.num_steps)] for c in chunks], axis=1),
-        np.concatenate([c.likeliest[:, : int(c.num_steps)] for c in chunks], axis=1),
+        joined("log_probs"),
+        joined("likeliest"),
         session.stats,
+        distributions if distributions.shape[-1] else None,
     )
 
 

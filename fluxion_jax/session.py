@@ -80,7 +80,7 @@ class Session:
         self.show = show_progress(progress)
         fed = np.asarray([len(row) for row in self.rows]) + max_new_tokens - 1
         if cache is None:
-            layout = self.model.config.kv_layout(_cache_dtype(self.model))
+            layout = self.model.config.kv_layout(cache_dtype(self.model))
             capacity = -(-int(fed.max()) // _CAPACITY_TOKENS) * _CAPACITY_TOKENS
             cache = HostKV.allocate(layout, len(self.rows), capacity)
         check_cache(cache, self.model, fed)
@@ -232,7 +232,7 @@ def show_progress(progress: bool | None) -> bool:
     return sys.stderr.isatty() if progress is None else progress
 
 
-def _cache_dtype(model: Any) -> str:
+def cache_dtype(model: Any) -> str:
     """The cache keeps what the model computes in: float32 or bfloat16."""
     dtypes = {x.dtype.name for x in jax.tree.leaves(nnx.state(model, nnx.Param))}
     return "bfloat16" if "bfloat16" in dtypes else "float32"

@@ -1,0 +1,107 @@
+"""Answers of a batch of samples under several policies, from one prefill."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxion_jax.attention import Execution
+from fluxion_jax.bench.cells import cell
+from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.evaluation.fingerprints import digest, policy_fingerprint
+from fluxion_jax.evaluation.metrics import METRICS
+from fluxion_jax.evaluation.samples import Sample
+from fluxion_jax.generation import generate, prefill
+from fluxion_jax.models.load import LoadedModel
+from fluxion_jax.policy.protocol import Policy
+from fluxion_jax.session import cache_dtype
+
+
+def answer(
+    model: LoadedModel,
+    fingerprint: str,
+    samples: Sequence[Sample],
+    policies: Sequence[Policy],
+    folder: Path | None,
+    execution: Execution,
+    progress: bool | None,
+) -> list[dict[str, Any]]:
+    """Answers the samples under each policy and scores the answers.
+
+    Args:
+      model: with a tokenizer.
+      fingerprint: of the model.
+      samples: a batch of one task and length.
+      policies: the first is the reference of `same_prefix`.
+      folder: where finished cells are kept; None keeps none.
+      execution: how a step runs.
+      progress: show progress bars; None shows them on a terminal.
+
+    Returns:
+      Per policy `policy`, `host_bytes_per_token`, `read_fraction`, and lists with an entry per
+      sample: `tokens`, `text`, `score` (0 to 1), and `same_prefix`, the share of the reference's
+      tokens before the first that differs.
+    """
+    assert model.tokenizer is not None
+    tokenizer = model.tokenizer
+    capacity = max(sample.length_tokens for sample in samples)
+
+    @functools.cache
+    def prefilled() -> HostKV:
+        layout = model.config.kv_layout(cache_dtype(model.model))
+        cache = HostKV.allocate(layout, len(samples), capacity)
+        prefill(model, [list(s.tokens[:-1]) for s in samples], cache, progress=progress)
+        return cache
+
+    def measure(policy: Policy) -> dict[str, Any]:
+        result = generate(
+            model,
+            [[sample.tokens[-1]] for sample in samples],
+            policy=policy,
+            max_new_tokens=samples[0].max_new_tokens,
+            cache=prefilled().fork(),
+            execution=execution,
+            progress=progress,
+        )
+        tokens = [row.tolist() for row in result.tokens]
+        return {
+            "policy": str(policy),
+            "host_bytes_per_token": result.stats.host_bytes_per_token,
+            "read_fraction": result.stats.read_fraction,
+            "tokens": tokens,
+            "text": [tokenizer.decode(row) for row in tokens],
+        }
+
+    common = digest(
+        model=fingerprint,
+        execution=repr(execution),
+        prompts=[sample.tokens for sample in samples],
+        capacity=capacity,
+        max_new_tokens=samples[0].max_new_tokens,
+    )
+    found: list[dict[str, Any]] = []
+    for policy in policies:
+        name = digest(batch=common, policy=policy_fingerprint(policy))
+        kept = cell(folder, name, functools.partial(measure, policy))
+        # Scored afresh, so that what is kept does not depend on the metrics.
+        kept["score"] = [
+            METRICS[s.metric](text, s.references)
+            for s, text in zip(samples, kept["text"], strict=True)
+        ]
+        reference = found[0]["tokens"] if found else kept["tokens"]
+        pairs = zip(reference, kept["tokens"], strict=True)
+        kept["same_prefix"] = [_same_prefix(r, t) for r, t in pairs]
+        found.append(kept)
+    return found
+
+
+def _same_prefix(reference: Sequence[int], tokens: Sequence[int]) -> float:
+    if not reference:
+        return 1.0
+    count = min(len(reference), len(tokens))
+    differs = np.flatnonzero(np.not_equal(reference[:count], tokens[:count]))
+    return float(differs[0] if differs.size else count) / len(reference)

@@ -1,0 +1,124 @@
+"""What an evaluation found, as rows and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fluxion_jax.evaluation.metrics import bootstrap_interval
+
+Cells = Sequence[Sequence[dict[str, Any]]]
+
+
+def answer_rows(task: str, length_tokens: int, cells: Cells) -> list[dict[str, Any]]:
+    """One row per policy.
+
+    Args:
+      task: name of the task.
+      length_tokens: of its samples.
+      cells: per batch what `answers.answer` returned; the first policy is the reference.
+    """
+    reference = _values(cells, 0, "score")
+    rows = []
+    for i, first in enumerate(cells[0]):
+        score = _values(cells, i, "score")
+        rows.append(
+            {
+                "task": task,
+                "length_tokens": length_tokens,
+                "policy": first["policy"],
+                "samples": len(score),
+                "score": float(score.mean()),
+                "difference": float((score - reference).mean()),
+                "interval": bootstrap_interval((score - reference).tolist()),
+                "same_prefix": float(_values(cells, i, "same_prefix").mean()),
+                **_bytes(cells, i),
+            }
+        )
+    return rows
+
+
+def text_rows(length_tokens: int, cells: Cells) -> list[dict[str, Any]]:
+    """One row per policy, from what `real_text.compare` returned per batch."""
+    reference = _values(cells, 0, "log_perplexity")
+    rows = []
+    for i, first in enumerate(cells[0]):
+        found = _values(cells, i, "log_perplexity")
+        kl = _values(cells, i, "kl")
+        rows.append(
+            {
+                "length_tokens": length_tokens,
+                "policy": first["policy"],
+                "stretches": len(found),
+                "perplexity": math.exp(found.mean()),
+                "log_perplexity_difference": float((found - reference).mean()),
+                "interval": bootstrap_interval((found - reference).tolist()),
+                "kl": float(kl.mean()),
+                "kl_interval": bootstrap_interval(kl.tolist()),
+                "agreement": float(_values(cells, i, "agreement").mean()),
+                "recall": float(np.mean([batch[i]["recall"] for batch in cells])),
+                "output_error": float(np.mean([batch[i]["output_error"] for batch in cells])),
+                **_bytes(cells, i),
+            }
+        )
+    return rows
+
+
+def _values(cells: Cells, policy: int, name: str) -> np.ndarray:
+    return np.concatenate([np.asarray(batch[policy][name], np.float64) for batch in cells])
+
+
+def _bytes(cells: Cells, policy: int) -> dict[str, float]:
+    """Means over batches, each as often as it has samples."""
+    counts = [len(b[policy]["text" if "text" in b[policy] else "kl"]) for b in cells]
+    return {
+        name: float(np.average([b[policy][name] for b in cells], weights=counts))
+        for name in ("host_bytes_per_token", "read_fraction")
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as tables for a terminal; they are Markdown as well."""
+    settings = report["settings"]
+    lines = [
+        f"{settings['model']}; scores out of 100, differences from {settings['policies'][0]} with "
+        "paired 95 % bootstrap intervals.",
+        "",
+    ]
+    if report["rows"]:
+        lines += [
+            "| task | length | policy | samples | score | difference | same prefix | MiB/token "
+            "| K/V read |",
+            "|---|---:|---|---:|---:|---|---:|---:|---:|",
+        ]
+        for row in report["rows"]:
+            low, high = (100 * x for x in row["interval"])
+            lines.append(
+                f"| {row['task']} | {row['length_tokens']} | {row['policy']} | {row['samples']} "
+                f"| {100 * row['score']:.1f} | {100 * row['difference']:+.1f} "
+                f"[{low:+.1f}, {high:+.1f}] | {row['same_prefix']:.1%} | {_cost(row)} |"
+            )
+        lines.append("")
+    if report["text_rows"]:
+        lines += [
+            "| real text | policy | stretches | perplexity | log difference | KL (nats) "
+            "| same token | recall | out. error | MiB/token | K/V read |",
+            "|---:|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for row in report["text_rows"]:
+            low, high = row["interval"]
+            lines.append(
+                f"| {row['length_tokens']} | {row['policy']} | {row['stretches']} "
+                f"| {row['perplexity']:.3f} | {row['log_perplexity_difference']:+.4f} "
+                f"[{low:+.4f}, {high:+.4f}] | {row['kl']:.4f} | {row['agreement']:.1%} "
+                f"| {row['recall']:.3f} | {row['output_error']:.4f} | {_cost(row)} |"
+            )
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _cost(row: dict[str, Any]) -> str:
+    return f"{row['host_bytes_per_token'] / 2**20:.2f} | {row['read_fraction']:.1%}"

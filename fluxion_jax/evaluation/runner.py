@@ -1,0 +1,271 @@
+"""Runs tasks under policies on one model and reports scores, differences and bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fluxion_jax.attention import Execution
+from fluxion_jax.bench.stamp import stamp
+from fluxion_jax.demo import long_text
+from fluxion_jax.errors import ConfigError
+from fluxion_jax.evaluation.answers import answer
+from fluxion_jax.evaluation.fingerprints import model_fingerprint
+from fluxion_jax.evaluation.needles import NUM_DEPTHS
+from fluxion_jax.evaluation.real_text import compare, spread, stretches
+from fluxion_jax.evaluation.report import answer_rows, text_rows
+from fluxion_jax.evaluation.samples import Sample
+from fluxion_jax.evaluation.tasks import TASKS, make_sample
+from fluxion_jax.models.load import LoadedModel, load_model
+from fluxion_jax.policy.parse import parse_policy
+from fluxion_jax.policy.protocol import Policy
+from fluxion_jax.session import show_progress
+
+REAL_TEXT = "real_text"
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_POLICIES = ("full", "fixed:16:0.05")
+DEFAULT_TASKS = ("passkey", "key_value", REAL_TEXT)
+DEFAULT_LENGTHS = (2048, 4096)
+DEFAULT_SAMPLES = 4
+# Enough to measure perplexity to a few hundredths with several stretches.
+SCORED_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to evaluate.
+
+    Attributes:
+      policies: names or objects; full attention is the reference and put in front if missing.
+      tasks: names out of `TASKS`, and `real_text`.
+      lengths_tokens: prompt and answer together.
+      samples: per task and length.
+      seed: of the first sample; the next samples have the next seeds.
+      batch: samples that are prefilled and decoded together; part of a result's identity, because
+        rounding depends on it.
+      scored_tokens: tokens at the end of each stretch of real text that are scored.
+      text: the real text; None takes English prose out of the standard library.
+    """
+
+    policies: tuple[str | Policy, ...] = DEFAULT_POLICIES
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    lengths_tokens: tuple[int, ...] = DEFAULT_LENGTHS
+    samples: int = DEFAULT_SAMPLES
+    seed: int = 0
+    batch: int = 4
+    scored_tokens: int = SCORED_TOKENS
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in TASKS and task != REAL_TEXT]
+        if unknown:
+            raise ConfigError(
+                f"expected tasks out of {', '.join([*TASKS, REAL_TEXT])}, got {unknown[0]!r}; "
+                "name one of them"
+            )
+        for name in ("samples", "batch", "scored_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"expected {name} >= 1, got {getattr(self, name)}; ask for more")
+        short = [n for n in self.lengths_tokens if n < self.scored_tokens + 2]
+        if short:
+            raise ConfigError(
+                f"expected lengths of at least {self.scored_tokens + 2} tokens, got {short[0]}; "
+                "ask for more"
+            )
+
+
+def task_samples(
+    model: LoadedModel, task: str, length_tokens: int, seeds: Iterable[int]
+) -> list[Sample]:
+    """Samples of a task; answers lie at depths that spread evenly, whatever their number.
+
+    Args:
+      model: its tokenizer counts the tokens.
+      task: a name out of `TASKS`.
+      length_tokens: prompt and answer together.
+      seeds: one per sample; a seed says the depth as well.
+    """
+    assert model.tokenizer is not None
+    steps = NUM_DEPTHS - 1
+    return [
+        make_sample(
+            task,
+            model.tokenizer,
+            length_tokens,
+            seed,
+            depth_fraction=round(spread(seed) * steps) / steps if TASKS[task].has_depth else None,
+        )
+        for seed in seeds
+    ]
+
+
+def evaluate(
+    model: str | LoadedModel = DEFAULT_MODEL,
+    settings: Settings | None = None,
+    *,
+    data: Sequence[Sample] | None = None,
+    folder: Path | None = None,
+    execution: Execution | None = None,
+    progress: bool | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Evaluates policies on a model, each from a fork of the same prefilled caches.
+
+    Args:
+      model: loaded, or what `load_model` takes.
+      settings: what to evaluate; None takes the defaults.
+      data: samples to answer instead of those of the settings' tasks, in any order; see `readers`.
+      folder: finished cells are kept there, by what they depend on, and not computed again.
+      execution: how a step runs; None for the product's defaults.
+      progress: show progress bars; None shows them on a terminal.
+      say: told in one line what happens next.
+
+    Returns:
+      The report, JSON-ready: `stamp`, `settings`, `prompts_sha256` per task and length, `rows`,
+      `text_rows` and `samples`. Scores are from 0 to 1; a row has the `difference` from the
+      reference and its paired 95 % bootstrap `interval`.
+
+    Raises:
+      ConfigError: a setting does not fit the model, or the model has no tokenizer.
+    """
+    settings, execution = settings or Settings(), execution or Execution()
+    policies = _with_reference(settings.policies)
+    if not isinstance(model, LoadedModel):
+        say(f"loading {model}")
+        model = load_model(model)
+    if model.tokenizer is None:
+        raise ConfigError(f"expected a model with a tokenizer, got {model.name} without one")
+    limit = model.config.max_context_tokens
+    too_long = [n for n in settings.lengths_tokens if n > limit]
+    if too_long and data is None:
+        raise ConfigError(
+            f"expected lengths of at most {limit} tokens, the context of {model.name}, got "
+            f"{too_long[0]}; ask for less"
+        )
+    fingerprint = model_fingerprint(model.model, model.config)
+    groups = _groups(model, settings, data)
+    texts = _texts(model, settings) if data is None and REAL_TEXT in settings.tasks else {}
+    bars = tqdm(
+        total=sum(len(b) for g in groups.values() for b in _batches(g, settings.batch))
+        + settings.samples * len(texts),
+        desc="evaluate",
+        unit="sample",
+        disable=not show_progress(progress),
+    )
+    answered, rows = [], []
+    with bars:
+        for (task, length), samples in groups.items():
+            cells = []
+            for batch in _batches(samples, settings.batch):
+                bars.set_postfix_str(f"{task} {length}")
+                cells.append(
+                    answer(model, fingerprint, batch, policies, folder, execution, progress=False)
+                )
+                answered += _answered(batch, cells[-1])
+                bars.update(len(batch))
+            rows += answer_rows(task, length, cells)
+        text_table = []
+        for length, stretched in texts.items():
+            cells = []
+            for part in _batches(stretched, settings.batch):
+                bars.set_postfix_str(f"{REAL_TEXT} {length}")
+                cells.append(
+                    compare(
+                        model,
+                        fingerprint,
+                        part,
+                        settings.scored_tokens,
+                        policies,
+                        folder,
+                        execution,
+                        progress=False,
+                    )
+                )
+                bars.update(len(part))
+            text_table += text_rows(length, cells)
+    return {
+        "evaluation": "policies",
+        "stamp": stamp(),
+        "settings": {
+            "model": model.name,
+            "model_sha256": fingerprint,
+            "policies": [str(policy) for policy in policies],
+            "samples": settings.samples,
+            "seed": settings.seed,
+            "batch": settings.batch,
+            "scored_tokens": settings.scored_tokens,
+            "dense_below_tokens": execution.dense_below_tokens,
+        },
+        "prompts_sha256": {
+            f"{task}:{length}": prompts_sha256(samples)
+            for (task, length), samples in groups.items()
+        },
+        "rows": rows,
+        "text_rows": text_table,
+        "samples": answered,
+    }
+
+
+def prompts_sha256(samples: Sequence[Sample]) -> str:
+    """SHA-256 of the samples' prompts and references."""
+    found = hashlib.sha256()
+    for sample in samples:
+        found.update("\0".join([sample.prompt, *sample.references, ""]).encode())
+    return found.hexdigest()
+
+
+def _with_reference(policies: Sequence[str | Policy]) -> list[Policy]:
+    parsed = {str(p): p for p in map(parse_policy, ("full", *policies))}
+    return list(parsed.values())
+
+
+def _groups(
+    model: LoadedModel, settings: Settings, data: Sequence[Sample] | None
+) -> dict[tuple[str, int], list[Sample]]:
+    if data is None:
+        seeds = range(settings.seed, settings.seed + settings.samples)
+        return {
+            (task, length): task_samples(model, task, length, seeds)
+            for task in dict.fromkeys(settings.tasks)
+            if task != REAL_TEXT
+            for length in dict.fromkeys(settings.lengths_tokens)
+        }
+    found: dict[tuple[str, int], list[Sample]] = defaultdict(list)
+    # Prompts of like length together: a batch takes as long as its longest.
+    for sample in sorted(data, key=lambda s: len(s.tokens)):
+        found[sample.task, sample.length_tokens].append(sample)
+    return dict(found)
+
+
+def _texts(model: LoadedModel, settings: Settings) -> dict[int, list[tuple[int, ...]]]:
+    assert model.tokenizer is not None
+    tokens = model.tokenizer.encode(long_text() if settings.text is None else settings.text)
+    indices = range(settings.seed, settings.seed + settings.samples)
+    return {n: stretches(tokens, n, indices) for n in dict.fromkeys(settings.lengths_tokens)}
+
+
+def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _answered(samples: Sequence[Sample], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": sample.task,
+            "length_tokens": sample.length_tokens,
+            "seed": sample.seed,
+            "depth_fraction": sample.depth_fraction,
+            "prompt_tokens": len(sample.tokens),
+            "policy": found["policy"],
+            "score": found["score"][i],
+            "text": found["text"][i],
+        }
+        for found in cells
+        for i, sample in enumerate(samples)
+    ]

@@ -1,0 +1,199 @@
+"""The runner on a tiny random model: the same answers as without it, kept, resumed and compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fluxion_jax as fx
+from fluxion_jax import cli
+from fluxion_jax.errors import ConfigError
+from fluxion_jax.evaluation import METRICS, Settings, answers, evaluate, figures, report, runner
+from fluxion_jax.evaluation.real_text import stretches
+from fluxion_jax.fidelity import divergence
+from fluxion_jax.models import load_model
+from tests.cli.conftest import model as model
+
+EXECUTION = fx.Execution(dense_below_tokens=0)
+SETTINGS = Settings(
+    policies=("fixed:128:0.02",),
+    tasks=("passkey", "real_text"),
+    lengths_tokens=(768,),
+    samples=3,
+    batch=2,
+    scored_tokens=12,
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path):
+    return load_model(model)
+
+
+@pytest.fixture(scope="module")
+def found(loaded, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cells")
+    made = evaluate(loaded, SETTINGS, folder=folder, execution=EXECUTION, progress=False)
+    return made, folder
+
+
+def test_answers_are_those_of_generate(loaded, found):
+    made, _ = found
+    samples = runner.task_samples(loaded, "passkey", 768, range(3))
+    assert [s["seed"] for s in made["samples"]] == [0, 1, 0, 1, 2, 2]
+    for kept in made["samples"]:
+        sample = samples[kept["seed"]]
+        assert kept["depth_fraction"] == sample.depth_fraction
+        result = fx.generate(
+            loaded,
+            list(sample.tokens),
+            policy=kept["policy"],
+            max_new_tokens=sample.max_new_tokens,
+            execution=EXECUTION,
+            progress=False,
+        )
+        text = loaded.tokenizer.decode(result.tokens[0].tolist())
+        assert kept["text"] == text
+        assert kept["score"] == METRICS[sample.metric](text, sample.references)
+
+
+def test_rows_compare_with_full_attention(loaded, found):
+    made, _ = found
+    json.dumps(made, allow_nan=False)
+    full, sparse = made["rows"]
+    assert (full["policy"], sparse["policy"]) == ("full", "fixed:128:0.02")
+    assert full["samples"] == sparse["samples"] == 3
+    assert full["difference"] == 0
+    assert full["same_prefix"] == 1
+    assert 0 < sparse["host_bytes_per_token"] < full["host_bytes_per_token"]
+    assert sparse["read_fraction"] < full["read_fraction"] == 1
+    full, sparse = made["text_rows"]
+    assert (full["kl"], full["agreement"], full["log_perplexity_difference"]) == (0, 1, 0)
+    assert full["recall"] == pytest.approx(1)
+    assert sparse["kl"] > 1e-6
+    assert sparse["recall"] < 1
+    assert made["stamp"]["versions"]["jax"]
+    assert set(made["prompts_sha256"]) == {"passkey:768"}
+
+
+def test_real_text_scores_are_those_of_the_dense_model(loaded, found):
+    made, _ = found
+    tokens = loaded.tokenizer.encode(runner.long_text())
+    given = np.asarray(stretches(tokens, 768, range(3)))
+    logits = np.asarray(loaded.model(given), np.float64)[:, -13:-1]
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    wanted = np.take_along_axis(log_probs, given[:, -12:, None], axis=-1).mean()
+    assert np.log(made["text_rows"][0]["perplexity"]) == pytest.approx(-wanted, rel=1e-4)
+
+
+def test_finished_cells_are_not_computed_again(loaded, found, monkeypatch):
+    made, folder = found
+    with monkeypatch.context() as patched:
+        for name in ("generate", "prefill"):
+            patched.setattr(answers, name, lambda *_, **__: pytest.fail("computed again"))
+        again = evaluate(loaded, SETTINGS, folder=folder, execution=EXECUTION, progress=False)
+        assert again["rows"] == made["rows"]
+        assert again["samples"] == made["samples"]
+        other = Settings(**{**vars(SETTINGS), "seed": 5})
+        with pytest.raises(pytest.fail.Exception, match="computed again"):
+            evaluate(loaded, other, folder=folder, execution=EXECUTION, progress=False)
+
+
+def test_divergence_of_known_distributions():
+    def scores(*rows):
+        logs = np.log(np.asarray([rows], np.float32))
+        return fx.Scores(logs[..., 0], np.zeros(logs.shape[:2], np.int32), None, logs)
+
+    reference = scores([0.5, 0.5], [0.9, 0.1])
+    wanted = [0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75), 0]
+    np.testing.assert_allclose(
+        divergence(reference, scores([0.25, 0.75], [0.9, 0.1])), [wanted], atol=1e-6
+    )
+
+
+def test_scores_of_batches_are_paired_by_sample():
+    def batch(*scores):
+        return [
+            {
+                "policy": name,
+                "score": list(s),
+                "same_prefix": [1.0] * len(s),
+                "text": [""] * len(s),
+                "host_bytes_per_token": size,
+                "read_fraction": 0.5,
+            }
+            for name, s, size in zip(("full", "x"), scores, (30.0, 10.0), strict=True)
+        ]
+
+    cells = [batch((1, 0, 1), (0, 1, 1)), batch((1,), (0,))]
+    cells[1][1]["host_bytes_per_token"] = 50.0
+    full, other = report.answer_rows("t", 9, cells)
+    assert (full["score"], other["score"], other["difference"]) == (0.75, 0.5, -0.25)
+    assert other["interval"][0] < -0.25 < other["interval"][1]
+    assert other["host_bytes_per_token"] == pytest.approx((3 * 10 + 50) / 4)
+    assert answers._same_prefix([1, 2, 3, 4], [1, 2, 9, 4]) == 0.5
+    assert answers._same_prefix([1, 2], [1]) == 0.5
+
+
+def test_depths_spread_evenly_whatever_the_number():
+    depths = sorted(runner.spread(i) for i in range(13))
+    assert max(np.diff([0, *depths, 1])) < 2.7 / 13
+    samples = [
+        {"depth_fraction": d, "length_tokens": 5, "score": float(d > 0.5), "policy": "full"}
+        for d in (0.0, 0.3, 0.9, 1.0)
+    ]
+    np.testing.assert_array_equal(figures._by_depth(samples, [5], 2), [[0], [100]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ("x",)}, "expected tasks out of niah_single_1, .*real_text, got 'x'"),
+        ({"samples": 0}, "expected samples >= 1, got 0"),
+        ({"lengths_tokens": (10,)}, "expected lengths of at least 66 tokens, got 10"),
+    ],
+)
+def test_wrong_settings_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Settings(**change)
+
+
+def test_what_does_not_fit_is_refused(loaded, model, tmp_path):
+    with pytest.raises(ConfigError, match=r"expected lengths of at most .* got 1000000"):
+        evaluate(loaded, Settings(lengths_tokens=(1_000_000,)))
+    with pytest.raises(ConfigError, match="expected a length of at most 5 tokens"):
+        stretches([1] * 5, 6, [0])
+    shutil.copytree(model, tmp_path / "mute")
+    (tmp_path / "mute" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="expected a model with a tokenizer"):
+        evaluate(str(tmp_path / "mute"))
+
+
+def test_the_command(capsys, monkeypatch, tmp_path, found):
+    made, _ = found
+    seen = {}
+
+    def evaluated(name, settings, **options):
+        seen.update(name=name, settings=settings, **options)
+        return made
+
+    monkeypatch.setattr(runner, "evaluate", evaluated)
+    arguments = ["evaluate", "--model", "m", "--policy", "full", "--policy", "fixed:32:0.1"]
+    arguments += ["--task", "vt", "--length", "1024", "--samples", "9", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    assert seen["name"] == "m"
+    assert seen["settings"] == Settings(("full", "fixed:32:0.1"), ("vt",), (1024,), 9)
+    assert seen["folder"] == tmp_path / "cells"
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 2 + 2 + 2
+    assert "| passkey | 768 | fixed:128:0.02 | 3 |" in out
+    written = json.loads((tmp_path / "evaluate.json").read_text())
+    assert written == json.loads(json.dumps(made))
+    for name in ("depth", "quality"):
+        assert (tmp_path / f"evaluate-{name}.png").read_bytes()[:4] == b"\x89PNG"

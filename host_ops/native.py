@@ -7,8 +7,10 @@ file, where CMake installs it. The process's environment is read when it is load
 sets how many threads work including the one that collects (by default one for each CPU),
 `FLUXION_CPUS` confines the library's own threads to a list of CPUs such as `0-7,16` (the thread
 that collects is the framework's and stays where it is), `FLUXION_SPIN_US` sets for how many
-microseconds an idle thread spins before it sleeps, and `FLUXION_TIMEOUT_S` bounds how long a
-collect waits.
+microseconds an idle thread spins before it sleeps, `FLUXION_TIMEOUT_S` bounds how long a collect
+waits, and `FLUXION_CUDA_SYNC` (memops, hostfunc) says how a CUDA stream calls the host: through
+words in pinned memory, or through functions that the driver calls, which takes longer and is the
+default only under CUDA_LAUNCH_BLOCKING and where the driver offers nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 
 # Has to match fluxion_interface_version() in csrc/c_api.cc.
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 MAX_THREADS = 1024
 MAX_SPIN_US = 1_000_000
 TARGETS = ("fluxion_append", "fluxion_submit", "fluxion_start", "fluxion_collect")
@@ -56,13 +58,14 @@ def info() -> dict[str, Any]:
       `loaded` (bool), `path`, `reason` (None if loaded), `variant` and `variants` (kernels in use
       and usable, best first), `threads` (including the one that collects), `cpus` (how many this
       process may run on), `cpu_list` (those that the library's threads run on), `spin_us` (how
-      long an idle thread spins) and `in_flight` (submitted, not collected); all but the first
-      three are None or empty if it is not loaded.
+      long an idle thread spins), `in_flight` (submitted, not collected) and `cuda` (how a CUDA
+      stream calls the host and copies small arrays, such as "memops, kernel"; empty before the
+      first time); all but the first three are None or empty if it is not loaded.
     """
     library, path, reason = _load()
     about: dict[str, Any] = {"loaded": library is not None, "path": str(path), "reason": reason}
     if library is None:
-        names = ("variant", "threads", "cpus", "cpu_list", "spin_us", "in_flight")
+        names = ("variant", "threads", "cpus", "cpu_list", "spin_us", "in_flight", "cuda")
         nothing = dict.fromkeys(names)
         return about | nothing | {"variants": ()}
     return about | {
@@ -73,6 +76,7 @@ def info() -> dict[str, Any]:
         "cpu_list": library.fluxion_cpu_list().decode(),
         "spin_us": library.fluxion_spin_us(),
         "in_flight": library.fluxion_slots_in_flight(),
+        "cuda": library.fluxion_cuda().decode(),
     }
 
 
@@ -204,15 +208,16 @@ def _open(path: Path) -> _Loaded:
     if problem := library.fluxion_variant_problem().decode():
         return _Loaded(None, path, problem)
     for target in TARGETS:
-        handler = getattr(library, f"{target}_cpu")
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+        for platform in ("cpu", "CUDA"):
+            handler = getattr(library, f"{target}_{platform.lower()}")
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform=platform)
     # Before JAX lets go of its arrays: handlers run last in, first out.
     atexit.register(library.fluxion_drain)
     return _Loaded(library, path, None)
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    for name in ("variant", "variants", "variant_problem", "cpu_list"):
+    for name in ("variant", "variants", "variant_problem", "cpu_list", "cuda"):
         getattr(library, f"fluxion_{name}").restype = ctypes.c_char_p
     for name in ("interface_version", "threads", "cpus", "spin_us", "slots_in_flight", "drain"):
         getattr(library, f"fluxion_{name}").restype = ctypes.c_int32
@@ -232,6 +237,7 @@ def _environment_problem() -> str | None:
         or _number_problem("FLUXION_SPIN_US", 0, MAX_SPIN_US, "spin for the default of 50")
         or _cpus_problem(os.environ.get("FLUXION_CPUS", ""))
         or _timeout_problem(os.environ.get("FLUXION_TIMEOUT_S", ""))
+        or _cuda_sync_problem(os.environ.get("FLUXION_CUDA_SYNC", ""))
     )
 
 
@@ -268,6 +274,15 @@ def _cpus_problem(text: str) -> str | None:
             f"run on, got {text!r}; leave out {sorted(wanted - allowed)}"
         )
     return None
+
+
+def _cuda_sync_problem(text: str) -> str | None:
+    if text in ("", "memops", "hostfunc"):
+        return None
+    return (
+        f"expected FLUXION_CUDA_SYNC to be 'memops' or 'hostfunc', got {text!r}; "
+        "unset it for the faster one that works"
+    )
 
 
 def _timeout_problem(text: str) -> str | None:

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda_stream.h"
 #include "dispatch.h"
 #include "nodes.h"
 #include "runtime.h"
@@ -25,7 +26,7 @@ int32_t guarded(const Body& body) noexcept {
 }  // namespace
 
 // Raised whenever a handler's operands or one of these functions change their meaning.
-FLUXION_EXPORT int32_t fluxion_interface_version() { return 2; }
+FLUXION_EXPORT int32_t fluxion_interface_version() { return 3; }
 
 FLUXION_EXPORT const char* fluxion_variant() { return fluxion::kernels().name; }
 
@@ -58,6 +59,9 @@ FLUXION_EXPORT int32_t fluxion_spin_us() {
   });
 }
 
+// How CUDA streams call the host and copy, such as "memops, kernel"; empty before the first call.
+FLUXION_EXPORT const char* fluxion_cuda() { return fluxion::describe_cuda(); }
+
 // Lays an array on all memory nodes in turn; returns on how many, 1 if it was left where it is.
 FLUXION_EXPORT int32_t fluxion_spread(void* address, int64_t bytes) {
   return guarded([&] {
@@ -81,6 +85,7 @@ FLUXION_EXPORT int32_t fluxion_set_threads(int32_t threads) {
 // Returns how many requests were never collected, or -1.
 FLUXION_EXPORT int32_t fluxion_drain() {
   return guarded([] {
+    fluxion::drain_cuda(fluxion::Clock::now() + fluxion::timeout());
     return runtime().slots.drain(&runtime().pool, fluxion::Clock::now() + fluxion::timeout());
   });
 }

@@ -1,41 +1,17 @@
 #include "pool.h"
 
-#include <pthread.h>
-
 #include <algorithm>
-#include <csignal>
 #include <cstdlib>
 
 #include "cpus.h"
+#include "relax.h"
+#include "signals.h"
 
 namespace fluxion {
 namespace {
 
 // Bounds the harm of a missed wake-up and lets waiting callers see their deadline.
 constexpr auto kNap = std::chrono::milliseconds(20);
-
-inline void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// Threads started while it lives leave signals alone, except those that their own faults raise.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&all, fault);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-
- private:
-  sigset_t before_;
-};
 
 // The number in an environment variable if it lies within bounds, otherwise `fallback`.
 long environment_number(const char* name, long low, long high, long fallback) {
@@ -60,7 +36,7 @@ void SpinLock::lock() {
 
 template <typename Ready>
 bool Pool::spin_until(const Ready& ready) const {
-  const Clock::time_point end = Clock::now() + spin_;
+  const Clock::time_point end = Clock::now() + spin();
   do {
     for (int i = 0; i < 64; ++i) {
       if (ready()) return true;

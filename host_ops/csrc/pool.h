@@ -80,7 +80,9 @@ class Pool {
   void set_threads(int threads);
   int threads() const { return threads_.load(std::memory_order_relaxed); }
   const std::vector<int>& cpus() const { return cpus_; }
-  Clock::duration spin() const { return spin_; }
+  // How long whoever has nothing to do spins before it sleeps, from the next time on.
+  void set_spin(Clock::duration spin) { spin_.store(spin, std::memory_order_relaxed); }
+  Clock::duration spin() const { return spin_.load(std::memory_order_relaxed); }
 
  private:
   struct Parts {
@@ -98,7 +100,7 @@ class Pool {
   void stop_workers();
 
   const std::vector<int> cpus_;
-  const Clock::duration spin_;
+  std::atomic<Clock::duration> spin_;
   SpinLock queue_lock_;
   Job* head_ = nullptr;             // Guarded by queue_lock_, like tail_.
   Job* tail_ = nullptr;

@@ -1,0 +1,46 @@
+// Many small copies in one go, in the order of a stream.
+//
+// A kernel of ours copies up to kMaxCopies arrays at once, straight to and from pinned memory: each
+// copy of the driver's would cost the device some microseconds. Where the kernel cannot be loaded,
+// and for large arrays, the driver copies.
+
+#ifndef FLUXION_CUDA_COPY_H_
+#define FLUXION_CUDA_COPY_H_
+
+#include <cstdint>
+
+#include "cuda_driver.h"
+
+namespace fluxion {
+
+constexpr int kMaxCopies = 16;
+
+// As the kernel reads it.
+struct CudaCopy {
+  uint64_t to;
+  uint64_t from;
+  uint64_t words;  // Of 4 bytes.
+};
+
+struct CudaCopies {
+  CudaCopy items[kMaxCopies];
+  int count = 0;
+
+  // `bytes` is a multiple of 4. Nothing to copy is left out.
+  void add(void* to, const void* from, int64_t bytes) {
+    if (bytes == 0) return;
+    items[count++] = {reinterpret_cast<uint64_t>(to), reinterpret_cast<uint64_t>(from),
+                      static_cast<uint64_t>(bytes) / 4};
+  }
+};
+
+// The kernel in the current context, or null.
+CudaDriver::Function load_copy_kernel(const CudaDriver& driver);
+
+// Enqueues the copies; `kernel` may be null. Returns the driver's error.
+int enqueue_copies(const CudaDriver& driver, CudaDriver::Function kernel,
+                   CudaDriver::Stream stream, const CudaCopies& copies);
+
+}  // namespace fluxion
+
+#endif  // FLUXION_CUDA_COPY_H_

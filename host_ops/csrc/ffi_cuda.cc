@@ -1,0 +1,88 @@
+// The XLA FFI handlers of the CUDA backend. Thin: read the call, enqueue it on XLA's stream.
+
+#include "cuda_operations.h"
+#include "ffi_calls.h"
+
+namespace fluxion {
+namespace {
+
+template <typename Call>
+ffi::Error enqueue(void* stream, const Operands& in, const Call& call,
+                   std::string (*operation)(CudaStream&, Call)) {
+  if (!in.ok()) return in.error();
+  std::string problem;
+  const CudaDriver* driver = cuda_driver(&problem);
+  if (driver != nullptr) problem = operation(cuda_stream(driver, stream), call);
+  if (problem.empty()) return ffi::Error::Success();
+  return ffi::Error::Internal("fluxion: " + problem);
+}
+
+ffi::Error append_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          bool has_summaries) {
+  return guarded([&] {
+    Operands in(args, rets);
+    const AppendCall call = read_append(in, has_summaries);
+    return enqueue(stream, in, call, enqueue_append);
+  });
+}
+
+ffi::Error submit_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          bool has_summaries, bool has_bitmap, float scale) {
+  return guarded([&] {
+    Operands in(args, rets);
+    const SubmitCall call = read_submit(in, has_summaries, has_bitmap, scale);
+    return enqueue(stream, in, call, enqueue_submit);
+  });
+}
+
+// The stream itself says when to start, and that comes with submit.
+ffi::Error start_handler(void*, ffi::RemainingArgs, ffi::RemainingRets) {
+  return ffi::Error::Success();
+}
+
+ffi::Error collect_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                           bool has_summaries, bool return_selection) {
+  return guarded([&] {
+    Operands in(args, rets);
+    const CollectCall call = read_collect(in, has_summaries, return_selection);
+    return enqueue(stream, in, call, enqueue_collect);
+  });
+}
+
+}  // namespace
+}  // namespace fluxion
+
+// None may be recorded into a CUDA graph: each call has a tick and a generation of its own.
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_append_cuda, fluxion::append_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<void*>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<bool>("has_summaries"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_submit_cuda, fluxion::submit_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<void*>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<bool>("has_summaries")
+                                  .Attr<bool>("has_bitmap")
+                                  .Attr<float>("scale"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_start_cuda, fluxion::start_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<void*>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_collect_cuda, fluxion::collect_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<void*>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<bool>("has_summaries")
+                                  .Attr<bool>("return_selection"));
+
+#pragma GCC visibility pop

@@ -1,4 +1,4 @@
-"""The native operations on a CUDA stream: same results, in place, ahead of the data, in any mode."""
+"""The native operations on a CUDA stream: right, in place, ahead of the data, in any mode."""
 
 from __future__ import annotations
 

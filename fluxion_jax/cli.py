@@ -103,7 +103,16 @@ def _add_evaluate(commands: Any) -> None:
         parser.add_argument(
             f"--{name}", action="append", type=kind, metavar=metavar, help=f"repeatable; {text}"
         )
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="per task and length")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="per task and length; default 4, all with --data"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FORMAT:PATH",
+        help="answer published data instead: ruler:, longbench:, longbench2: or leval: and a file "
+        "or folder; --task picks tasks, --length truncates in the middle",
+    )
+    parser.add_argument("--chat", action="store_true", help="prompts of --data as a user's message")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
     parser.add_argument("--batch", type=int, default=4, metavar="B", help="samples at once")
     parser.add_argument("--text", type=Path, metavar="F", help="a text file for real_text")
@@ -204,8 +213,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from fluxion_jax.evaluation import runner
+    from fluxion_jax.evaluation.data import load_data
     from fluxion_jax.evaluation.figures import depth_figure, quality_figure
     from fluxion_jax.evaluation.report import render
+    from fluxion_jax.models.load import load_model
     from fluxion_jax.plotting import require_matplotlib
 
     folder = arguments.output
@@ -215,16 +226,31 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     settings = runner.Settings(
         policies=tuple(arguments.policy or runner.DEFAULT_POLICIES),
-        tasks=tuple(arguments.task or runner.DEFAULT_TASKS),
+        tasks=tuple(arguments.task or runner.DEFAULT_TASKS)
+        if arguments.data is None
+        else runner.DEFAULT_TASKS,
         lengths_tokens=tuple(arguments.length or runner.DEFAULT_LENGTHS),
-        samples=arguments.samples,
+        samples=arguments.samples or runner.DEFAULT_SAMPLES,
         seed=arguments.seed,
         batch=arguments.batch,
         text=None if arguments.text is None else _read_prompt(str(arguments.text)),
     )
+    model: Any = arguments.model or runner.DEFAULT_MODEL
+    data = None
+    if arguments.data is not None:
+        model = load_model(model)
+        data = load_data(
+            arguments.data,
+            model,
+            length_tokens=None if not arguments.length else max(arguments.length),
+            tasks=arguments.task,
+            samples=arguments.samples,
+            chat=arguments.chat,
+        )
     report = runner.evaluate(
-        arguments.model or runner.DEFAULT_MODEL,
+        model,
         settings,
+        data=data,
         folder=folder / "cells" if folder else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -30,7 +30,7 @@ PRODUCT_IMPORTS = LEAF_IMPORTS | {
     "tqdm",
 }
 # Installed by extras, hence imported where they are used and nowhere else.
-LAZY_IMPORTS = {"gguf", "matplotlib", "tokenizers"}
+LAZY_IMPORTS = {"gguf", "matplotlib", "rouge_score", "tokenizers"}
 VAGUE_NAMES = {"common", "helper", "helpers", "misc", "util", "utils"}
 
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -122,7 +122,7 @@ print(json.dumps({
     "threads": threads() - before,
     "library": loaded,
     "backends": xla_bridge.backends_are_initialized(),
-    "lazy": sorted({"gguf", "matplotlib", "tokenizers"} & sys.modules.keys()),
+    "lazy": sorted({"gguf", "matplotlib", "rouge_score", "tokenizers"} & sys.modules.keys()),
 }))
 """
 

@@ -20,6 +20,8 @@ from fluxion_jax.models.load import LoadedModel
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.session import cache_dtype
 
+_CAPACITY_TOKENS = 4096
+
 
 def answer(
     model: LoadedModel,
@@ -48,7 +50,9 @@ def answer(
     """
     assert model.tokenizer is not None
     tokenizer = model.tokenizer
-    capacity = max(sample.length_tokens for sample in samples)
+    # Few different capacities, so that batches share programs, and none far beyond what is needed.
+    needed = max(len(sample.tokens) + sample.max_new_tokens for sample in samples)
+    capacity = min(samples[0].length_tokens, -(-needed // _CAPACITY_TOKENS) * _CAPACITY_TOKENS)
 
     @functools.cache
     def prefilled() -> HostKV:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fluxion_jax.errors import FluxionError
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -78,6 +80,82 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
     return len(first) - row.bit_count()
 
 
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """Best ROUGE-L F-measure, by the `rouge-score` package, without stemming.
+
+    Raises:
+      FluxionError: the package is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise FluxionError(
+            "expected the package rouge-score for ROUGE-L, got none; install "
+            "fluxion-jax[evaluation]"
+        ) from error
+    scorer = RougeScorer(["rougeL"])
+    return max(float(scorer.score(r, prediction)["rougeL"].fmeasure) for r in references)
+
+
+def first_line_rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """ROUGE-L of the prediction's first line: few-shot prompts make models go on."""
+    return rouge_l(_first_line(prediction), references)
+
+
+def first_line_token_f1(prediction: str, references: Sequence[str]) -> float:
+    """Token F1 of the prediction's first line."""
+    return token_f1(_first_line(prediction), references)
+
+
+def classification(prediction: str, references: Sequence[str]) -> float:
+    """One over the number of classes named in the first line, if the right one is among them.
+
+    Args:
+      prediction: the answer.
+      references: the right class, then all other classes. A class whose name is part of the right
+        one's does not count as named.
+    """
+    right, *others = references
+    line = _first_line(prediction)
+    wrong = [name for name in others if name in line and name not in right]
+    return 1 / (1 + len(wrong)) if right in line else 0.0
+
+
+def number(prediction: str, references: Sequence[str]) -> float:
+    """Share of the numbers in the prediction that are the reference's first number."""
+    (wanted,) = re.findall(r"\d+", references[0])[:1]
+    found = re.findall(r"\d+", prediction)
+    return found.count(wanted) / len(found) if found else 0.0
+
+
+def code_line(prediction: str, references: Sequence[str]) -> float:
+    """Edit similarity of the prediction's first line that is neither comment nor markup."""
+    lines = prediction.lstrip("\n").split("\n")
+    code = [line for line in lines if not any(mark in line for mark in ("`", "#", "//"))]
+    return edit_similarity(code[0] if code else "", references)
+
+
+def choice(prediction: str, references: Sequence[str]) -> float:
+    """1 if "The correct answer is X" names the right one of the choices A to D."""
+    found = re.search(r"The correct answer is \(?([A-D])", prediction.replace("*", ""))
+    return float(found is not None and found.group(1) == references[0])
+
+
+def letters(prediction: str, references: Sequence[str]) -> float:
+    """1 if the letters A to D that the prediction begins with are those of the reference."""
+    found = re.search(r"\b[A-D](?:[\s,]*[A-D])*\b", prediction)
+    wanted = re.match(r"[A-D]+", references[0].strip())
+    return float(
+        found is not None
+        and wanted is not None
+        and set(re.findall("[A-D]", found.group())) == set(wanted.group())
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.lstrip("\n").split("\n")[0]
+
+
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "all": share_found,
     "part": any_found,
@@ -85,6 +163,14 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "accuracy": accuracy,
     "edit_similarity": edit_similarity,
     "edit_similarity_of_lines": edit_similarity_of_lines,
+    "rouge_l": rouge_l,
+    "first_line_rouge_l": first_line_rouge_l,
+    "first_line_token_f1": first_line_token_f1,
+    "classification": classification,
+    "number": number,
+    "code_line": code_line,
+    "choice": choice,
+    "letters": letters,
 }
 
 

@@ -120,7 +120,8 @@ def evaluate(
     Args:
       model: loaded, or what `load_model` takes.
       settings: what to evaluate; None takes the defaults.
-      data: samples to answer instead of those of the settings' tasks, in any order; see `readers`.
+      data: samples to answer instead of those of the settings' tasks, in any order; see
+        `data.load_data`.
       folder: finished cells are kept there, by what they depend on, and not computed again.
       execution: how a step runs; None for the product's defaults.
       progress: show progress bars; None shows them on a terminal.

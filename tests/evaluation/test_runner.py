@@ -18,11 +18,12 @@ from fluxion_jax.fidelity import divergence
 from fluxion_jax.models import load_model
 from tests.cli.conftest import model as model
 
-EXECUTION = fx.Execution(dense_below_tokens=0)
+# Beyond the length up to which everything is read.
+LENGTH = 1280
 SETTINGS = Settings(
     policies=("fixed:128:0.02",),
     tasks=("passkey", "real_text"),
-    lengths_tokens=(768,),
+    lengths_tokens=(LENGTH,),
     samples=3,
     batch=2,
     scored_tokens=12,
@@ -37,13 +38,13 @@ def loaded(model: Path):
 @pytest.fixture(scope="module")
 def found(loaded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cells")
-    made = evaluate(loaded, SETTINGS, folder=folder, execution=EXECUTION, progress=False)
+    made = evaluate(loaded, SETTINGS, folder=folder, progress=False)
     return made, folder
 
 
 def test_answers_are_those_of_generate(loaded, found):
     made, _ = found
-    samples = runner.task_samples(loaded, "passkey", 768, range(3))
+    samples = runner.task_samples(loaded, "passkey", LENGTH, range(3))
     assert [s["seed"] for s in made["samples"]] == [0, 1, 0, 1, 2, 2]
     for kept in made["samples"]:
         sample = samples[kept["seed"]]
@@ -53,7 +54,6 @@ def test_answers_are_those_of_generate(loaded, found):
             list(sample.tokens),
             policy=kept["policy"],
             max_new_tokens=sample.max_new_tokens,
-            execution=EXECUTION,
             progress=False,
         )
         text = loaded.tokenizer.decode(result.tokens[0].tolist())
@@ -77,13 +77,13 @@ def test_rows_compare_with_full_attention(loaded, found):
     assert sparse["kl"] > 1e-6
     assert sparse["recall"] < 1
     assert made["stamp"]["versions"]["jax"]
-    assert set(made["prompts_sha256"]) == {"passkey:768"}
+    assert set(made["prompts_sha256"]) == {f"passkey:{LENGTH}"}
 
 
 def test_real_text_scores_are_those_of_the_dense_model(loaded, found):
     made, _ = found
     tokens = loaded.tokenizer.encode(runner.long_text())
-    given = np.asarray(stretches(tokens, 768, range(3)))
+    given = np.asarray(stretches(tokens, LENGTH, range(3)))
     logits = np.asarray(loaded.model(given), np.float64)[:, -13:-1]
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -96,12 +96,12 @@ def test_finished_cells_are_not_computed_again(loaded, found, monkeypatch):
     with monkeypatch.context() as patched:
         for name in ("generate", "prefill"):
             patched.setattr(answers, name, lambda *_, **__: pytest.fail("computed again"))
-        again = evaluate(loaded, SETTINGS, folder=folder, execution=EXECUTION, progress=False)
+        again = evaluate(loaded, SETTINGS, folder=folder, progress=False)
         assert again["rows"] == made["rows"]
         assert again["samples"] == made["samples"]
         other = Settings(**{**vars(SETTINGS), "seed": 5})
         with pytest.raises(pytest.fail.Exception, match="computed again"):
-            evaluate(loaded, other, folder=folder, execution=EXECUTION, progress=False)
+            evaluate(loaded, other, folder=folder, progress=False)
 
 
 def test_divergence_of_known_distributions():
@@ -192,7 +192,7 @@ def test_the_command(capsys, monkeypatch, tmp_path, found):
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 2 + 2 + 2
-    assert "| passkey | 768 | fixed:128:0.02 | 3 |" in out
+    assert f"| passkey | {LENGTH} | fixed:128:0.02 | 3 |" in out
     written = json.loads((tmp_path / "evaluate.json").read_text())
     assert written == json.loads(json.dumps(made))
     for name in ("depth", "quality"):

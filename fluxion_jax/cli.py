@@ -98,13 +98,13 @@ def _add_evaluate(commands: Any) -> None:
     for name, metavar, kind, text in (
         ("policy", "P", str, "full is always the reference; default also fixed:16:0.05"),
         ("task", "T", str, "default passkey, key_value and real_text"),
-        ("length", "S", int, "tokens of prompt and answer; default 2048 and 4096"),
+        ("length", "S", int, "tokens of prompt and answer; default 1536 and 3072"),
     ):
         parser.add_argument(
             f"--{name}", action="append", type=kind, metavar=metavar, help=f"repeatable; {text}"
         )
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="per task and length; default 4, all with --data"
+        "--samples", type=int, metavar="N", help="per task and length; default 3, all with --data"
     )
     parser.add_argument(
         "--data",

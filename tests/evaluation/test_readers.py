@@ -124,7 +124,7 @@ def test_the_command_answers_published_data(capsys, tmp_path, model):
     rows = [{"input": "x" * n, "outputs": ["7"]} for n in (30, 40)]
     write(tmp_path / "vt" / "validation.jsonl", *rows)
     arguments = ["evaluate", "--model", str(model), "--data", f"ruler:{tmp_path}", "--json"]
-    assert cli.main([*arguments, "--length", "1280", "--batch", "2"]) == 0
+    assert cli.main([*arguments, "--length", "1280", "--batch", "1"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {(row["task"], row["samples"]) for row in report["rows"]} == {("vt", 2)}
     assert report["text_rows"] == []

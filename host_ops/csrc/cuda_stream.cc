@@ -57,15 +57,6 @@ class CurrentContext {
 
 }  // namespace
 
-CudaSync wanted_cuda_sync() {
-  const char* wanted = std::getenv("FLUXION_CUDA_SYNC");
-  if (wanted != nullptr && std::strcmp(wanted, "hostfunc") == 0) return CudaSync::kHostFunctions;
-  if (wanted != nullptr && std::strcmp(wanted, "memops") == 0) return CudaSync::kMemoryOperations;
-  const char* blocking = std::getenv("CUDA_LAUNCH_BLOCKING");
-  const bool simple = blocking != nullptr && *blocking != '\0' && std::strcmp(blocking, "0") != 0;
-  return simple ? CudaSync::kHostFunctions : CudaSync::kMemoryOperations;
-}
-
 CudaStream::CudaStream(const CudaDriver* driver, CudaDriver::Stream stream, CudaSync sync)
     : driver_(driver), stream_(stream), sync_(sync) {
   if (driver->write_value == nullptr || driver->wait_value == nullptr) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <unordered_map>
 
 #include "cpus.h"
@@ -66,6 +67,15 @@ void prepare_pool() {
 }
 
 }  // namespace
+
+CudaSync wanted_cuda_sync() {
+  const char* wanted = std::getenv("FLUXION_CUDA_SYNC");
+  if (wanted != nullptr && std::strcmp(wanted, "hostfunc") == 0) return CudaSync::kHostFunctions;
+  if (wanted != nullptr && std::strcmp(wanted, "memops") == 0) return CudaSync::kMemoryOperations;
+  const char* blocking = std::getenv("CUDA_LAUNCH_BLOCKING");
+  const bool simple = blocking != nullptr && *blocking != '\0' && std::strcmp(blocking, "0") != 0;
+  return simple ? CudaSync::kHostFunctions : CudaSync::kMemoryOperations;
+}
 
 CudaStream& cuda_stream(const CudaDriver* driver, CudaDriver::Stream stream) {
   Streams& all = streams();

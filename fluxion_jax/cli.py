@@ -97,7 +97,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--model", help="see fluxion generate --help; default smollm2-135m")
     for name, metavar, kind, text in (
         ("policy", "P", str, "full is always the reference; default also fixed:16:0.05"),
-        ("task", "T", str, "default passkey, key_value and real_text"),
+        ("task", "T", str, "default passkey, niah_single_2 and real_text"),
         ("length", "S", int, "tokens of prompt and answer; default 1536 and 3072"),
     ):
         parser.add_argument(

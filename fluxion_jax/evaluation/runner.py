@@ -30,7 +30,7 @@ from fluxion_jax.session import show_progress
 REAL_TEXT = "real_text"
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_POLICIES = ("full", "fixed:16:0.05")
-DEFAULT_TASKS = ("passkey", "key_value", REAL_TEXT)
+DEFAULT_TASKS = ("passkey", "niah_single_2", REAL_TEXT)
 # With SmolLM2 a few minutes on two cores.
 DEFAULT_LENGTHS = (1536, 3072)
 DEFAULT_SAMPLES = 3

@@ -7,6 +7,8 @@ from fluxion_jax.policy.parse import parse_policy as parse_policy
 from fluxion_jax.policy.protocol import Features as Features
 from fluxion_jax.policy.protocol import Plan as Plan
 from fluxion_jax.policy.protocol import Policy as Policy
+from fluxion_jax.policy.replay_policy import ReplayPolicy as ReplayPolicy
+from fluxion_jax.policy.replay_policy import replay as replay
 from fluxion_jax.policy.split import Split as Split
 from fluxion_jax.policy.split import one_sided as one_sided
 from fluxion_jax.policy.split import parse_split as parse_split

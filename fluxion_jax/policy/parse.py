@@ -7,9 +7,10 @@ import jax
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.fixed_policy import fixed, full
 from fluxion_jax.policy.protocol import Policy
+from fluxion_jax.policy.replay_policy import replay
 
 GRAMMAR = (
-    "'full', 'fixed:GRANULARITY:FRACTION' or 'fixed:GRANULARITY:FRACTION:group', "
+    "'full', 'fixed:GRANULARITY:FRACTION', 'fixed:GRANULARITY:FRACTION:group' or 'replay:FILE', "
     "for example 'fixed:16:0.05'"
 )
 
@@ -18,11 +19,12 @@ def parse_policy(policy: str | Policy) -> Policy:
     """Turns a policy's name into the policy; returns a policy unchanged.
 
     Args:
-      policy: a name such as `"full"`, `"fixed:16:0.05"`, `"fixed:32:0.02:group"`, or an object with
-        a `plan` method.
+      policy: a name such as `"full"`, `"fixed:16:0.05"`, `"fixed:32:0.02:group"` or
+        `"replay:plans.npz"`, or an object with a `plan` method.
 
     Raises:
       ConfigError: the text is not a policy, or a value in it is out of range.
+      IntegrityError: the file to replay holds something else.
     """
     if not isinstance(policy, str):
         if isinstance(policy, Policy):
@@ -39,6 +41,8 @@ def parse_policy(policy: str | Policy) -> Policy:
     name, *fields = policy.split(":")
     if name == "full" and not fields:
         return full()
+    if name == "replay" and policy != "replay:":
+        return replay(policy.partition(":")[2])
     if name == "fixed" and len(fields) in (2, 3) and fields[2:] in ([], ["group"]):
         try:
             granularity_tokens, budget_fraction = int(fields[0]), float(fields[1])

@@ -1,0 +1,101 @@
+"""Replayed plans: what was decided elsewhere, step by step, for instance by an oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from zipfile import BadZipFile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxion_jax.cache.layout import GRANULARITIES_TOKENS
+from fluxion_jax.errors import ConfigError, IntegrityError
+from fluxion_jax.policy.protocol import Features, Plan
+
+_NAMES = ("first_position", "granularity", "budget_tokens")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReplayPolicy:
+    """Plans by row, position and layer; build it with `replay`.
+
+    Axes: R rows (1 serves any batch), S recorded steps, L layers, K KV heads, N query heads.
+
+    Attributes:
+      first_position: int32 `[R]`, position of the token of the first recorded step; tokens before
+        it replay the first step, those behind the recording its last.
+      granularity: int32 `[R, S, L, K]`, tokens of a unit.
+      budget_tokens: int32 `[R, S, L, N]`.
+    """
+
+    first_position: jax.Array | np.ndarray
+    granularity: jax.Array | np.ndarray
+    budget_tokens: jax.Array | np.ndarray
+
+    def plan(self, features: Features, lengths: jax.Array) -> Plan:
+        """Plans as recorded; see `Policy.plan`."""
+        batch = features.q.shape[0]
+        rows, steps = self.granularity.shape[:2]
+        if rows not in (1, batch):
+            raise ConfigError(
+                f"expected a recording of 1 row or of {batch}, got {rows}; record this batch"
+            )
+        row = jnp.arange(batch) if rows == batch else jnp.zeros(batch, jnp.int32)
+        step = jnp.clip(lengths - 1 - jnp.asarray(self.first_position)[row], 0, steps - 1)
+        granularity = jnp.asarray(self.granularity)[row, step, features.layer]
+        return Plan(
+            granularity=granularity,
+            budget_tokens=jnp.asarray(self.budget_tokens)[row, step, features.layer],
+            shared=jnp.zeros(granularity.shape, bool),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes a `.npz` file that `replay:FILE` reads."""
+        np.savez_compressed(
+            path,
+            first_position=np.asarray(self.first_position),
+            granularity=np.asarray(self.granularity),
+            budget_tokens=np.asarray(self.budget_tokens),
+        )
+
+    def __str__(self) -> str:
+        digest = hashlib.sha256()
+        for name in _NAMES:
+            digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        return f"replay:{digest.hexdigest()[:8]}"
+
+
+def replay(path: str | Path) -> ReplayPolicy:
+    """Reads recorded plans.
+
+    Args:
+      path: what `ReplayPolicy.save` wrote.
+
+    Raises:
+      ConfigError: no such file.
+      IntegrityError: it holds something else.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"expected a file of recorded plans, got {path}; check the path")
+    try:
+        with np.load(path) as file:
+            first, granularity, budget = (file[name] for name in _NAMES)
+    except (BadZipFile, KeyError, ValueError, EOFError) as error:
+        raise IntegrityError(f"expected recorded plans in {path}, got: {error}") from error
+    shapes = first.shape, granularity.shape[:3], budget.shape[:3]
+    fits = len(granularity.shape) == len(budget.shape) == 4 and shapes[1] == shapes[2]
+    if (
+        not fits
+        or shapes[0] != shapes[1][:1]
+        or not np.isin(granularity, GRANULARITIES_TOKENS).all()
+    ):
+        raise IntegrityError(
+            f"expected arrays [R], [R, S, L, K] of granularities and [R, S, L, N] in {path}, got "
+            f"{first.shape}, {granularity.shape} and {budget.shape}; record it again"
+        )
+    return ReplayPolicy(*(x.astype(np.int32) for x in (first, granularity, budget)))

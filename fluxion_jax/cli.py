@@ -112,6 +112,9 @@ def _add_evaluate(commands: Any) -> None:
         help="answer published data instead: ruler:, longbench:, longbench2: or leval: and a file "
         "or folder; --task picks tasks, --length truncates in the middle",
     )
+    parser.add_argument(
+        "--protocol", type=Path, metavar="F", help="a frozen protocol says what to evaluate"
+    )
     parser.add_argument("--chat", action="store_true", help="prompts of --data as a user's message")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
     parser.add_argument("--batch", type=int, default=4, metavar="B", help="samples at once")
@@ -215,6 +218,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from fluxion_jax.evaluation import runner
     from fluxion_jax.evaluation.data import load_data
     from fluxion_jax.evaluation.figures import depth_figure, quality_figure
+    from fluxion_jax.evaluation.protocol import check_prompts, load_protocol
     from fluxion_jax.evaluation.report import render
     from fluxion_jax.models.load import load_model
     from fluxion_jax.plotting import require_matplotlib
@@ -237,6 +241,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     model: Any = arguments.model or runner.DEFAULT_MODEL
     data = None
+    frozen: dict[str, Any] = {}
+    if arguments.protocol is not None:
+        settings, document = load_protocol(arguments.protocol)
+        model = load_model(model)
+        checked = check_prompts(model, settings, document)
+        frozen = {"protocol": {"sha256": document["sha256"], "prompts_checked": checked}}
     if arguments.data is not None:
         model = load_model(model)
         data = load_data(
@@ -254,6 +264,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         folder=folder / "cells" if folder else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
+    report |= frozen
     _emit(arguments, report, render(report), "evaluate.json")
     if folder:
         for name, figure in (("depth", depth_figure(report)), ("quality", quality_figure(report))):

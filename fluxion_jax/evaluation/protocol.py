@@ -1,0 +1,73 @@
+"""A frozen protocol: what the headline table is measured on, fixed before any result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fluxion_jax.errors import ConfigError, IntegrityError
+from fluxion_jax.evaluation.runner import Settings, prompts_sha256, task_samples
+from fluxion_jax.models.load import LoadedModel
+
+_NAMES = ("policies", "tasks", "lengths_tokens", "samples", "seed", "batch")
+
+
+def load_protocol(path: Path) -> tuple[Settings, dict[str, Any]]:
+    """Reads a protocol.
+
+    Returns:
+      The settings, and the whole document with its own `sha256`.
+
+    Raises:
+      ConfigError: something is missing, or not possible.
+    """
+    content = path.read_bytes()
+    document: dict[str, Any] = json.loads(content)
+    missing = [name for name in (*_NAMES, "prompts_sha256") if name not in document]
+    if missing:
+        raise ConfigError(f"expected {missing[0]} in the protocol {path}, got none; add it")
+    values: dict[str, Any] = {
+        name: tuple(document[name]) if isinstance(document[name], list) else document[name]
+        for name in _NAMES
+    }
+    settings = Settings(**values)
+    return settings, {**document, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def first_prompts(model: LoadedModel, settings: Settings) -> dict[str, str]:
+    """SHA-256 of the first sample of each task and length, in the model's tokens."""
+    return {
+        f"{task}:{length}": prompts_sha256(task_samples(model, task, length, [settings.seed]))
+        for task in settings.tasks
+        for length in settings.lengths_tokens
+    }
+
+
+def frozen_for(model: LoadedModel) -> str:
+    """Name of a set of hashes: prompts depend on the tokenizer, and prose on Python's version."""
+    return f"{model.name}, Python {sys.version_info.major}.{sys.version_info.minor}"
+
+
+def check_prompts(model: LoadedModel, settings: Settings, document: dict[str, Any]) -> bool:
+    """Checks that a model gets the prompts that the protocol was frozen with.
+
+    Returns:
+      Whether there are hashes for this model and version of Python.
+
+    Raises:
+      IntegrityError: a prompt is another one.
+    """
+    frozen = document["prompts_sha256"].get(frozen_for(model))
+    if frozen is None:
+        return False
+    made = first_prompts(model, settings)
+    changed = [name for name, digest in made.items() if frozen.get(name) != digest]
+    if changed:
+        raise IntegrityError(
+            f"expected the frozen prompts of {frozen_for(model)}, got others for {changed[0]}; "
+            "the generators have changed, so freeze a new protocol before any result"
+        )
+    return True

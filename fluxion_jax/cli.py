@@ -98,7 +98,7 @@ def _add_evaluate(commands: Any) -> None:
     for name, metavar, kind, text in (
         ("policy", "P", str, "full is always the reference; default also fixed:16:0.05"),
         ("task", "T", str, "default passkey, niah_single_2 and real_text"),
-        ("length", "S", int, "tokens of prompt and answer; default 1536 and 3072"),
+        ("length", "S", int, "tokens of prompt and answer; default 1280 and 2560"),
     ):
         parser.add_argument(
             f"--{name}", action="append", type=kind, metavar=metavar, help=f"repeatable; {text}"

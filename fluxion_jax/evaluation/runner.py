@@ -32,7 +32,7 @@ DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_POLICIES = ("full", "fixed:16:0.05")
 DEFAULT_TASKS = ("passkey", "niah_single_2", REAL_TEXT)
 # With SmolLM2 a few minutes on two cores.
-DEFAULT_LENGTHS = (1536, 3072)
+DEFAULT_LENGTHS = (1280, 2560)
 DEFAULT_SAMPLES = 3
 # Enough to measure perplexity to a few hundredths with several stretches.
 SCORED_TOKENS = 64

@@ -58,7 +58,8 @@ $(VENV)/.made-venv:
 
 # The package is installed as a link to this tree, so edits are seen at once.
 $(VENV)/.made-base: pyproject.toml $(VENV)/.made-venv
-	$(PIP) install 'scikit-build-core>=0.11' cmake ninja
+	# The last two build what comes without a wheel (rouge-score).
+	$(PIP) install 'scikit-build-core>=0.11' cmake ninja setuptools wheel
 	$(PIP) install --no-build-isolation --editable .
 	@touch $@
 

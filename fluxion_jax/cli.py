@@ -130,6 +130,9 @@ def _add_bench(commands: Any) -> None:
     host.add_argument("--quick", action="store_true", help="one head shape, fewer repetitions")
     _add_common(host)
     host.set_defaults(run=_bench_host)
+    roundtrip = kinds.add_parser("roundtrip", help="handing a layer's work to the host and back")
+    _add_common(roundtrip)
+    roundtrip.set_defaults(run=_bench_roundtrip)
     selection = kinds.add_parser("selection", help="integer selection against its alternatives")
     selection.add_argument("--model", default="smollm2-135m", help="see fluxion generate --help")
     selection.add_argument("--context-tokens", type=int, default=8192, metavar="N")
@@ -284,6 +287,14 @@ def _bench_host(arguments: argparse.Namespace) -> int:
         lambda line: print(line, file=sys.stderr, flush=True),
     )
     _emit(arguments, report, host.render(report), "bench-host.json")
+    return 0
+
+
+def _bench_roundtrip(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import roundtrip
+
+    report = roundtrip.run()
+    _emit(arguments, report, roundtrip.render(report), "bench-roundtrip.json")
     return 0
 
 

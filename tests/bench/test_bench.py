@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from fluxion_jax.bench import roundtrip
 from fluxion_jax.bench import selection_quality as quality
 from fluxion_jax.bench.capture import Captured
 from fluxion_jax.bench.cells import cell
@@ -114,3 +115,14 @@ def test_scores_and_judgement_are_those_of_brute_force():
     folded = quality.grouped(captured.q, 2) * 2.0 ** np.ceil(np.log2(peaks / 127))[:, None, None]
     steps = np.abs(folded).max(axis=-1, keepdims=True) / 127
     np.testing.assert_allclose(scores["integer"] * steps, scores["float"], rtol=0.05, atol=0.3)
+
+
+@pytest.mark.native
+def test_a_round_trip_takes_time_and_is_told_per_layer():
+    report = roundtrip.run(roundtrip.Settings((2, 6), repetitions=3))
+    json.dumps(report, allow_nan=False)
+    assert [r["selection"] for r in report["rows"]] == ["none", "handed over"]
+    for row in report["rows"]:
+        few, many = row["program_s"]["2"], row["program_s"]["6"]
+        assert row["layer_us"] == pytest.approx(1e6 * (many["median"] - few["median"]) / 4)
+        assert f"{row['layer_us']:.1f} us" in roundtrip.render(report)

@@ -68,6 +68,15 @@ inline int append(int32_t* p, Ints v, uint32_t lanes) {
   return __builtin_popcount(lanes);
 }
 
+inline void bytes_of_bits(uint32_t bits, uint32_t* out) {
+  const __m256i source = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                            0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), source);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit));
+}
+
 inline Ints load_bytes(const void* p) {
   return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
 }

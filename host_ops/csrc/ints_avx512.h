@@ -34,6 +34,10 @@ inline int append(int32_t* p, Ints v, uint32_t lanes) {
   return __builtin_popcount(lanes);
 }
 
+inline void bytes_of_bits(uint32_t bits, uint32_t* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_movm_epi8(bits));
+}
+
 inline Ints load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline Ints load_bytes_part(const void* p, int64_t bytes) {
   return {_mm512_maskz_loadu_epi32(first_lanes(bytes / 4), p)};

@@ -65,3 +65,10 @@ inline int append(int32_t* p, Ints v, uint32_t lanes) {
   for (; lanes != 0; lanes &= lanes - 1) p[n++] = v.lane[__builtin_ctz(lanes)];
   return n;
 }
+inline void bytes_of_bits(uint32_t bits, uint32_t* out) {
+  for (int i = 0; i < 8; ++i) {
+    // One bit a byte, then a 1 in each byte with a bit, then all eight of its bits.
+    const uint32_t apart = (bits >> i * 4 & 15) * 0x01010101u & 0x08040201u;
+    out[i] = ((apart + 0x7f7f7f7fu) >> 7 & 0x01010101u) * 255u;
+  }
+}

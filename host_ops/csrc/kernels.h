@@ -53,12 +53,35 @@ struct SelectArgs {
 
 constexpr int64_t kSelectPadding = 32;
 
+// Blocks that one part of attention reads.
+constexpr int64_t kChunkBlocks = 64;
+
+// The selections of a group, whose union is read in chunks of kChunkBlocks blocks by ascending id.
+struct UnionArgs {
+  const uint32_t* rows;  // [G, stride], bit of every block.
+  int64_t stride;
+  int32_t group;
+  int64_t limit;         // Blocks from this one on do not count.
+};
+
+// Where a chunk begins: behind the `skip` lowest blocks of the union in the words from
+// `word` on.
+struct ChunkStart {
+  int32_t word;
+  int32_t skip;
+};
+
 struct KernelTable {
   const char* name;
   void (*attend_f32)(const AttendArgs&);
   void (*attend_bf16)(const AttendArgs&);
   void (*score)(const ScoreArgs&);
   void (*select)(const SelectArgs&);
+  // Returns the blocks of the union; `starts` holds limit / kChunkBlocks + 2 or more.
+  int64_t (*find_chunks)(const UnionArgs&, ChunkStart* starts);
+  // Writes `count` blocks of the union, and which heads selected them, from a chunk's start on.
+  void (*list_chunk)(const UnionArgs&, ChunkStart start, int32_t count, int32_t* blocks,
+                     uint64_t* head_masks);
 };
 
 // Null where the variant was not compiled for this architecture.

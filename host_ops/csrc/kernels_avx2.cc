@@ -16,8 +16,10 @@ namespace {
 #include "kernels_impl.h"
 #include "score_impl.h"
 #include "selection_impl.h"
+#include "union_impl.h"
 
-constexpr KernelTable kTable = {"avx2", attend<float>, attend<BFloat16>, score, select};
+constexpr KernelTable kTable = {"avx2", attend<float>, attend<BFloat16>, score,
+                                select, find_chunks,   list_chunk};
 
 }  // namespace
 

@@ -12,8 +12,10 @@ namespace {
 #include "kernels_impl.h"
 #include "score_scalar.h"
 #include "selection_impl.h"
+#include "union_impl.h"
 
-constexpr KernelTable kTable = {"scalar", attend<float>, attend<BFloat16>, score, select};
+constexpr KernelTable kTable = {"scalar", attend<float>, attend<BFloat16>, score,
+                                select, find_chunks,   list_chunk};
 
 }  // namespace
 

@@ -1,20 +1,19 @@
 // Exact selection of the best units, written once over the `Ints` of an instruction set.
 //
-// A sample of the scores brackets the cut between two values, one pass keeps the scores between
-// them, the cut is bisected among those, and one more pass compares and writes the bitmap. What the
-// sample says can only cost time: where the bracket misses, all scores are kept.
+// The cut between chosen and not chosen is bisected, and one pass compares and writes the bitmap.
+// Many scores are first thinned out: a sample brackets the cut between two values, and one pass
+// keeps the scores between them. What the sample says can only cost time: where the bracket misses,
+// all scores are kept.
 //
 // Expects of an ints_*.h: all, load, load_part, store, max_of, min_of, reduce_*, above, equal,
 // count_above, append (stores the named lanes next to each other and returns how many; may write a
-// whole vector).
+// whole vector), bytes_of_bits (each of 32 bits repeated eight times).
 
 constexpr int32_t kLowest = -2147483647 - 1;
 constexpr int32_t kHighest = 2147483647;
-// With fewer units bisecting all of them takes no longer than sampling.
-constexpr int64_t kSampledUnits = 1024;
-constexpr int64_t kSamples = 256;
-// Three standard deviations of the rank of a value in the sample, where that is largest.
-constexpr int64_t kMargin = 24;
+// Up to so many units bisecting all of them takes no longer than thinning them out.
+constexpr int64_t kSampledUnits = 512;
+constexpr int64_t kSamples = 128;
 
 // Exactly `wanted` scores are above the threshold or among the first `ties` that equal it.
 struct Cut {
@@ -77,19 +76,23 @@ inline void find_range(const int32_t* values, int64_t count, int32_t* low, int32
 inline void bracket(const SelectArgs& a, int32_t* low, int32_t* high) {
   // Multiples of the golden ratio spread evenly and follow no period of the scores.
   for (int64_t i = 0; i < kSamples; ++i) {
-    const uint64_t share = static_cast<uint32_t>(i * 2654435769u);
-    a.scratch[i] = a.scores[share * static_cast<uint64_t>(a.units) >> 32];
+    const uint64_t place = static_cast<uint32_t>(i * 2654435769u);
+    a.scratch[i] = a.scores[place * static_cast<uint64_t>(a.units) >> 32];
   }
   int32_t least, most;
   find_range(a.scratch, kSamples, &least, &most);
-  const int64_t rank = a.wanted * kSamples / a.units;
+  const float share = static_cast<float>(a.wanted) / static_cast<float>(a.units);
+  const int64_t rank = static_cast<int64_t>(share * kSamples);
+  // Three standard deviations of the rank in the sample, and one for what rounding takes.
+  const int64_t margin =
+      1 + static_cast<int64_t>(3 * __builtin_sqrtf(kSamples * share * (1 - share)));
   *high = kHighest;
   *low = kLowest;
-  if (rank - kMargin > 0) {
-    *high = find_cut(a.scratch, kSamples, rank - kMargin, least, most).threshold;
+  if (rank - margin > 0) {
+    *high = find_cut(a.scratch, kSamples, rank - margin, least, most).threshold;
   }
-  if (rank + kMargin < kSamples) {
-    *low = find_cut(a.scratch, kSamples, rank + kMargin, least, most).threshold;
+  if (rank + margin < kSamples) {
+    *low = find_cut(a.scratch, kSamples, rank + margin, least, most).threshold;
   }
 }
 
@@ -112,6 +115,13 @@ inline int64_t keep_between(const SelectArgs& a, int32_t low, int32_t high, int6
   kept += append(a.scratch + kept, v, ~outside & low_bits(a.units - u));
   *over = reduce_add(count);
   return kept;
+}
+
+// Copies all scores to the scratch.
+inline void keep_all(const SelectArgs& a) {
+  int64_t u = 0;
+  for (; u + Ints::kLanes <= a.units; u += Ints::kLanes) store(a.scratch + u, load(a.scores + u));
+  store(a.scratch + u, load_part(a.scores + u, a.units - u, kLowest));
 }
 
 // Repeats each of the lowest 32 / kRatio bits kRatio times.
@@ -145,6 +155,10 @@ inline void write_words(const SelectArgs& a, Cut cut) {
       best |= tied;
     }
     uint32_t* words = a.words + first * kRatio / 32;
+    if (kRatio == 8 && count == 32) {
+      bytes_of_bits(best, words);
+      continue;
+    }
     for (int64_t i = 0; i * 32 < count * kRatio; ++i) {
       constexpr uint32_t kPart = static_cast<uint32_t>((uint64_t{1} << 32 / kRatio) - 1);
       words[i] = widen_bits<kRatio>(best >> i * (32 / kRatio) & kPart);
@@ -153,13 +167,17 @@ inline void write_words(const SelectArgs& a, Cut cut) {
 }
 
 void select(const SelectArgs& a) {
-  int32_t low = kLowest;
-  int32_t high = kHighest;
-  if (a.units > kSampledUnits) bracket(a, &low, &high);
   int64_t over = 0;
-  int64_t kept = keep_between(a, low, high, &over);
+  int64_t kept = 0;
+  int32_t low, high;
+  if (a.units > kSampledUnits) {
+    bracket(a, &low, &high);
+    kept = keep_between(a, low, high, &over);
+  }
   if (over >= a.wanted || over + kept < a.wanted) {
-    kept = keep_between(a, kLowest, kHighest, &over);
+    keep_all(a);
+    kept = a.units;
+    over = 0;
   }
   find_range(a.scratch, kept, &low, &high);
   const Cut cut = find_cut(a.scratch, pad(a.scratch, kept), a.wanted - over, low, high);

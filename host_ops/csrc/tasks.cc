@@ -41,8 +41,7 @@ void Task::prepare(Request* request, int64_t batch, int64_t kv_head) {
   batch_ = batch;
   kv_head_ = kv_head;
   index_ = batch * request->geometry_.kv_heads + kv_head;
-  blocks_.clear();
-  head_masks_.clear();
+  union_blocks_ = 0;
   const Geometry& g = request->geometry_;
   int64_t blocks = std::min(request->boundary_[index_], request->host_blocks_[batch]);
   ranked_ = false;
@@ -120,12 +119,12 @@ void Task::run(int64_t first, int64_t last) noexcept {
 void Task::advance() {
   if (stage_ == Stage::kScore && !request_->stopped()) {
     // A short row is ranked sooner than another thread is told of it.
-    const bool one_by_one = units_ > kScoreUnits && !shared_;
+    const bool one_by_one = units_ > kTogetherUnits && !shared_;
     return go_on(Stage::kSelect, one_by_one ? request_->geometry_.group() : 1);
   }
   if (stage_ == Stage::kSelect) {
-    timed([&] { collect_union(); });
-    const int64_t chunks = parts_of(static_cast<int64_t>(blocks_.size()), kChunkBlocks);
+    timed([&] { cut_union(); });
+    const int64_t chunks = parts_of(union_blocks_, kChunkBlocks);
     if (chunks > 0 && !request_->stopped()) return go_on(Stage::kAttend, chunks);
     begin(Stage::kAttend, 0);
   }
@@ -182,29 +181,22 @@ void Task::select_head(int64_t head, int64_t wanted) {
              &scratch().selection);
 }
 
-void Task::collect_union() {
+UnionArgs Task::selections() const {
   const Geometry& g = request_->geometry_;
-  const int64_t group = g.group();
-  const int64_t limit = std::min(request_->boundary_[index_], request_->host_blocks_[batch_]);
-  const uint32_t* rows =
-      request_->bitmap_.data() + (batch_ * g.heads + kv_head_ * group) * g.words();
-  for (int64_t w = 0; w * 32 < limit; ++w) {
-    const uint32_t inside = limit - w * 32 >= 32 ? ~uint32_t{0} : (uint32_t{1} << (limit % 32)) - 1;
-    uint32_t any = 0;
-    for (int64_t h = 0; h < group; ++h) any |= rows[h * g.words() + w];
-    for (any &= inside; any != 0; any &= any - 1) {
-      const int bit = __builtin_ctz(any);
-      uint64_t mask = 0;
-      for (int64_t h = 0; h < group; ++h) {
-        mask |= static_cast<uint64_t>(rows[h * g.words() + w] >> bit & 1) << h;
-      }
-      blocks_.push_back(static_cast<int32_t>(w * 32 + bit));
-      head_masks_.push_back(mask);
-    }
-  }
-  const int64_t count = static_cast<int64_t>(blocks_.size());
-  request_->blocks_read_[index_] = static_cast<int32_t>(count);
-  grown(&partials_, parts_of(count, kChunkBlocks) * group * (g.head_dim + 2));
+  UnionArgs args;
+  args.rows = request_->bitmap_.data() + (batch_ * g.heads + kv_head_ * g.group()) * g.words();
+  args.stride = g.words();
+  args.group = static_cast<int32_t>(g.group());
+  args.limit = std::min(request_->boundary_[index_], request_->host_blocks_[batch_]);
+  return args;
+}
+
+void Task::cut_union() {
+  const Geometry& g = request_->geometry_;
+  const UnionArgs args = selections();
+  union_blocks_ = kernels().find_chunks(args, grown(&chunks_, args.limit / kChunkBlocks + 2));
+  request_->blocks_read_[index_] = static_cast<int32_t>(union_blocks_);
+  grown(&partials_, parts_of(union_blocks_, kChunkBlocks) * g.group() * (g.head_dim + 2));
 }
 
 float* Task::partial(int64_t chunk) {
@@ -215,16 +207,19 @@ float* Task::partial(int64_t chunk) {
 void Task::attend(int64_t chunk) {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
-  const int64_t first = chunk * kChunkBlocks;
-  const int64_t count = std::min<int64_t>(kChunkBlocks, blocks_.size() - first);
+  const int64_t count = std::min(kChunkBlocks, union_blocks_ - chunk * kChunkBlocks);
+  int32_t blocks[kChunkBlocks];
+  uint64_t head_masks[kChunkBlocks];
+  kernels().list_chunk(selections(), chunks_[chunk], static_cast<int32_t>(count), blocks,
+                       head_masks);
   const int64_t offset = index_ * g.task_elements();
   const int64_t bytes = element_bytes(g.dtype);
   AttendArgs args;
   args.k = static_cast<const char*>(request_->cache_.k) + offset * bytes;
   args.v = static_cast<const char*>(request_->cache_.v) + offset * bytes;
   args.q = request_->q_.data() + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
-  args.blocks = blocks_.data() + first;
-  args.head_masks = head_masks_.data() + first;
+  args.blocks = blocks;
+  args.head_masks = head_masks;
   args.count = static_cast<int32_t>(count);
   args.group = static_cast<int32_t>(group);
   args.head_dim = static_cast<int32_t>(g.head_dim);

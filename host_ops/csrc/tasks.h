@@ -25,13 +25,15 @@
 #include <vector>
 
 #include "cancel.h"
+#include "kernels.h"
 #include "pool.h"
 #include "types.h"
 
 namespace fluxion {
 
-constexpr int64_t kChunkBlocks = 64;
 constexpr int64_t kScoreUnits = 512;
+// With no more units one thread ranks them for all heads.
+constexpr int64_t kTogetherUnits = 2048;
 
 class Request;
 
@@ -58,7 +60,8 @@ class Task : public Job {
   void score(int64_t part);
   void select(int64_t part);
   void select_head(int64_t head, int64_t wanted);
-  void collect_union();
+  UnionArgs selections() const;
+  void cut_union();
   void attend(int64_t chunk);
   void merge();
   float* partial(int64_t chunk);
@@ -79,8 +82,8 @@ class Task : public Job {
   int64_t parts_ = 0;
   std::atomic<int64_t> parts_left_{0};
   std::vector<int32_t> scores_;          // [G, units]; row 0 becomes the maximum where shared.
-  std::vector<int32_t> blocks_;          // Union of the group's selections below the boundary.
-  std::vector<uint64_t> head_masks_;     // Which heads of the group selected the block.
+  int64_t union_blocks_ = 0;             // In the union of the group's selections.
+  std::vector<ChunkStart> chunks_;       // Of that union.
   std::vector<float> partials_;          // Per chunk: m [G], l [G], acc [G, H].
 };
 

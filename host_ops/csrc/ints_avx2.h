@@ -59,6 +59,10 @@ inline uint32_t set_of(__m256i lanes) {
 }
 inline uint32_t above(Ints v, Ints t) { return set_of(_mm256_cmpgt_epi32(v.x, t.x)); }
 inline uint32_t equal(Ints v, Ints t) { return set_of(_mm256_cmpeq_epi32(v.x, t.x)); }
+inline uint32_t within(Ints v, Ints low, Ints span) {
+  const __m256i past = _mm256_sub_epi32(v.x, low.x);
+  return set_of(_mm256_cmpeq_epi32(_mm256_min_epu32(past, span.x), past));
+}
 inline Ints count_above(Ints count, Ints v, Ints t) {
   return {_mm256_sub_epi32(count.x, _mm256_cmpgt_epi32(v.x, t.x))};
 }

@@ -24,6 +24,9 @@ inline int32_t reduce_min(Ints v) { return _mm512_reduce_min_epi32(v.x); }
 inline int32_t reduce_add(Ints v) { return _mm512_reduce_add_epi32(v.x); }
 inline uint32_t above(Ints v, Ints t) { return _mm512_cmpgt_epi32_mask(v.x, t.x); }
 inline uint32_t equal(Ints v, Ints t) { return _mm512_cmpeq_epi32_mask(v.x, t.x); }
+inline uint32_t within(Ints v, Ints low, Ints span) {
+  return _mm512_cmple_epu32_mask(_mm512_sub_epi32(v.x, low.x), span.x);
+}
 inline Ints count_above(Ints count, Ints v, Ints t) {
   const __mmask16 lanes = _mm512_cmpgt_epi32_mask(v.x, t.x);
   return {_mm512_mask_add_epi32(count.x, lanes, count.x, _mm512_set1_epi32(1))};

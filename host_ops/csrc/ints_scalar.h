@@ -57,6 +57,12 @@ inline uint32_t above(Ints v, Ints t) {
 inline uint32_t equal(Ints v, Ints t) {
   return set_of([&](int i) { return v.lane[i] == t.lane[i]; });
 }
+inline uint32_t within(Ints v, Ints low, Ints span) {
+  return set_of([&](int i) {
+    const uint32_t past = static_cast<uint32_t>(v.lane[i]) - static_cast<uint32_t>(low.lane[i]);
+    return past <= static_cast<uint32_t>(span.lane[i]);
+  });
+}
 inline Ints count_above(Ints count, Ints v, Ints t) {
   return each_int([&](int i) { return count.lane[i] + (v.lane[i] > t.lane[i]); });
 }

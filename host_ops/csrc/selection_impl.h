@@ -6,8 +6,9 @@
 // all scores are kept.
 //
 // Expects of an ints_*.h: all, load, load_part, store, max_of, min_of, reduce_*, above, equal,
-// count_above, append (stores the named lanes next to each other and returns how many; may write a
-// whole vector), bytes_of_bits (each of 32 bits repeated eight times).
+// count_above, within (low <= v <= low + span, the span without a sign), append (stores the named
+// lanes next to each other and returns how many; may write a whole vector), bytes_of_bits (each of
+// 32 bits repeated eight times).
 
 constexpr int32_t kLowest = -2147483647 - 1;
 constexpr int32_t kHighest = 2147483647;
@@ -48,11 +49,10 @@ inline Cut find_cut(const int32_t* values, int64_t padded, int64_t wanted, int32
         static_cast<int32_t>(low + (static_cast<int64_t>(high) - low) / 2);
     const int64_t count = number_above(values, padded, middle);
     if (count == wanted) return {middle, 0};
-    if (count < wanted) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
+    // Without a branch, which would be guessed wrong every other time.
+    const bool fewer = count < wanted;
+    high = fewer ? middle : high;
+    low = fewer ? low : middle + 1;
   }
   return {low, wanted - number_above(values, padded, low)};
 }
@@ -100,19 +100,19 @@ inline void bracket(const SelectArgs& a, int32_t* low, int32_t* high) {
 inline int64_t keep_between(const SelectArgs& a, int32_t low, int32_t high, int64_t* over) {
   const Ints bottom = all(low);
   const Ints top = all(high);
+  const Ints span = all(static_cast<int32_t>(static_cast<uint32_t>(high) -
+                                             static_cast<uint32_t>(low)));
   Ints count = all(0);
   int64_t kept = 0;
   int64_t u = 0;
   for (; u + Ints::kLanes <= a.units; u += Ints::kLanes) {
     const Ints v = load(a.scores + u);
     count = count_above(count, v, top);
-    const uint32_t outside = above(v, top) | above(bottom, v);
-    kept += append(a.scratch + kept, v, ~outside & low_bits(Ints::kLanes));
+    kept += append(a.scratch + kept, v, within(v, bottom, span));
   }
   const Ints v = load_part(a.scores + u, a.units - u, kLowest);
   count = count_above(count, v, top);
-  const uint32_t outside = above(v, top) | above(bottom, v);
-  kept += append(a.scratch + kept, v, ~outside & low_bits(a.units - u));
+  kept += append(a.scratch + kept, v, within(v, bottom, span) & low_bits(a.units - u));
   *over = reduce_add(count);
   return kept;
 }
@@ -134,20 +134,25 @@ inline uint32_t widen_bits(uint32_t bits) {
   return bits * ((1u << kRatio) - 1);
 }
 
+// Of `count` scores as many as a vector has, then values that are above nothing.
+inline Ints load_some(const int32_t* scores, int64_t count) {
+  return count >= Ints::kLanes ? load(scores) : load_part(scores, count, kLowest);
+}
+
 template <int kRatio>
 inline void write_words(const SelectArgs& a, Cut cut) {
   const Ints threshold = all(cut.threshold);
   for (int64_t first = 0; first < a.units; first += 32) {
     const int64_t count = a.units - first < 32 ? a.units - first : 32;
     uint32_t best = 0;
-    uint32_t tied = 0;
     for (int i = 0; i < 32; i += Ints::kLanes) {
-      const int32_t* scores = a.scores + first + i;
-      const Ints v = count == 32 ? load(scores) : load_part(scores, count - i, kLowest);
-      best |= above(v, threshold) << i;
-      tied |= equal(v, threshold) << i;
+      best |= above(load_some(a.scores + first + i, count - i), threshold) << i;
     }
-    if (tied != 0 && cut.ties > 0) {
+    if (cut.ties > 0) {
+      uint32_t tied = 0;
+      for (int i = 0; i < 32; i += Ints::kLanes) {
+        tied |= equal(load_some(a.scores + first + i, count - i), threshold) << i;
+      }
       tied &= low_bits(count);
       int64_t number = __builtin_popcount(tied);
       for (; number > cut.ties; --number) tied &= ~(0x80000000u >> __builtin_clz(tied));

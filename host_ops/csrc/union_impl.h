@@ -24,16 +24,17 @@ inline void any_head(const UnionArgs& a, int64_t first, uint32_t (&any)[kWordTil
 int64_t find_chunks(const UnionArgs& a, ChunkStart* starts) {
   int64_t count = 0;
   int64_t chunk = 0;
+  int64_t next = 0;  // Blocks before that chunk.
   for (int64_t first = 0; first * 32 < a.limit; first += kWordTile) {
     uint32_t any[kWordTile];
     any_head(a, first, any);
     for (int64_t i = 0; i < kWordTile; i += 2) {
       // Two words have no more blocks than a chunk, so at most one chunk begins in them. Written
       // always, because a branch would be guessed wrong once a chunk.
-      starts[chunk] = {static_cast<int32_t>(first + i),
-                       static_cast<int32_t>(chunk * kChunkBlocks - count)};
+      starts[chunk] = {static_cast<int32_t>(first + i), static_cast<int32_t>(next - count)};
       count += __builtin_popcountll(static_cast<uint64_t>(any[i + 1]) << 32 | any[i]);
-      chunk += chunk * kChunkBlocks < count;
+      chunk += next < count;
+      next = chunk * kChunkBlocks;
     }
   }
   return count;

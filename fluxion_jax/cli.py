@@ -279,7 +279,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _bench_host(arguments: argparse.Namespace) -> int:
     from fluxion_jax.bench import host
+    from fluxion_jax.plotting import host_figure, require_matplotlib
 
+    if arguments.output:
+        require_matplotlib()
     cells = arguments.output / "cells" if arguments.output else None
     report = host.run(
         host.QUICK if arguments.quick else host.Settings(),
@@ -287,6 +290,11 @@ def _bench_host(arguments: argparse.Namespace) -> int:
         lambda line: print(line, file=sys.stderr, flush=True),
     )
     _emit(arguments, report, host.render(report), "bench-host.json")
+    if arguments.output:
+        path = arguments.output / "bench-host.png"
+        title = f"Host kernels with {report['threads']} threads ({report['variant']})"
+        host_figure(report, title).savefig(path)
+        print(f"figure: {path}", file=sys.stderr)
     return 0
 
 

@@ -5,7 +5,7 @@ matplotlib is optional (the `plot` extra) and imported only when a figure is ask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +55,47 @@ def fidelity_figure(reports: Sequence[PolicyReport], title: str) -> Any:
     _draw_layers(
         axes[1, 1], reports, "output_error", "error of the output", "of the largest head output"
     )
+    return figure
+
+
+def host_figure(report: dict[str, Any], title: str) -> Any:
+    """Draws how near the host's kernels come to the speed of memory, with all threads.
+
+    Args:
+      report: what `fluxion_jax.bench.host.run` returns.
+      title: where it was measured, in one line.
+
+    Returns:
+      A matplotlib `Figure` of three panels over the tokens of a unit, a line for each shape:
+      attention and scoring as shares of the streaming read, selection as a share of scoring.
+    """
+    figure = require_matplotlib().Figure(figsize=(11, 3.8), layout="constrained", dpi=150)
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    threads = max(row["threads"] for row in report["rows"])
+    rows = [row for row in report["rows"] if row["threads"] == threads]
+    shapes = list(dict.fromkeys((row["head_dim"], row["group"]) for row in rows))
+    units = sorted({row["granularity"] for row in rows})
+    panels: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+        ("Attention, share of the streaming read", lambda row: row["attention_of_ceiling"]),
+        ("Scoring, share of the streaming read", lambda row: row["scoring_of_ceiling"]),
+        ("Selection, share of scoring", lambda row: row["selection_of_scoring"]["median"]),
+    )
+    for axes, (name, share) in zip(figure.subplots(1, 3), panels, strict=True):
+        for shape, colour in zip(shapes, COLOURS, strict=False):
+            of_shape = [row for row in rows if (row["head_dim"], row["group"]) == shape]
+            axes.plot(
+                [units.index(row["granularity"]) for row in of_shape],
+                [share(row) for row in of_shape],
+                color=colour,
+                marker="o",
+                ms=4,
+                label=f"head size {shape[0]}, group {shape[1]}",
+            )
+        axes.set_xticks(range(len(units)), [str(unit) for unit in units])
+        axes.set_xlabel("tokens of a unit", fontsize=9, color=_GREY)
+        axes.set_ylim(bottom=0)
+        _style(axes, name)
+    figure.axes[0].legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxion_jax.bench import roundtrip
+from fluxion_jax.bench import comparators, roundtrip
 from fluxion_jax.bench import selection_quality as quality
 from fluxion_jax.bench.capture import Captured
 from fluxion_jax.bench.cells import cell
 from fluxion_jax.bench.host import Settings, render, run
 from fluxion_jax.bench.stamp import cache_bytes
 from fluxion_jax.bench.statistics import summarise
+from fluxion_jax.plotting import host_figure
 from host_ops import ceiling
 
 
@@ -61,11 +63,45 @@ def test_a_tiny_run_has_every_figure(tmp_path):
     for row in report["rows"]:
         assert row["attention_gb_s"]["median"] > 0
         assert row["scoring_of_ceiling"] > 0
-    assert {"jax", "jax with gather"} <= report["rows"][-1]["comparators_gb_s"].keys()
-    assert len(render(report).splitlines()) == 2 + len(report["rows"])
+        assert "rest_us" in row
+    last = report["rows"][-1]
+    others = last["attention_comparators_gb_s"]
+    assert {"jax", "jax with gather", "numpy with gather"} <= others.keys()
+    fastest = max(others[name] for name in others if name.endswith("with gather"))
+    assert last["attention_over_fastest"] == last["attention_gb_s"]["median"] / fastest
+    assert {"numpy float32", "jax int8", "jax float32"} <= last["scoring_comparators_gb_s"].keys()
+    assert last["scoring_over_fastest"] > 0
+    assert len(render(report).splitlines()) >= 3 + len(report["rows"])
+    figure = host_figure(report, "title")
+    assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1]
+    drawn = [axes.lines[0].get_ydata()[-1] for axes in figure.axes]
+    shares = last["attention_of_ceiling"], last["scoring_of_ceiling"]
+    assert drawn == [*shares, last["selection_of_scoring"]["median"]]
     said = []
     assert run(settings, tmp_path, said.append)["rows"] == report["rows"]
     assert said == []
+
+
+def test_comparators_compute_the_same_and_start_cold():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 3, 16)).astype(np.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 9, 16, 16)), jnp.bfloat16) for _ in range(2))
+    ids = np.array([[1, 4, 5], [0, 2, 8]])
+    cooled = []
+    times = comparators.attention_times_s(q, k, v, ids, 0.25, 2, lambda: cooled.append(1))
+    assert len(cooled) == 2 * len(times)
+    kf, vf = (np.asarray(x, np.float32) for x in (k, v))
+    kf, vf = (x[np.arange(2)[:, None], ids].reshape(2, 48, 16) for x in (kf, vf))
+    got = comparators._jax_gather(q, k, v, ids, 0.25)
+    want = comparators._numpy(q, np.swapaxes(kf, 1, 2), vf, 0.25)
+    np.testing.assert_allclose(got, want, atol=0.03)
+    q8 = rng.integers(-127, 128, (2, 3, 16)).astype(np.int8)
+    rows = np.sort(rng.integers(-127, 128, (2, 5, 2, 16)), axis=2).astype(np.int8)
+    products = q8[:, :, None, None].astype(int) * rows[:, None]
+    want = products.max(axis=3).sum(axis=-1)
+    for dtype in (jnp.int32, jnp.float32):
+        np.testing.assert_array_equal(comparators._jax_scores(q8, rows, dtype), want)
+    assert len(comparators.scoring_times_s(q8, rows, 1, lambda: None)) >= 3
 
 
 def layer() -> Captured:

@@ -10,7 +10,7 @@ from fluxion_jax.bench.device import Settings, render, run
 
 
 def test_a_tiny_run_has_every_figure(tmp_path):
-    settings = Settings(("xla",), ("device",), (16, 64), 2**21, 2**17, calls=2, repetitions=2)
+    settings = Settings(("xla",), ("device",), (16, 64), 2**21, 2**18, calls=2, repetitions=2)
     report = run(settings, tmp_path)
     json.dumps(report, allow_nan=False)
     assert [r["granularity"] for r in report["rows"]] == [16, 64]

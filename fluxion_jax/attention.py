@@ -43,7 +43,8 @@ class Execution:
     Attributes:
       host: host operations to use: None for the best available, a name or a sequence of names out
         of `"native"`, `"xla"`, `"numpy"`.
-      device: device kernels to use: None, or out of `"xla"`, `"triton"`, `"mosaic"`.
+      device: kernels for the device's share of the blocks: None, or out of `"xla"`, `"triton"`,
+        `"mosaic"`. The resident window always takes the best there is.
       dense_below_tokens: sequences shorter than this read everything; 1024 because the resident
         window alone is a third of that, so that there is nothing to gain from selecting.
       measure: also attend to everything and report recall and output error of each head; costs as
@@ -156,7 +157,7 @@ def decode_attention(
     dtype, q = q.dtype, q.astype(jnp.float32)
     active = cache.has_room(1)
     flush, exponents, window = _enter_window(cache, index, k_new, v_new, active)
-    window_state = _window_attention(q, cache, window, active, scale, execution)
+    window_state = _window_attention(q, cache, window, active, scale)
     features = Features(q, *window_state, layer=layer, num_kv_heads=k_new.shape[1])
     plan, cache = _plan(policy, features, cache)
     if cache.num_host_blocks == 0:
@@ -322,13 +323,10 @@ def _window_attention(
     window: tuple[jax.Array, jax.Array],
     active: jax.Array,
     scale: float,
-    execution: Execution,
 ) -> State:
     lengths = cache.lengths
     mask = window_mask(cache.layout, lengths + 1, host_tokens(cache.layout, lengths))
-    return pallas_kernels.window_attention(
-        q, *window, mask & active[:, None], scale=scale, implementation=execution.device
-    )
+    return pallas_kernels.window_attention(q, *window, mask & active[:, None], scale=scale)
 
 
 def _make_work(

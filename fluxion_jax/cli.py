@@ -133,6 +133,10 @@ def _add_bench(commands: Any) -> None:
     roundtrip = kinds.add_parser("roundtrip", help="handing a layer's work to the host and back")
     _add_common(roundtrip)
     roundtrip.set_defaults(run=_bench_roundtrip)
+    device = kinds.add_parser("device", help="kernels of a GPU against the speed of its buses")
+    device.add_argument("--quick", action="store_true", help="default settings of each kernel only")
+    _add_common(device)
+    device.set_defaults(run=_bench_device)
     selection = kinds.add_parser("selection", help="integer selection against its alternatives")
     selection.add_argument("--model", default="smollm2-135m", help="see fluxion generate --help")
     selection.add_argument("--context-tokens", type=int, default=8192, metavar="N")
@@ -303,6 +307,19 @@ def _bench_roundtrip(arguments: argparse.Namespace) -> int:
 
     report = roundtrip.run()
     _emit(arguments, report, roundtrip.render(report), "bench-roundtrip.json")
+    return 0
+
+
+def _bench_device(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import device
+
+    cells = arguments.output / "cells" if arguments.output else None
+    report = device.run(
+        device.QUICK if arguments.quick else device.Settings(),
+        cells,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    _emit(arguments, report, device.render(report), "bench-device.json")
     return 0
 
 

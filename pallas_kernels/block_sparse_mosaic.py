@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_table import MAX_GROUP, block_table
+from pallas_kernels.block_table import MAX_GROUP, BlockTable, block_table
 from pallas_kernels.compat import compute_capability, mosaic_load, target_platform
 from pallas_kernels.merge_states import merge_stacked
 from pallas_kernels.registry import UnsupportedImplementationError
@@ -28,7 +28,7 @@ from pallas_kernels.registry import UnsupportedImplementationError
 TILE_TOKENS = 64
 """Tokens of one loop step: the rows of the register layout in which a warpgroup reduces."""
 
-TARGET_PROGRAMS = 512
+PROGRAMS = 512
 """Programs in flight: a few on each of the 100 to 150 multiprocessors of a large GPU."""
 
 MAX_HEAD_DIM = 256
@@ -46,6 +46,7 @@ def block_sparse_attention_mosaic(
     bitmap: jax.Array,
     *,
     scale: float,
+    programs: int = PROGRAMS,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to selected blocks; see `pallas_kernels.block_sparse_attention`.
@@ -56,6 +57,7 @@ def block_sparse_attention_mosaic(
       v: likewise.
       bitmap: uint32 `[B, N, W]`.
       scale: multiplies `q . k`.
+      programs: programs in flight.
       interpret: parameters of the interpreter, to run on any platform, slowly; for tests.
 
     Returns:
@@ -64,16 +66,31 @@ def block_sparse_attention_mosaic(
     Raises:
       UnsupportedImplementationError: if sizes or device do not suit the kernel.
     """
-    batch, num_heads, head_dim = q.shape
-    _, num_kv_heads, num_blocks, block_tokens, _ = k.shape
-    group = num_heads // num_kv_heads
+    _, num_kv_heads, num_blocks, block_tokens, head_dim = k.shape
     if interpret is None:
         _check_device()
-    _check_sizes(head_dim, block_tokens, group)
+    _check_sizes(head_dim, block_tokens, q.shape[1] // num_kv_heads)
+    table = block_table(bitmap, num_kv_heads, num_blocks, TILE_TOKENS // block_tokens)
+    return attend_to_table(q, k, v, table, scale=scale, programs=programs, interpret=interpret)
+
+
+def attend_to_table(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: BlockTable,
+    *,
+    scale: float,
+    programs: int = PROGRAMS,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends to the blocks of a table; the rest is as in `block_sparse_attention_mosaic`."""
+    batch, num_heads, head_dim = q.shape
+    _, num_kv_heads, _, block_tokens, _ = k.shape
+    group = num_heads // num_kv_heads
     tasks = batch * num_kv_heads
     tile_blocks = TILE_TOKENS // block_tokens
-    table = block_table(bitmap, num_kv_heads, num_blocks, tile_blocks)
-    splits = max(1, min(table.block.shape[1] // tile_blocks, TARGET_PROGRAMS // tasks))
+    splits = max(1, min(table.block.shape[1] // tile_blocks, programs // tasks))
     attend = plgpu.kernel(
         functools.partial(_kernel, splits=splits),
         out_type=[

@@ -14,25 +14,34 @@ Axes: B batch, N query heads, K KV heads, G = N // K, P blocks of C tokens, H he
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.block_table import MAX_GROUP, block_table
+from pallas_kernels.block_table import MAX_GROUP, BlockTable, block_table
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
 from pallas_kernels.merge_states import merge_stacked
 from pallas_kernels.registry import UnsupportedImplementationError
 
-TILE_BLOCKS = 4
-"""Blocks of one load; with 4 warps the best use of the bus that was measured on an H100."""
 
-NUM_WARPS = 4
+class Tiling(NamedTuple):
+    """How the work is cut.
 
-TARGET_PROGRAMS = 512
-"""Programs in flight: a few on each of the 100 to 150 multiprocessors of a large GPU."""
+    Attributes:
+      tile_blocks: blocks of one load.
+      num_warps: warps of a program.
+      programs: programs in flight, a few on each of the 100 to 150 multiprocessors of a large GPU.
+    """
+
+    tile_blocks: int = 4
+    num_warps: int = 4
+    programs: int = 512
+
+
+TILING = Tiling()
 
 
 def block_sparse_attention_triton(
@@ -42,6 +51,7 @@ def block_sparse_attention_triton(
     bitmap: jax.Array,
     *,
     scale: float,
+    tiling: Tiling = TILING,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to selected blocks; see `pallas_kernels.block_sparse_attention`.
@@ -52,6 +62,7 @@ def block_sparse_attention_triton(
       v: likewise.
       bitmap: uint32 `[B, N, W]`.
       scale: multiplies `q . k`.
+      tiling: how the work is cut; the default is the best for most shapes.
       interpret: run on any platform, slowly; for tests.
 
     Returns:
@@ -60,14 +71,30 @@ def block_sparse_attention_triton(
     Raises:
       UnsupportedImplementationError: if sizes or platform do not suit Triton.
     """
+    _, num_kv_heads, num_blocks, block_tokens, head_dim = k.shape
+    group = q.shape[1] // num_kv_heads
+    _check(head_dim, block_tokens, group, interpret)
+    table = block_table(bitmap, num_kv_heads, num_blocks, tiling.tile_blocks)
+    return attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
+
+
+def attend_to_table(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: BlockTable,
+    *,
+    scale: float,
+    tiling: Tiling = TILING,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends to the blocks of a table; the rest is as in `block_sparse_attention_triton`."""
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, num_blocks, block_tokens, _ = k.shape
     group = num_heads // num_kv_heads
-    _check(head_dim, block_tokens, group, interpret)
     tasks = batch * num_kv_heads
-    table = block_table(bitmap, num_kv_heads, num_blocks, TILE_BLOCKS)
-    tiles = table.block.shape[1] // TILE_BLOCKS
-    splits = max(1, min(tiles, TARGET_PROGRAMS // tasks))
+    tiles = table.block.shape[1] // tiling.tile_blocks
+    splits = max(1, min(tiles, tiling.programs // tasks))
 
     def whole_task(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda task, _: (task,) + (0,) * len(shape))
@@ -78,7 +105,7 @@ def block_sparse_attention_triton(
     )
     silence_triton_deprecation()
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, group=group, splits=splits),
+        functools.partial(_kernel, group=group, splits=splits, tile_blocks=tiling.tile_blocks),
         grid=(tasks, splits),
         in_specs=[
             whole_task(group, head_dim),
@@ -96,7 +123,7 @@ def block_sparse_attention_triton(
             jax.ShapeDtypeStruct((splits, tasks, group, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((splits, tasks, group), jnp.float32),
         ],
-        compiler_params=pltriton.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
+        compiler_params=pltriton.CompilerParams(num_warps=tiling.num_warps, num_stages=1),
         interpret=interpret,
         name="block_sparse_attention",
     )(
@@ -139,16 +166,17 @@ def _kernel(
     *,
     group: int,
     splits: int,
+    tile_blocks: int,
 ) -> None:
     """One split of one task: every `splits`-th tile of its table."""
     head_dim = q_ref.shape[-1]
     split = pl.program_id(1)
     total_blocks = total_ref[0]
-    tiles = (total_blocks + TILE_BLOCKS - 1) // TILE_BLOCKS
+    tiles = (total_blocks + tile_blocks - 1) // tile_blocks
 
     def attend_tile(step: jax.Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
-        first = (split + step * splits) * TILE_BLOCKS
-        entries = pl.ds(first, TILE_BLOCKS)
+        first = (split + step * splits) * tile_blocks
+        entries = pl.ds(first, tile_blocks)
         block, heads = block_ref[entries], heads_ref[entries]
         k = _load_tile(k_ref, block, heads != 0)
         v = _load_tile(v_ref, block, heads != 0)
@@ -165,7 +193,7 @@ def _kernel(
 
 
 def _load_tile(ref: Any, block: jax.Array, in_table: jax.Array) -> jax.Array:
-    shape = (TILE_BLOCKS, *ref.shape[1:])
+    shape = (*block.shape, *ref.shape[1:])
     index = (
         jnp.broadcast_to(block[:, None, None], shape),
         jax.lax.broadcasted_iota(jnp.int32, shape, 1),
@@ -182,8 +210,8 @@ def _attend(
 ) -> tuple[Any, ...]:
     """Adds a tile to the sums of one head: q `[H]`; k, v `[tokens, H]`; selected `[blocks]`."""
     largest, total, weighted = sums
-    tokens = k.shape[0]
-    per_block = jnp.broadcast_to((selected != 0)[:, None], (TILE_BLOCKS, tokens // TILE_BLOCKS))
+    tokens, blocks = k.shape[0], selected.shape[0]
+    per_block = jnp.broadcast_to((selected != 0)[:, None], (blocks, tokens // blocks))
     mask = per_block.reshape(tokens)
     scores = jnp.where(mask, jnp.sum(k * q[None, :], axis=1), -jnp.inf)
     new_largest = jnp.maximum(largest, jnp.max(scores, axis=0))

@@ -53,6 +53,14 @@ def run(cache, q, k, v, policy, split, implementation=BEST, **options):
     return step(execution, SCALE)(cache, q, k, v, policy, split)
 
 
+def test_names_of_device_kernels_concern_the_blocks_alone():
+    cache = filled(LENGTHS)
+    q, k, v = new_tokens(cache, 6)
+    want, _ = dense(q, LENGTHS, 2, 64)
+    out, _, _ = run(cache, q, k, v, fx.full(), split_at(0.5), device=("triton", "xla"))
+    np.testing.assert_allclose(out, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("summaries", ["host", "device"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-5)])

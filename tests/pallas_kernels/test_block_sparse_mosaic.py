@@ -22,14 +22,11 @@ INTERPRETED = jax.jit(
 ON_GPU = jax.jit(
     functools.partial(block_sparse_attention, implementation="mosaic"), static_argnames="scale"
 )
+INTERPRETABLE = pytest.mark.skipif(
+    INTERPRETER is None, reason="JAX 0.10 cannot interpret Mosaic kernels"
+)
 EXECUTIONS = [
-    pytest.param(
-        INTERPRETED,
-        id="interpreted",
-        marks=pytest.mark.skipif(
-            INTERPRETER is None, reason="JAX 0.10 cannot interpret Mosaic kernels"
-        ),
-    ),
+    pytest.param(INTERPRETED, id="interpreted", marks=INTERPRETABLE),
     pytest.param(ON_GPU, id="gpu", marks=pytest.mark.gpu),
 ]
 
@@ -55,9 +52,18 @@ def test_nan_surfaces_where_it_is_selected_and_nowhere_else(attend):
     cases.check_nan(attend)
 
 
-@pytest.mark.parametrize("attend", EXECUTIONS)
-def test_one_split_takes_several_tiles(attend, monkeypatch):
-    monkeypatch.setattr("pallas_kernels.block_sparse_mosaic.TARGET_PROGRAMS", 9)
+@pytest.mark.parametrize(
+    "interpret",
+    [
+        pytest.param(INTERPRETER, id="interpreted", marks=INTERPRETABLE),
+        pytest.param(None, id="gpu", marks=pytest.mark.gpu),
+    ],
+)
+def test_one_program_takes_several_tiles(interpret):
+    attend = jax.jit(
+        functools.partial(block_sparse_attention_mosaic, programs=9, interpret=interpret),
+        static_argnames="scale",
+    )
     cases.check(attend, cases.random_case(num_kv_heads=1, group=2, num_blocks=72, fraction=0.6))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import UnsupportedImplementationError, block_sparse_attention
-from pallas_kernels.block_sparse_triton import block_sparse_attention_triton
+from pallas_kernels.block_sparse_triton import Tiling, block_sparse_attention_triton
 from tests.pallas_kernels import cases, lowering
 
 INTERPRETED = jax.jit(
@@ -46,9 +46,14 @@ def test_nan_surfaces_where_it_is_selected_and_nowhere_else(attend):
     cases.check_nan(attend)
 
 
-@pytest.mark.parametrize("attend", EXECUTIONS)
-def test_one_split_takes_several_tiles(attend, monkeypatch):
-    monkeypatch.setattr("pallas_kernels.block_sparse_triton.TARGET_PROGRAMS", 9)
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+def test_one_program_takes_several_tiles(interpret):
+    attend = jax.jit(
+        functools.partial(
+            block_sparse_attention_triton, tiling=Tiling(programs=9), interpret=interpret
+        ),
+        static_argnames="scale",
+    )
     cases.check(attend, cases.random_case(num_kv_heads=1, group=2, num_blocks=72, fraction=0.6))
 
 

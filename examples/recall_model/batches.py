@@ -28,7 +28,7 @@ _MAX_TURNS = 24
 _MAX_COPIED_TOKENS = 128
 _MIN_FILL = 0.85
 _MAX_TRIES = 50
-_FULL_LENGTH_SHARE = 0.6
+_FULL_LENGTH_SHARE = 0.7
 # The evaluation shows an example in front of the chains, too long for the shortest sequences.
 _EXAMPLE_TOKENS = 1024
 
@@ -69,7 +69,7 @@ class Rows:
             return self._copy(rng, length)
         room = length
         if rng.random() > _FULL_LENGTH_SHARE:
-            room = max(min(length, 256), int(length * rng.uniform(0.2, 1.0)))
+            room = max(min(length, 256), int(length * rng.uniform(0.3, 1.0)))
         for _ in range(_MAX_TRIES):
             drill = self.drill(rng, kind, room)
             if drill is not None:

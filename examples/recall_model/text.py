@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ END_ID = 0
 _SUFFIXES = (".py", ".md", ".rst", ".txt")
 _MIN_BYTES, _MAX_BYTES = 500, 300_000
 _HELD_OUT_OF = 50
+_TASK_NAMES, _TASK_REPEATS = 4000, 6
 
 
 class Corpus(NamedTuple):
@@ -82,12 +84,15 @@ def read_corpus(max_bytes: int, roots: Sequence[Path] | None = None) -> Corpus:
 
 
 def _task_words() -> list[str]:
-    """Frequent words of the tasks, so that their prompts take few tokens."""
-    import random
-
+    """The tasks' words and phrases, often enough that prompts take few tokens."""
     rng = random.Random(0)
-    needles = [f"One of the special magic numbers for {n} is: 1." for n in names(rng, 4000)]
-    return [*noise_lines(300), *essay_sentences(2000), *needles, " ".join(plain_words(rng, 4000))]
+    words = []
+    for _ in range(_TASK_REPEATS):
+        called = names(rng, _TASK_NAMES)
+        words += [f"One of the special magic numbers for {name} is: 1." for name in called]
+        words += [f"def {name.replace('-', '_')}(x):" for name in called]
+        words.append(" ".join(plain_words(rng, 4 * _TASK_NAMES)))
+    return [*noise_lines(300), *essay_sentences(2000), *words]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, max_bytes: int) -> Any:

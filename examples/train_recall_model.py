@@ -109,8 +109,7 @@ class Run:
     def _elapsed_before(self) -> int:
         if not self.resumed:
             return 0
-        _, record = storage.load(self.folder, storage.abstract_model(self.preset.sizes)[1])
-        return int(record["elapsed_s"])
+        return int(storage.read_record(self.folder)["elapsed_s"])
 
     def _data(self) -> Data:
         corpus = read_corpus(self.preset.corpus_bytes)
@@ -233,14 +232,14 @@ class Run:
         printed = noted = saved = time.monotonic()
         tokens_printed, waited = record["tokens"], 0.0
         metrics: dict[str, Any] = {}
-        rate = 0.0
+        rate, last_step = 0.0, record["steps"] + (self.args.steps_per_stage or math.inf)
         while True:
             asked = time.monotonic()
             tokens, kinds = next(batches)
             now = time.monotonic()
             waited += now - asked
             record["elapsed_s"] = before + now - begin
-            if record["elapsed_s"] >= until:
+            if record["elapsed_s"] >= until or record["steps"] >= last_step:
                 break
             rate = learning_rate(
                 record["elapsed_s"] / planned, record["steps"] - first_step, self.resumed
@@ -335,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--total-seconds", type=float, help="limit for data, training and scoring together"
     )
+    parser.add_argument("--steps-per-stage", type=int, help="end each stage after so many steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="data processes; default: all cores but two")
     parser.add_argument("--print-every", type=float, default=20, help="seconds")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from recall_model import drills
 from recall_model.drills import Drill
 from recall_model.text import END_ID
@@ -122,9 +123,7 @@ class Rows:
             hops = 4 if example else rng.randint(1, 4)
 
             def variables(rng: random.Random, size: int) -> Drill:
-                return drills.chains(
-                    rng, size, turns, num_chains=count, hops=hops, example=example
-                )
+                return drills.chains(rng, size, turns, num_chains=count, hops=hops, example=example)
 
             return f"vt{count}{example}", variables
 

@@ -122,7 +122,10 @@ def hf_tensors(model: RecallModel) -> dict[str, jax.Array]:
     """The parameters under Hugging Face's names, matrices as `[out, in]`."""
     sizes = model.sizes
     queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
-    named = {"model.embed_tokens.weight": model.embedding[...], "model.norm.weight": model.norm[...]}
+    named = {
+        "model.embed_tokens.weight": model.embedding[...],
+        "model.norm.weight": model.norm[...],
+    }
     for index, layer in enumerate(model.layers):
         at = f"model.layers.{index}."
         q, k, v = jnp.split(layer.qkv[...], [queries, queries + keys], axis=1)

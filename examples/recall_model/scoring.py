@@ -1,4 +1,4 @@
-"""What a model has learned: exact answers to the evaluation's own samples, and loss on real text."""
+"""What a model has learned: exact answers to the evaluation's samples, and loss on real text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from recall_model.batches import ANSWER, NO_LOSS, TEXT
-from recall_model.drills import answer_text
 
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.evaluation.samples import fit
 from fluxion_jax.evaluation.tasks import TASKS
+from recall_model.batches import ANSWER, NO_LOSS, TEXT
+from recall_model.drills import answer_text
 
 # Of the range for calibration and training; training draws from other generators.
 FIRST_SEED = 900_000

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from recall_model.model import RecallModel, Sizes, hf_tensors
 from safetensors.flax import save_file
+
+from recall_model.model import RecallModel, Sizes, hf_tensors
 
 NUM_PIECES = 4
 RECORD = "training.json"
@@ -53,13 +54,19 @@ def save_record(folder: Path, record: dict[str, Any]) -> None:
     _replace(folder / RECORD, json.dumps(record, indent=1).encode())
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Reads the record, without starting JAX's devices."""
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return record
+
+
 def load(folder: Path, state: Any) -> tuple[Any, dict[str, Any]]:
     """Reads what `save` wrote into the form of a state.
 
     Raises:
       ValueError: weights and record are of different moments or models.
     """
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record = read_record(folder)
     pieces = [(folder / f"weights_{i}.f32").read_bytes() for i in range(NUM_PIECES)]
     raw = b"".join(pieces)
     if hashlib.sha256(raw).hexdigest() != record["weights_sha256"]:

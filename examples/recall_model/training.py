@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+
 from recall_model.batches import ANSWER, TEXT
 
 TEXT_WEIGHT = 0.5

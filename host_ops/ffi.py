@@ -9,6 +9,11 @@ The cache arrays are aliased: a program that donates them gets the same buffers 
 not makes XLA copy them whole, which is correct and slow. If the copy comes between submit and
 collect (as in separate programs), collect notices and reports `STATUS_NOT_IN_PLACE`, because the
 tasks may have read memory that had been given away.
+
+For a GPU XLA takes every result of a call with an aliased host operand to be host memory too, has
+the host compute with it, and looks through chains of such calls in exponential time. There append
+and collect have no cache among their results. They change it between two calls of `fluxion_keep`,
+which do nothing, alias one array each, and so order all that reads the cache before or after.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from host_ops import native
+from host_ops import compat, native
 from host_ops.memory import HOST, retag
 from host_ops.types import TIMES, Collected, Flush, Work
 
@@ -37,6 +42,14 @@ def append(
       `(k, v, summaries, status int32 [1])`.
     """
     native.require()
+    if compat.traced_for_gpu():
+        k, v, summaries = _keep((k, v, summaries), (flush.num_blocks,))
+        optional = [x for x in (summaries,) if x is not None]
+        call = jax.ffi.ffi_call(
+            "fluxion_append", [jax.ShapeDtypeStruct((1,), jnp.int32)], has_side_effect=True
+        )
+        (status,) = call(k, v, *flush, *optional, has_summaries=summaries is not None)
+        return *_keep((k, v, summaries), (status,)), status
     operands = [k, v, *flush]
     results = [_like(k), _like(v), jax.ShapeDtypeStruct((1,), jnp.int32)]
     aliases = {0: 0, 1: 1}
@@ -121,10 +134,7 @@ def collect(
     native.require()
     batch, heads, head_dim = work.q.shape
     kv_heads, blocks = k.shape[1:3]
-    operands = [k, v, tick, *flush]
-    results = [
-        _like(k),
-        _like(v),
+    small = [
         jax.ShapeDtypeStruct((batch, heads, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((batch, heads), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -132,13 +142,31 @@ def collect(
         jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
         jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
     ]
+    selection = [jax.ShapeDtypeStruct((batch, heads, -(-blocks // 32)), jnp.uint32)]
+    selection = selection if return_selection else []
+    if compat.traced_for_gpu():
+        k, v, summaries = _keep((k, v, summaries), (tick, *after))
+        optional = [x for x in (summaries,) if x is not None]
+        call = jax.ffi.ffi_call("fluxion_collect", [*small, *selection], has_side_effect=True)
+        found = call(
+            k,
+            v,
+            tick,
+            *flush,
+            *optional,
+            has_summaries=summaries is not None,
+            return_selection=return_selection,
+        )
+        k, v, summaries = _keep((k, v, summaries), (found[2],))
+        return Collected(k, v, summaries, *found, *([] if return_selection else [None]))
+    operands = [k, v, tick, *flush]
+    results = [_like(k), _like(v), *small]
     aliases = {0: 0, 1: 1}
     if summaries is not None:
         aliases[len(operands)] = len(results)
         operands.append(summaries)
         results.append(_like(summaries))
-    if return_selection:
-        results.append(jax.ShapeDtypeStruct((batch, heads, -(-blocks // 32)), jnp.uint32))
+    results += selection
     call = jax.ffi.ffi_call(
         "fluxion_collect", results, has_side_effect=True, input_output_aliases=aliases
     )
@@ -160,6 +188,21 @@ def collect(
         units_scanned=units_scanned,
         selection=rest.pop(0) if return_selection else None,
     )
+
+
+def _keep(
+    cache: tuple[jax.Array, jax.Array, jax.Array | None], after: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The same buffers, for what comes after `after` and before whatever takes them next."""
+
+    def keep(x: jax.Array) -> jax.Array:
+        call = jax.ffi.ffi_call(
+            "fluxion_keep", _like(x), has_side_effect=True, input_output_aliases={0: 0}
+        )
+        return retag(call(x, *after), HOST)
+
+    k, v, summaries = cache
+    return keep(k), keep(v), None if summaries is None else keep(summaries)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

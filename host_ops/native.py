@@ -29,7 +29,7 @@ import jax
 INTERFACE_VERSION = 3
 MAX_THREADS = 1024
 MAX_SPIN_US = 1_000_000
-TARGETS = ("fluxion_append", "fluxion_submit", "fluxion_start", "fluxion_collect")
+TARGETS = ("fluxion_append", "fluxion_submit", "fluxion_start", "fluxion_collect", "fluxion_keep")
 
 _lock = threading.Lock()
 _loaded: _Loaded | None = None

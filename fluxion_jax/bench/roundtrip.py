@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import host_ops
 from fluxion_jax.bench.stamp import stamp
@@ -93,9 +92,10 @@ def _times_s(layers: int, repetitions: int, handed_over: bool) -> list[float]:
         q, status = work.q, jnp.zeros(1, jnp.int32)
         for _ in range(layers):
             now = work._replace(q=q)
-            tick = host_ops.submit(now, *cache, scale=0.1, implementation="native")
+            k, v, summaries = cache
+            tick = host_ops.submit(now, k, v, summaries, scale=0.1, implementation="native")
             done = host_ops.collect(
-                tick, now, *cache, flush, (), scale=0.1, implementation="native"
+                tick, now, k, v, summaries, flush, (), scale=0.1, implementation="native"
             )
             cache = (done.k, done.v, done.summaries)
             q, status = q + done.out, status | done.status
@@ -120,25 +120,29 @@ def _operands(handed_over: bool) -> tuple[Work, tuple[jax.Array, ...], Flush]:
     cache = (*groups, BLOCKS, 16, HEAD_DIM)
     rows = (*groups, BLOCKS * 15 // 8, 2, HEAD_DIM)
     work = Work(
-        q=np.ones((*heads, HEAD_DIM), np.float32),
-        q8=np.ones((*heads, HEAD_DIM), np.int8),
-        granularity=np.full(groups, 16, np.int32),
-        k_units=np.ones(heads, np.int32),
-        shared=np.zeros(groups, np.int32),
-        host_blocks=np.full(1, BLOCKS, np.int32),
-        boundary=np.zeros(groups, np.int32),
-        cancel=np.zeros(1, np.int32),
-        bitmap=np.zeros((*heads, BLOCKS // 32), np.uint32) if handed_over else None,
+        q=jnp.ones((*heads, HEAD_DIM), jnp.float32),
+        q8=jnp.ones((*heads, HEAD_DIM), jnp.int8),
+        granularity=jnp.full(groups, 16, jnp.int32),
+        k_units=jnp.ones(heads, jnp.int32),
+        shared=jnp.zeros(groups, jnp.int32),
+        host_blocks=jnp.full(1, BLOCKS, jnp.int32),
+        boundary=jnp.zeros(groups, jnp.int32),
+        cancel=jnp.zeros(1, jnp.int32),
+        bitmap=jnp.zeros((*heads, BLOCKS // 32), jnp.uint32) if handed_over else None,
     )
     flush = Flush(
-        np.zeros(block, jnp.bfloat16),
-        np.zeros(block, jnp.bfloat16),
-        np.zeros((*groups, 1, 2, HEAD_DIM), np.int8),
-        np.zeros((*groups, HEAD_DIM), np.int32),
-        np.zeros(1, np.int32),
-        np.zeros(1, np.int32),
+        jnp.zeros(block, jnp.bfloat16),
+        jnp.zeros(block, jnp.bfloat16),
+        jnp.zeros((*groups, 1, 2, HEAD_DIM), jnp.int8),
+        jnp.zeros((*groups, HEAD_DIM), jnp.int32),
+        jnp.zeros(1, jnp.int32),
+        jnp.zeros(1, jnp.int32),
     )
-    zeros = (np.zeros(cache, jnp.bfloat16), np.zeros(cache, jnp.bfloat16), np.zeros(rows, np.int8))
+    zeros = (
+        jnp.zeros(cache, jnp.bfloat16),
+        jnp.zeros(cache, jnp.bfloat16),
+        jnp.zeros(rows, jnp.int8),
+    )
     pinned, device = memory_sharding("pinned_host"), memory_sharding("device")
     return (
         jax.device_put(work, device),

@@ -61,6 +61,10 @@ FlushView read_flush(Operands& in, const Geometry& g, DataType dtype) {
   return flush;
 }
 
+// Whether the cache is among the results. Where it is not, the call changes it in place unseen, and
+// a fluxion_keep before and one after it tell the framework.
+bool returns_cache(const Operands& in) { return in.rank_of_ret() == 5; }
+
 // Reads the results that alias k and v.
 void read_result(Operands& in, const Geometry& g, DataType dtype, CacheView* result) {
   const std::initializer_list<int64_t> dims = {g.batch, g.kv_heads, g.blocks, kBlockTokens,
@@ -83,9 +87,11 @@ AppendCall read_append(Operands& in, bool has_summaries) {
   read_cache(in, &g, &call.cache, &dtype);
   call.flush = read_flush(in, g, dtype);
   if (has_summaries) read_summaries(in, g, &call.cache);
-  read_result(in, g, dtype, &call.result);
+  const bool returned = returns_cache(in);
+  call.result = call.cache;
+  if (returned) read_result(in, g, dtype, &call.result);
   call.status = static_cast<int32_t*>(in.ret("status", DataType::S32, {1}));
-  if (has_summaries) read_result_summaries(in, g, &call.result);
+  if (returned && has_summaries) read_result_summaries(in, g, &call.result);
   return call;
 }
 
@@ -126,13 +132,15 @@ CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection
   CollectOut& out = call.out;
   DataType dtype;
   read_cache(in, &g, &call.cache, &dtype);
-  g.heads = in.peek_ret(2, 1);
+  const bool returned = returns_cache(in);
+  g.heads = in.peek_ret(returned ? 2 : 0, 1);
   if (in.ok()) check_heads(in, g);
   if (!in.ok()) return call;
   call.tick = as<int32_t>(in.arg("tick", DataType::S32, {2}));
   call.flush = read_flush(in, g, dtype);
   if (has_summaries) read_summaries(in, g, &call.cache);
-  read_result(in, g, dtype, &call.result);
+  call.result = call.cache;
+  if (returned) read_result(in, g, dtype, &call.result);
   out.out = static_cast<float*>(in.ret("out", DataType::F32, {g.batch, g.heads, g.head_dim}));
   out.lse = static_cast<float*>(in.ret("lse", DataType::F32, {g.batch, g.heads}));
   out.status = static_cast<int32_t*>(in.ret("status", DataType::S32, {1}));
@@ -141,12 +149,25 @@ CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection
       static_cast<int32_t*>(in.ret("blocks_read", DataType::S32, {g.batch, g.kv_heads}));
   out.units_scanned =
       static_cast<int32_t*>(in.ret("units_scanned", DataType::S32, {g.batch, g.kv_heads}));
-  if (has_summaries) read_result_summaries(in, g, &call.result);
+  if (returned && has_summaries) read_result_summaries(in, g, &call.result);
   if (return_selection) {
     out.selection =
         static_cast<uint32_t*>(in.ret("selection", DataType::U32, {g.batch, g.heads, g.words()}));
   }
   return call;
+}
+
+ffi::Error keep(ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  const auto given = args.get<ffi::AnyBuffer>(0);
+  auto kept = rets.get<ffi::AnyBuffer>(0);
+  if (!given.has_value() || !kept.has_value()) {
+    return ffi::Error::InvalidArgument("fluxion: expected an array to keep, got none; call it "
+                                       "through host_ops of the same version as the library");
+  }
+  if (given->untyped_data() == (*kept)->untyped_data()) return ffi::Error::Success();
+  return ffi::Error::Internal(
+      "fluxion: expected the cache to be updated in place, got another buffer for the result; "
+      "donate the cache, as fluxion_jax.jit does");
 }
 
 }  // namespace fluxion

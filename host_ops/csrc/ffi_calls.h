@@ -17,6 +17,10 @@ AppendCall read_append(Operands& in, bool has_summaries);
 SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float scale);
 CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection);
 
+// Does nothing: tells the framework that an array may change in place before this call, seen by
+// what takes the result, and not after it.
+ffi::Error keep(ffi::RemainingArgs args, ffi::RemainingRets rets);
+
 // An exception (only std::bad_alloc of an error text is conceivable) must not cross the C border.
 template <typename Body>
 ffi::Error guarded(const Body& body) noexcept {

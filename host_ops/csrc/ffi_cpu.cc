@@ -120,4 +120,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_collect_cpu, fluxion::collect_handler,
                                   .Attr<bool>("has_summaries")
                                   .Attr<bool>("return_selection"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_keep_cpu, fluxion::keep,
+                              xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets());
+
 #pragma GCC visibility pop

@@ -85,4 +85,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_collect_cuda, fluxion::collect_handler,
                                   .Attr<bool>("has_summaries")
                                   .Attr<bool>("return_selection"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_keep_cuda, fluxion::keep,
+                              xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets());
+
 #pragma GCC visibility pop

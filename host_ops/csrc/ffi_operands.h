@@ -41,6 +41,12 @@ class Operands {
     return buffer.has_value() ? dimension(**buffer, axis) : 0;
   }
 
+  // Axes of the next result, or -1 if there is none.
+  int64_t rank_of_ret() const {
+    auto buffer = rets_.get<ffi::AnyBuffer>(ret_);
+    return buffer.has_value() ? static_cast<int64_t>((*buffer)->dimensions().size()) : -1;
+  }
+
   ffi::DataType peek_dtype() const {
     const auto buffer = args_.get<ffi::AnyBuffer>(arg_);
     return buffer.has_value() ? buffer->element_type() : ffi::DataType::INVALID;

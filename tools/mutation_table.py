@@ -91,9 +91,9 @@ MUTATIONS = (
     ),
     Mutation(
         "native host: every block is the one before it",
-        "host_ops/csrc/tasks.cc",
-        "blocks_.push_back(static_cast<int32_t>(w * 32 + bit));",
-        "blocks_.push_back(static_cast<int32_t>(std::max<int64_t>(w * 32 + bit - 1, 0)));",
+        "host_ops/csrc/union_impl.h",
+        "blocks[listed] = static_cast<int32_t>(w * 32 + bit);",
+        "blocks[listed] = static_cast<int32_t>(w * 32 + bit - (w + bit > 0));",
         HOST,
     ),
     Mutation(

@@ -108,6 +108,20 @@ def check_cache(cache: HostKV, model: Any, new_tokens: np.ndarray) -> None:
         )
 
 
+def check_recorded(cache: HostKV, policy: Any) -> None:
+    """Raises ConfigError if the plans for this cache cannot be recorded and replayed."""
+    if cache.layout.num_heads is None:
+        raise ConfigError(
+            "expected a cache whose layout names its query heads for Execution(record=True), got "
+            "num_heads=None; allocate it with model.config.kv_layout()"
+        )
+    if np.asarray(getattr(policy, "per_group", False)).any():
+        raise ConfigError(
+            f"expected a policy that ranks each head by itself for Execution(record=True), got "
+            f"{policy}; replayed plans have no shared rankings"
+        )
+
+
 def stop_slots(stop_tokens: Sequence[int]) -> np.ndarray:
     """Stop tokens, int32, filled up with `NO_TOKEN`."""
     ids = [int(token) for token in stop_tokens]

@@ -10,18 +10,19 @@ W words of a bitmap over base blocks.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import host_ops
 import pallas_kernels
-from fluxion_jax.cache.append import make_flush, with_layer
+from fluxion_jax.cache.append import make_flush, sketch_flush, with_layer
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
+from fluxion_jax.cache.sketch import remember_query
 from fluxion_jax.cache.summaries import quantise_query
-from fluxion_jax.cache.window import window_mask, write_token
+from fluxion_jax.cache.window import window_mask, window_positions, write_token
 from fluxion_jax.errors import ConfigError, UnsupportedError, refused_by_name
 from fluxion_jax.jitting import jit
 from fluxion_jax.policy.protocol import Features, Plan, Policy
@@ -49,12 +50,14 @@ class Execution:
         window alone is a third of that, so that there is nothing to gain from selecting.
       measure: also attend to everything and report recall and output error of each head; costs as
         much as full attention.
+      record: also bring back every step's plans, so that a generation can be replayed.
     """
 
     host: host_ops.Implementation = None
     device: pallas_kernels.Implementation = None
     dense_below_tokens: int = 1024
     measure: bool = False
+    record: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("host", _HOST_NAMES), ("device", _DEVICE_NAMES)):
@@ -82,6 +85,9 @@ class LayerStats(NamedTuple):
       host_times_s: float32 `[7]`, in the order of `host_ops.TIMES`: `waited`, `busy`, `span`,
         `scored`, `selected`, `attended` and `own`; see `host_ops.Collected`.
       granularity: int32 `[B, K]`, tokens of a unit, as planned.
+      budget_tokens: int32 `[B, N]`, as planned.
+      clipped: int32 `[B]`, heads that the policy wanted to give more than the host holds.
+      notes: the plan's notes, or None.
       selection: uint32 `[B, N, W]`, the selected base blocks, or None.
       lse: float32 `[3, B, N]` of window, device share and host share, or None.
       recall: float32 `[B, N]`, share of the attention mass that was read, or None.
@@ -95,6 +101,9 @@ class LayerStats(NamedTuple):
     device_units: jax.Array
     host_times_s: jax.Array
     granularity: jax.Array
+    budget_tokens: jax.Array
+    clipped: jax.Array
+    notes: Any
     selection: jax.Array | None
     lse: jax.Array | None
     recall: jax.Array | None
@@ -157,8 +166,22 @@ def decode_attention(
     dtype, q = q.dtype, q.astype(jnp.float32)
     active = cache.has_room(1)
     flush, exponents, window = _enter_window(cache, index, k_new, v_new, active)
-    window_state = _window_attention(q, cache, window, active, scale)
-    features = Features(q, *window_state, layer=layer, num_kv_heads=k_new.shape[1])
+    resident = window_mask(cache.layout, cache.lengths + 1, cache.host_len) & active[:, None]
+    window_state = pallas_kernels.window_attention(q, *window, resident, scale=scale)
+    sketch = cache.sketch[index] if cache.sketch else None
+    features = Features(
+        q,
+        *window_state,
+        layer=layer,
+        num_kv_heads=k_new.shape[1],
+        layout=cache.layout,
+        scale=scale,
+        capacity_blocks=cache.num_host_blocks,
+        host_tokens=jnp.where(active, cache.host_len, 0),
+        window_k=window[0],
+        window_positions=window_positions(cache.layout, cache.lengths + 1, resident),
+        sketch=sketch,
+    )
     plan, cache = _plan(policy, features, cache)
     if cache.num_host_blocks == 0:
         cache = with_layer(cache, index, window_k=window[0], window_v=window[1])
@@ -181,6 +204,9 @@ def decode_attention(
     out, lse = pallas_kernels.merge_states([window_state, device.state, host_state])
 
     cache = _leave_window(cache, index, collected, flush, exponents, window)
+    if sketch is not None:
+        sketch = remember_query(sketch, q, window_state[1], cache.lengths, active)
+        cache = sketch_flush(with_layer(cache, index, sketch=sketch), index, flush)
     states = jnp.stack([window_state[1], device.state[1], host_state[1]])
     stats = LayerStats(
         host_blocks=collected.blocks_read,
@@ -189,6 +215,9 @@ def decode_attention(
         device_units=device.units,
         host_times_s=collected.times,
         granularity=plan.granularity,
+        budget_tokens=plan.budget_tokens,
+        clipped=_clipped(plan),
+        notes=plan.notes,
         selection=_selection(collected, device) if return_selection else None,
         lse=states if return_selection else None,
         recall=_recall(lse, full_state[1]) if execution.measure else None,
@@ -315,18 +344,6 @@ def _enter_window(
         for window, new in ((cache.window_k, k_new), (cache.window_v, v_new))
     )
     return flush, exponents, (window_k, window_v)
-
-
-def _window_attention(
-    q: jax.Array,
-    cache: HostKV,
-    window: tuple[jax.Array, jax.Array],
-    active: jax.Array,
-    scale: float,
-) -> State:
-    lengths = cache.lengths
-    mask = window_mask(cache.layout, lengths + 1, host_tokens(cache.layout, lengths))
-    return pallas_kernels.window_attention(q, *window, mask & active[:, None], scale=scale)
 
 
 def _make_work(
@@ -513,6 +530,12 @@ def _selection(collected: host_ops.Collected, device: _DeviceShare) -> jax.Array
     return collected.selection | device.bitmap
 
 
+def _clipped(plan: Plan) -> jax.Array:
+    if plan.clipped is None:
+        return jnp.zeros(plan.granularity.shape[:1], jnp.int32)
+    return plan.clipped.sum(axis=1, dtype=jnp.int32)
+
+
 def _recall(lse: jax.Array, full_lse: jax.Array) -> jax.Array:
     """Share of the attention mass that was read; 1 where there is none, in inactive rows."""
     return jnp.where(jnp.isneginf(full_lse), 1.0, jnp.exp(lse - full_lse))
@@ -539,6 +562,9 @@ def _no_host_work(
         device_units=zero,
         host_times_s=jnp.zeros((len(host_ops.TIMES),), jnp.float32),
         granularity=plan.granularity,
+        budget_tokens=plan.budget_tokens,
+        clipped=_clipped(plan),
+        notes=plan.notes,
         selection=jnp.zeros((batch, heads, 0), jnp.uint32) if return_selection else None,
         lse=jnp.stack([lse, empty, empty]) if return_selection else None,
         recall=jnp.ones((batch, heads)) if execution.measure else None,

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 import host_ops
-from fluxion_jax.cache.append import append_chunk
+from fluxion_jax import probes
+from fluxion_jax.cache.append import append_chunk, with_layer
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
-from fluxion_jax.cache.window import window_mask
+from fluxion_jax.cache.window import leaving_blocks, num_leaving, window_mask
 from fluxion_jax.state import AttentionState, merge
 
 # A tile of 1,024 tokens: big enough for the matrix units, and small beside any model's weights.
@@ -62,37 +63,72 @@ def prefill_attention(
     resident = jnp.broadcast_to(resident[:, None, :], (*q.shape[:2], resident.shape[1]))
     window = attend(q, cache.window_k[index], cache.window_v[index], resident, scale)
     state = merge(state, window)
+    probed = probes.start(q, count, cache.num_host_blocks) if cache.sketch else None
     if cache.num_host_blocks:
-        state = _attend_host(q, cache, index, count, scale, state)
+        state, probed = _attend_host(q, cache, index, count, scale, state, probed)
+    if probed is not None:
+        probed = _probe_leaving(probed, k, v, count, cache, index, scale)
+        sketch = probes.finish(probed, state, cache.sketch[index], lengths, count)
+        cache = with_layer(cache, index, sketch=sketch)
 
     cache = append_chunk(cache, index, k, v, count, after=state[1], implementation=implementation)
     return state[0].astype(q.dtype), cache
 
 
+def _probe_leaving(
+    probed: probes.Probes,
+    k: jax.Array,
+    v: jax.Array,
+    count: jax.Array,
+    cache: HostKV,
+    index: int,
+    scale: float,
+) -> probes.Probes:
+    """Shows the probes those blocks that leave the window with this chunk."""
+    layout, lengths = cache.layout, cache.lengths
+    leaving = [
+        leaving_blocks(layout, window[index], x, lengths, count)
+        for window, x in ((cache.window_k, k), (cache.window_v, v))
+    ]
+    exists = jnp.arange(leaving[0].shape[2]) < num_leaving(layout, lengths, count)[:, None]
+    first = host_tokens(layout, lengths) // BLOCK_TOKENS
+    return probes.see_blocks(probed, leaving, first, exists, exists, scale)
+
+
 def _attend_host(
-    q: jax.Array, cache: HostKV, index: int, count: jax.Array, scale: float, state: AttentionState
-) -> AttentionState:
+    q: jax.Array,
+    cache: HostKV,
+    index: int,
+    count: jax.Array,
+    scale: float,
+    state: AttentionState,
+    probed: probes.Probes | None,
+) -> tuple[AttentionState, probes.Probes | None]:
     """Streams the selectable part of the host cache through the device, tile by tile."""
     host_blocks = host_tokens(cache.layout, cache.lengths) // BLOCK_TOKENS
     host_blocks = jnp.where(count > 0, host_blocks, 0)
     capacity = cache.num_host_blocks
     tile = min(TILE_BLOCKS, capacity)
 
-    def body(i: jax.Array, state: AttentionState) -> AttentionState:
+    def body(
+        i: jax.Array, carry: tuple[AttentionState, probes.Probes | None]
+    ) -> tuple[AttentionState, probes.Probes | None]:
+        state, probed = carry
         # The last tile is moved back to stay inside the array; what it repeats is masked.
         wanted = i * tile
         first = jnp.minimum(wanted, capacity - tile)
-        k, v = (
-            fetch_blocks(x[index], first, tile).reshape(*x[index].shape[:2], -1, q.shape[-1])
-            for x in (cache.k, cache.v)
-        )
+        blocks = [fetch_blocks(x[index], first, tile) for x in (cache.k, cache.v)]
+        k, v = (x.reshape(*x.shape[:2], -1, q.shape[-1]) for x in blocks)
         block = first + jnp.arange(tile)
-        mask = (block >= wanted) & (block < host_blocks[:, None])
-        mask = jnp.repeat(mask, BLOCK_TOKENS, axis=1)
+        exists = block < host_blocks[:, None]
+        fresh = exists & (block >= wanted)
+        mask = jnp.repeat(fresh, BLOCK_TOKENS, axis=1)
         mask = jnp.broadcast_to(mask[:, None, :], (*q.shape[:2], mask.shape[1]))
-        return merge(state, attend(q, k, v, mask, scale))
+        if probed is not None:
+            probed = probes.see_blocks(probed, blocks, first, exists, fresh, scale)
+        return merge(state, attend(q, k, v, mask, scale)), probed
 
-    return jax.lax.fori_loop(0, -(-host_blocks.max() // tile), body, state)
+    return jax.lax.fori_loop(0, -(-host_blocks.max() // tile), body, (state, probed))
 
 
 def fetch_blocks(host: jax.Array, first: jax.Array, num_blocks: int) -> jax.Array:

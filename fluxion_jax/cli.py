@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_demo(commands)
     _add_evaluate(commands)
+    _add_calibrate(commands)
     _add_bench(commands)
     return parser
 
@@ -72,7 +73,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--prompt-file", required=True, metavar="F", help="file with the prompt; - for stdin"
     )
-    parser.add_argument("--policy", default="full", help="full, or such as fixed:16:0.05")
+    parser.add_argument("--policy", default="full", help="full, fluxion, or such as fixed:16:0.05")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus, used above 0 only")
@@ -123,6 +124,38 @@ def _add_evaluate(commands: Any) -> None:
     parser.set_defaults(run=_evaluate)
 
 
+def _add_calibrate(commands: Any) -> None:
+    parser = commands.add_parser("calibrate", help="train the policy fluxion for a model")
+    parser.add_argument("--model", required=True, help="see fluxion generate --help")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="D",
+        help="a text file or a folder of them; default the standard library and questions",
+    )
+    for name, metavar, text in (
+        ("length", "S", "tokens of each text; default 4096"),
+        ("texts", "N", "default 8, at least 3"),
+        ("points", "N", "stretches of decode steps in each text; default 5"),
+        ("training-steps", "N", "of the optimiser; default 2000"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar=metavar, help=text)
+    parser.add_argument(
+        "--under-budget", type=float, metavar="F", help="share that may fall short; default 0.03"
+    )
+    parser.add_argument(
+        "--ablate", action="store_true", help="also train without each family of features"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="keep weights, report and figure there; default is where the policy fluxion looks",
+    )
+    parser.set_defaults(run=_calibrate)
+
+
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser("bench", help="measure this machine, or a selection's quality")
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
@@ -155,10 +188,11 @@ def _info(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from fluxion_jax.generation import generate
     from fluxion_jax.models.load import load_model
-    from fluxion_jax.policy import parse_policy, parse_split
+    from fluxion_jax.policy import check_policy, parse_policy, parse_split
     from fluxion_jax.sampling import greedy, top_p
 
-    policy, split = parse_policy(arguments.policy), parse_split(arguments.split)
+    check_policy(arguments.policy)
+    split = parse_split(arguments.split)
     sampling = (
         top_p(arguments.top_p, temperature=arguments.temperature)
         if arguments.temperature
@@ -168,6 +202,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.model)
     if model.tokenizer is None:
         raise ConfigError(f"expected a model with a tokenizer, got {arguments.model} without one")
+    policy = parse_policy(arguments.policy, model)
     if arguments.chat:
         prompt = model.tokenizer.chat([{"role": "user", "content": text}])
     else:
@@ -278,6 +313,36 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             if figure is not None:
                 figure.savefig(folder / f"evaluate-{name}.png")
                 print(f"figure: {folder / f'evaluate-{name}.png'}", file=sys.stderr)
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.calibration import Settings, calibrate
+    from fluxion_jax.calibration.report import calibration_figure, render
+    from fluxion_jax.plotting import require_matplotlib
+
+    if arguments.output:
+        require_matplotlib()
+    given = {
+        "length_tokens": arguments.length,
+        "texts": arguments.texts,
+        "points": arguments.points,
+        "training_steps": arguments.training_steps,
+        "under_budget": arguments.under_budget,
+        "ablate": arguments.ablate,
+    }
+    _, report = calibrate(
+        arguments.model,
+        Settings(**{name: value for name, value in given.items() if value is not None}),
+        data=arguments.data,
+        output=arguments.output,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    _emit(arguments, report, render(report), "calibrate.json")
+    if arguments.output:
+        path = arguments.output / "calibrate.png"
+        calibration_figure(report).savefig(path)
+        print(f"figure: {path}", file=sys.stderr)
     return 0
 
 

@@ -56,6 +56,7 @@ class LayerTotals(NamedTuple):
       device_blocks: int32 `[L]`.
       host_units: int32 `[L]`.
       device_units: int32 `[L]`.
+      clipped: int32 `[L]`, heads whose budget was cut to what the host held.
       host_times_s: float32 `[L, 7]`, in the order of `host_ops.TIMES`.
       cached_blocks: int32 scalar, host blocks of one layer that could have been read.
       recall: float32 `[L]`, summed over steps of the mean over rows and heads; NaN if not measured.
@@ -66,6 +67,7 @@ class LayerTotals(NamedTuple):
     device_blocks: jax.Array
     host_units: jax.Array
     device_units: jax.Array
+    clipped: jax.Array
     host_times_s: jax.Array
     cached_blocks: jax.Array
     recall: jax.Array
@@ -80,6 +82,8 @@ class Steps(NamedTuple):
       log_probs: float32 `[B, S]`, natural log of the probability of each of them.
       likeliest: int32 `[B, S]`, the model's most likely token at each step; -1 where none.
       distributions: float32 `[B, S, V]`, log-probabilities of all tokens; `V` is 0 unless measured.
+      granularity: int32 `[B, S, L, K]`, tokens of a unit, as planned; `L` is 0 unless recorded.
+      budget_tokens: int32 `[B, S, L, N]`, likewise.
       num_steps: int32 scalar, steps that succeeded.
       next_tokens: int32 `[B]`, the tokens to feed next.
       finished: bool `[B]`.
@@ -90,6 +94,8 @@ class Steps(NamedTuple):
     log_probs: jax.Array
     likeliest: jax.Array
     distributions: jax.Array
+    granularity: jax.Array
+    budget_tokens: jax.Array
     num_steps: jax.Array
     next_tokens: jax.Array
     finished: jax.Array
@@ -136,6 +142,8 @@ def _decode_chunk(
     model = nnx.merge(graph, params)
     batch, chunk = forced.shape
     was_active = cache.active
+    layout = cache.layout
+    recorded = execution.record and bool(layout.global_layers)
 
     def step(carry: _Carry) -> _Carry:
         cache, steps = carry
@@ -170,6 +178,12 @@ def _decode_chunk(
             distributions=put(steps.distributions, log_probs)
             if execution.measure
             else steps.distributions,
+            granularity=put(steps.granularity, jnp.moveaxis(stats.granularity, 0, 1))
+            if recorded
+            else steps.granularity,
+            budget_tokens=put(steps.budget_tokens, jnp.moveaxis(stats.budget_tokens, 0, 1))
+            if recorded
+            else steps.budget_tokens,
             num_steps=i + succeeded,
             next_tokens=jnp.where(shown, token, steps.next_tokens),
             finished=steps.finished | (shown & stopped),
@@ -186,11 +200,14 @@ def _decode_chunk(
 
     none = jnp.full((batch, chunk), NO_TOKEN, jnp.int32)
     kept = model.config.vocab_size if execution.measure else 0
+    layers = len(layout.global_layers) if recorded else 0
     start = Steps(
         tokens=none,
         log_probs=jnp.zeros((batch, chunk), jnp.float32),
         likeliest=none,
         distributions=jnp.zeros((batch, chunk, kept), jnp.float32),
+        granularity=jnp.zeros((batch, chunk, layers, layout.num_kv_heads), jnp.int32),
+        budget_tokens=jnp.zeros((batch, chunk, layers, layout.num_heads or 0), jnp.int32),
         num_steps=jnp.zeros((), jnp.int32),
         next_tokens=tokens,
         finished=finished,
@@ -218,18 +235,19 @@ def _prefill_chunk(
 
 
 def _keep_windows(before: HostKV, after: HostKV) -> HostKV:
-    """After an error the sequence is as long as before, and so its windows must be as before.
+    """After an error the sequence is as long as before: windows and sketches must be as before.
 
     A chunk overwrites what they hold, unlike a decode step, which writes into a free slot. On the
     host it writes beyond the sequence only.
     """
     failed = after.status[0] != 0
-    names = ("window_k", "window_v", "sliding_k", "sliding_v")
+    names = ("window_k", "window_v", "sliding_k", "sliding_v", "sketch")
     return after.replace(
         **{
-            name: tuple(
-                jnp.where(failed, old, new)
-                for old, new in zip(getattr(before, name), getattr(after, name), strict=True)
+            name: jax.tree.map(
+                lambda old, new: jnp.where(failed, old, new),
+                getattr(before, name),
+                getattr(after, name),
             )
             for name in names
         }
@@ -244,7 +262,7 @@ def _no_totals(num_layers: int, execution: Execution) -> LayerTotals:
     measured = jnp.full((num_layers,), 0.0 if execution.measure else jnp.nan, jnp.float32)
     times = jnp.zeros((num_layers, len(host_ops.TIMES)), jnp.float32)
     cached = jnp.zeros((), jnp.int32)
-    return LayerTotals(count, count, count, count, times, cached, measured, measured)
+    return LayerTotals(count, count, count, count, count, times, cached, measured, measured)
 
 
 def _cached_blocks(cache: HostKV, lengths: jax.Array, running: jax.Array) -> jax.Array:
@@ -267,6 +285,7 @@ def _add(
         device_blocks=totals.device_blocks + stats.device_blocks.sum(axis=(1, 2)),
         host_units=totals.host_units + stats.host_units.sum(axis=(1, 2)),
         device_units=totals.device_units + stats.device_units.sum(axis=(1, 2)),
+        clipped=totals.clipped + stats.clipped.sum(axis=1),
         host_times_s=totals.host_times_s + stats.host_times_s,
         cached_blocks=totals.cached_blocks + cached_blocks,
         recall=totals.recall + mean(stats.recall),

@@ -25,7 +25,7 @@ QUESTION = "What is the special magic number for the observatory?"
 ANSWER = "7305"
 
 # Long prose topics; by name, because their order and number differ between Python versions.
-_TOPICS = (
+DEMO_TOPICS = (
     "objects",
     "typesseq",
     "exceptions",
@@ -77,7 +77,7 @@ class DemoReport:
 def long_text() -> str:
     """Real English prose out of the standard library, tens of thousands of words."""
     topics = importlib.import_module("pydoc_data.topics").topics
-    return "\n\n".join(topics[name] for name in _TOPICS if name in topics)
+    return "\n\n".join(topics[name] for name in DEMO_TOPICS if name in topics)
 
 
 def run_demo(

@@ -100,7 +100,7 @@ def compare_policies(
         stats = scores.stats
         reports.append(
             PolicyReport(
-                policy=str(parse_policy(policy)),
+                policy=str(parse_policy(policy, model)),
                 num_tokens=int(scores.log_probs.size),
                 perplexity=scores.perplexity,
                 agreement=agreement,

@@ -21,6 +21,7 @@ from fluxion_jax.decode import NO_TOKEN, Steps
 from fluxion_jax.errors import FluxionError
 from fluxion_jax.interrupt import cancel_word
 from fluxion_jax.policy.protocol import Policy
+from fluxion_jax.policy.replay_policy import ReplayPolicy, recorded_plans
 from fluxion_jax.policy.split import Split
 from fluxion_jax.sampling import Sampling
 from fluxion_jax.session import CHUNK_TOKENS, Session, read_prompts, show_progress, unwrap
@@ -36,12 +37,15 @@ class Result:
       log_probs: per row the natural log of the probability of each of them, float32.
       stats: counts and times.
       cache: the cache, all fed tokens included; the last generated token has not been fed yet.
+      plans: every step's plans, with `Execution(record=True)`: a policy that repeats this
+        generation, here or from a file (`save`). Otherwise None.
     """
 
     tokens: list[np.ndarray]
     log_probs: list[np.ndarray]
     stats: DecodeStats
     cache: HostKV
+    plans: ReplayPolicy | None = None
 
 
 @dataclasses.dataclass
@@ -137,7 +141,16 @@ def _result(session: Session, chunks: Sequence[Steps]) -> Result:
         [np.concatenate([np.zeros(0, np.float32), *row]) for row in log_probs],
         session.stats,
         session.cache,
+        _plans(session, chunks) if session.execution.record and chunks else None,
     )
+
+
+def _plans(session: Session, chunks: Sequence[Steps]) -> ReplayPolicy | None:
+    recorded = [
+        np.concatenate([getattr(c, name)[:, : int(c.num_steps)] for c in chunks], axis=1)
+        for name in ("granularity", "budget_tokens")
+    ]
+    return recorded_plans(session.cache.layout, session.first_positions, *recorded)
 
 
 def stream(model: Any, prompts: Prompts, **options: Any) -> Iterator[Step]:

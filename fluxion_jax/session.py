@@ -19,7 +19,14 @@ from flax import nnx
 from tqdm import tqdm
 
 import host_ops
-from fluxion_jax.arguments import Prompts, check_cache, check_count, check_prompts, stop_slots
+from fluxion_jax.arguments import (
+    Prompts,
+    check_cache,
+    check_count,
+    check_prompts,
+    check_recorded,
+    stop_slots,
+)
 from fluxion_jax.attention import Execution
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.rebuild import rebuild_summaries
@@ -67,7 +74,7 @@ class Session:
         self.model = unwrap(model)
         self.rows = check_prompts(prompts, self.model)
         self.forced = forced
-        self.policy = parse_policy(policy)
+        self.policy = parse_policy(policy, model)
         self.split = parse_split(split)
         self.sampling = sampling or greedy()
         if stop_tokens is None:
@@ -84,7 +91,10 @@ class Session:
             capacity = -(-int(fed.max()) // _CAPACITY_TOKENS) * _CAPACITY_TOKENS
             cache = HostKV.allocate(layout, len(self.rows), capacity)
         check_cache(cache, self.model, fed)
+        if self.execution.record:
+            check_recorded(cache, self.policy)
         self.cache = cache
+        self.first_positions = np.asarray(cache.lengths)
         with refused_by_name():
             host = host_ops.chosen(self.execution.host)
         self.stats = DecodeStats(layout=cache.layout, host=host)
@@ -105,6 +115,7 @@ class Session:
                     self.show,
                     self.execution,
                 )
+            self.first_positions = np.asarray(self.cache.lengths)
             self.stats.prefill_s = time.perf_counter() - start
             try:
                 yield from self._decode(word)

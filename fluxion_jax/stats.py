@@ -37,6 +37,7 @@ class DecodeStats:
       device_blocks: int64 `[L]`, blocks the device read out of host memory.
       host_units: int64 `[L]`, summaries the host scored.
       device_units: int64 `[L]`, summaries the device scored.
+      clipped: int64 `[L]`, heads whose budget was cut to what the host held, over steps and rows.
       host_times_s: float64 `[L, 7]`, in the order of `host_ops.TIMES`.
       recall: float64 `[L]`, mean share of the attention mass that was read, or None.
       output_error: float64 `[L]`, mean error over the step's largest head output, or None.
@@ -55,6 +56,7 @@ class DecodeStats:
     device_blocks: Any = 0
     host_units: Any = 0
     device_units: Any = 0
+    clipped: Any = 0
     host_times_s: Any = 0.0
     recall: np.ndarray | None = None
     output_error: np.ndarray | None = None
@@ -62,7 +64,7 @@ class DecodeStats:
     def add(self, totals: LayerTotals, num_steps: int) -> None:
         """Adds a chunk's sums."""
         self.num_steps += num_steps
-        for name in ("host_blocks", "device_blocks", "host_units", "device_units"):
+        for name in ("host_blocks", "device_blocks", "host_units", "device_units", "clipped"):
             setattr(self, name, getattr(self, name) + np.asarray(getattr(totals, name), np.int64))
         self.cached_blocks += int(totals.cached_blocks)
         self.host_times_s = self.host_times_s + np.asarray(totals.host_times_s, np.float64)
@@ -123,6 +125,7 @@ class DecodeStats:
             "host_ms_per_step": self.host_ms_per_step,
             "host_bytes_per_token": self.host_bytes_per_token,
             "read_fraction": self.read_fraction,
+            "clipped_budgets": int(np.sum(self.clipped)),
             "block_tokens": BLOCK_TOKENS,
         }
         figures = {

@@ -36,13 +36,15 @@ def capture(
     """Runs the model's dense forward pass and yields each layer's attention inputs in turn.
 
     Args:
-      model: a decoder without sliding-window layers.
+      model: a decoder; its sliding-window layers are gone through, but not captured.
       tokens: int32 `[S]`.
       positions: int `[T]`, the positions whose queries are wanted.
     """
     x = model._embed(jnp.asarray(tokens)[None])
     for layer in model.layers:
         x, q, k, v = _through(layer, x)
+        if layer.attention.sliding_window is not None:
+            continue
         yield Captured(
             q=np.asarray(q[0, positions], np.float32),
             k=np.asarray(jnp.moveaxis(k[0], 1, 0), np.float32),

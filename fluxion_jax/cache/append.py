@@ -6,6 +6,8 @@ once), use the same pieces. Axes: B batch, K KV heads, T new tokens, H head size
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 import host_ops
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
+from fluxion_jax.cache.sketch import sketch_blocks
 from fluxion_jax.cache.summaries import summarise_blocks
 from fluxion_jax.cache.window import leaving_blocks, num_leaving, write_chunk
 from fluxion_jax.errors import refused_by_name
@@ -44,10 +47,18 @@ def make_flush(
     return flush, exponents
 
 
-def with_layer(cache: HostKV, index: int, **layer: jax.Array) -> HostKV:
-    """Replaces one layer's arrays, named by the cache's fields."""
+def sketch_flush(cache: HostKV, index: int, flush: host_ops.Flush) -> HostKV:
+    """Takes leaving blocks into the layer's sketch, if the cache keeps one."""
+    if not cache.sketch:
+        return cache
+    sketch = sketch_blocks(cache.sketch[index], flush, cache.num_host_blocks)
+    return with_layer(cache, index, sketch=sketch)
 
-    def put(arrays: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
+
+def with_layer(cache: HostKV, index: int, **layer: Any) -> HostKV:
+    """Replaces what belongs to one layer, named by the cache's fields."""
+
+    def put(arrays: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
         return (*arrays[:index], new, *arrays[index + 1 :])
 
     return cache.replace(**{name: put(getattr(cache, name), x) for name, x in layer.items()})
@@ -100,6 +111,7 @@ def append_chunk(
         )
         summaries = host_ops.write_summaries(cache.summaries[index], flush)
     cache = with_layer(cache, index, k=k, v=v, summaries=summaries, exponents=exponents)
+    cache = sketch_flush(cache, index, flush)
     cache = _write_window(cache, index, k_chunk, v_chunk, count)
     return cache.replace(status=cache.status | status)
 

@@ -20,6 +20,7 @@ import numpy as np
 
 import host_ops
 from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout, host_tokens, num_units
+from fluxion_jax.cache.sketch import Sketch, empty_sketch, forget_rows
 from fluxion_jax.cache.summaries import MIN_EXPONENT
 from fluxion_jax.errors import CacheFullError, ConfigError, FluxionError
 from fluxion_jax.status import STATUS_FULL, STATUS_NAN, describe_status
@@ -44,6 +45,8 @@ class HostKV:
       window_v: likewise.
       sliding_k: per sliding-window layer `[B, K, window, H]`, on the device.
       sliding_v: likewise.
+      sketch: per global layer what policies know of the host cache, on the device; empty if the
+        layout does not name its query heads, or nothing ever lies on the host.
       lengths: int32 `[B]`, tokens of each sequence.
       active: bool `[B]`; other rows take no part in a step and have no work.
       status: int32 `[1]`, OR of status bits; 0 while all is well. `check` turns it into an error.
@@ -62,6 +65,7 @@ class HostKV:
     window_v: Arrays
     sliding_k: Arrays
     sliding_v: Arrays
+    sketch: tuple[Sketch, ...]
     lengths: jax.Array
     active: jax.Array
     status: jax.Array
@@ -111,6 +115,10 @@ class HostKV:
             window_v=each(num_global, window_shape, dtype),
             sliding_k=each(num_sliding, sliding_shape, dtype),
             sliding_v=each(num_sliding, sliding_shape, dtype),
+            sketch=tuple(
+                empty_sketch(layout, batch, blocks)
+                for _ in range(num_global if layout.num_heads and blocks else 0)
+            ),
             lengths=jnp.zeros((batch,), jnp.int32),
             active=jnp.ones((batch,), bool),
             status=jnp.zeros((1,), jnp.int32),
@@ -238,6 +246,7 @@ class HostKV:
             exponents=tuple(
                 jnp.where(chosen[:, None, None], MIN_EXPONENT, e) for e in self.exponents
             ),
+            sketch=tuple(forget_rows(sketch, chosen) for sketch in self.sketch),
             status=jnp.zeros_like(self.status),
         )
 

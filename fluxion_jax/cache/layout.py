@@ -41,6 +41,8 @@ class KVLayout:
         (faster scoring on a GPU).
       sliding_window: tokens seen by sliding-window layers, or None if there are none.
       sliding_layers: layers that use it; their keys never leave the device.
+      num_heads: query heads `N` of a layer. Needed by policies that look at the cache before they
+        plan, such as `fluxion`; with None (default) the cache keeps no sketch for them.
 
     Raises:
       ConfigError: a field is out of range.
@@ -55,6 +57,7 @@ class KVLayout:
     summaries: Literal["host", "device"] = "host"
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()
+    num_heads: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.num_layers >= 1, f"expected num_layers >= 1, got {self.num_layers}")
@@ -74,6 +77,12 @@ class KVLayout:
                 f"expected {name} to be a multiple of {BLOCK_TOKENS}, got {value}",
             )
         _require(self.recent_tokens > 0, "expected recent_tokens > 0, got 0")
+        _require(
+            self.num_heads is None
+            or (self.num_heads >= 1 and self.num_heads % self.num_kv_heads == 0),
+            f"expected num_heads to be a multiple of {self.num_kv_heads} KV heads, got "
+            f"{self.num_heads}",
+        )
         _require(
             self.summaries in ("host", "device"),
             f"expected summaries 'host' or 'device', got {self.summaries!r}",

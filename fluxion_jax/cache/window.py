@@ -39,6 +39,14 @@ def window_mask(layout: KVLayout, lengths: jax.Array, first_stream: jax.Array) -
     return jnp.concatenate([sinks, ring], axis=1)
 
 
+def window_positions(layout: KVLayout, lengths: jax.Array, mask: jax.Array) -> jax.Array:
+    """Position of the token in each slot, int32 `[B, sinks + R]`; -1 where the mask is false."""
+    batch = lengths.shape[0]
+    sinks = jnp.broadcast_to(jnp.arange(layout.sink_tokens), (batch, layout.sink_tokens))
+    ring = _ring_stream_index(layout, lengths) + layout.sink_tokens
+    return jnp.where(mask, jnp.concatenate([sinks, ring], axis=1), -1)
+
+
 def write_token(
     layout: KVLayout, window: jax.Array, new: jax.Array, lengths: jax.Array, active: jax.Array
 ) -> jax.Array:

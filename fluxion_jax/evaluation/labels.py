@@ -23,7 +23,7 @@ from fluxion_jax.bench.selection_quality import Array, Attention, full_attention
 from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, KVLayout, host_tokens
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.models.load import LoadedModel
-from fluxion_jax.policy.replay_policy import ReplayPolicy
+from fluxion_jax.policy.replay_policy import ReplayPolicy, recorded_plans
 from fluxion_jax.session import show_progress
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.2, 0.3)
@@ -34,7 +34,7 @@ class Labels:
     """What each head needs in consecutive decode steps.
 
     Attributes:
-      first_position: position of the first step's token.
+      first_position: position of the first step's token. L are the layers with a host cache.
       tolerances: of the error, ascending.
       budget_tokens: int32 `[E, D, L, T, N]`, the smallest budget; 0 means that the window suffices.
       mass: float32 `[E, D, L, T, N]`, share of the attention mass in window and chosen units.
@@ -86,10 +86,11 @@ class Labels:
         best = granularities - 1 - np.argmin(cost[::-1], axis=0)
         per_head = np.repeat(best, heads // layout.num_kv_heads, axis=-1)
         chosen = np.take_along_axis(budgets, per_head[None], axis=0)[0]
-        return ReplayPolicy(
-            np.asarray([self.first_position], np.int32),
-            np.moveaxis(sizes[best], 1, 0)[None].astype(np.int32),
-            np.moveaxis(chosen, 1, 0)[None].astype(np.int32),
+        return recorded_plans(
+            layout,
+            np.asarray([self.first_position]),
+            np.moveaxis(sizes[best], 1, 0)[None],
+            np.moveaxis(chosen, 1, 0)[None],
         )
 
     def _limits(self, ndim: int) -> Array:
@@ -111,7 +112,7 @@ def make_labels(
     its length.
 
     Args:
-      model: loaded, without sliding-window layers.
+      model: loaded; layers that attend to everything get labels.
       tokens: the text.
       first_positions: where the stretches begin.
       steps: of each stretch; its host cache is that of its first step.
@@ -122,12 +123,8 @@ def make_labels(
       One `Labels` per stretch.
 
     Raises:
-      ConfigError: the model has sliding layers, or a stretch is not within the text.
+      ConfigError: a stretch is not within the text.
     """
-    if model.config.sliding_layers:
-        raise ConfigError(
-            f"expected a model without sliding layers, got {model.name}; use smollm2-135m"
-        )
     layout = model.config.kv_layout("float32")
     beyond = [p for p in first_positions if host_tokens(layout, p) < 1 or p + steps > len(tokens)]
     if beyond or not first_positions:
@@ -141,7 +138,7 @@ def make_labels(
     found: list[list[tuple[Array, Array, Array]]] = [[] for _ in first_positions]
     layers = tqdm(
         capture(model.model, np.asarray(tokens, np.int32), positions),
-        total=model.config.num_layers,
+        total=len(layout.global_layers),
         desc="labels",
         unit="layer",
         disable=not show_progress(progress),

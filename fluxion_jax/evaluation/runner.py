@@ -23,7 +23,7 @@ from fluxion_jax.evaluation.report import answer_rows, text_rows
 from fluxion_jax.evaluation.samples import Sample
 from fluxion_jax.evaluation.tasks import TASKS, make_sample
 from fluxion_jax.models.load import LoadedModel, load_model
-from fluxion_jax.policy.parse import parse_policy
+from fluxion_jax.policy.parse import check_policy, parse_policy
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.session import show_progress
 
@@ -137,12 +137,15 @@ def evaluate(
       ConfigError: a setting does not fit the model, or the model has no tokenizer.
     """
     settings, execution = settings or Settings(), execution or Execution()
-    policies = _with_reference(settings.policies)
+    for name in settings.policies:
+        if isinstance(name, str):
+            check_policy(name)
     if not isinstance(model, LoadedModel):
         say(f"loading {model}")
         model = load_model(model)
     if model.tokenizer is None:
         raise ConfigError(f"expected a model with a tokenizer, got {model.name} without one")
+    policies = _with_reference(settings.policies, model)
     limit = model.config.max_context_tokens
     too_long = [n for n in settings.lengths_tokens if n > limit]
     if too_long and data is None:
@@ -222,8 +225,8 @@ def prompts_sha256(samples: Sequence[Sample]) -> str:
     return found.hexdigest()
 
 
-def _with_reference(policies: Sequence[str | Policy]) -> list[Policy]:
-    parsed = {str(p): p for p in map(parse_policy, ("full", *policies))}
+def _with_reference(policies: Sequence[str | Policy], model: LoadedModel) -> list[Policy]:
+    parsed = {str(p): p for p in (parse_policy(name, model) for name in ("full", *policies))}
     return list(parsed.values())
 
 

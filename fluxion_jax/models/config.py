@@ -214,4 +214,5 @@ class ModelConfig:
             summaries=summaries,
             sliding_window=self.sliding_window if self.sliding_layers else None,
             sliding_layers=self.sliding_layers,
+            num_heads=self.num_heads,
         )

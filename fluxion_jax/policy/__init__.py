@@ -3,6 +3,8 @@
 from fluxion_jax.policy.fixed_policy import FixedPolicy as FixedPolicy
 from fluxion_jax.policy.fixed_policy import fixed as fixed
 from fluxion_jax.policy.fixed_policy import full as full
+from fluxion_jax.policy.fluxion_policy import FluxionPolicy as FluxionPolicy
+from fluxion_jax.policy.parse import check_policy as check_policy
 from fluxion_jax.policy.parse import parse_policy as parse_policy
 from fluxion_jax.policy.protocol import Features as Features
 from fluxion_jax.policy.protocol import Plan as Plan

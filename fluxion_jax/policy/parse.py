@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 
 from fluxion_jax.errors import ConfigError
@@ -10,21 +12,42 @@ from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.replay_policy import replay
 
 GRAMMAR = (
-    "'full', 'fixed:GRANULARITY:FRACTION', 'fixed:GRANULARITY:FRACTION:group' or 'replay:FILE', "
-    "for example 'fixed:16:0.05'"
+    "'full', 'fluxion', 'fluxion:tolerance=T', 'fluxion:weights=DIR', "
+    "'fixed:GRANULARITY:FRACTION', 'fixed:GRANULARITY:FRACTION:group' or 'replay:FILE', for "
+    "example 'fixed:16:0.05'"
 )
 
 
-def parse_policy(policy: str | Policy) -> Policy:
-    """Turns a policy's name into the policy; returns a policy unchanged.
+class _FluxionName(NamedTuple):
+    """What `fluxion:tolerance=T:weights=DIR` says."""
 
-    Args:
-      policy: a name such as `"full"`, `"fixed:16:0.05"`, `"fixed:32:0.02:group"` or
-        `"replay:plans.npz"`, or an object with a `plan` method.
+    tolerance: float | None
+    folder: str | None
+
+
+def check_policy(policy: str) -> None:
+    """Checks a policy's name as far as that is possible without the model.
 
     Raises:
       ConfigError: the text is not a policy, or a value in it is out of range.
       IntegrityError: the file to replay holds something else.
+    """
+    if _fluxion_name(policy) is None:
+        parse_policy(policy)
+
+
+def parse_policy(policy: str | Policy, model: Any = None) -> Policy:
+    """Turns a policy's name into the policy; returns a policy unchanged.
+
+    Args:
+      policy: a name such as `"full"`, `"fluxion"`, `"fluxion:tolerance=0.1"`, `"fixed:16:0.05"`,
+        `"fixed:32:0.02:group"` or `"replay:plans.npz"`, or an object with a `plan` method.
+      model: the model that it is for, loaded; `fluxion` looks for the weights calibrated for it.
+
+    Raises:
+      ConfigError: the text is not a policy, a value in it is out of range, or there are no
+        calibrated weights for the model.
+      IntegrityError: the file to replay, or the calibrated weights, hold something else.
     """
     if not isinstance(policy, str):
         if isinstance(policy, Policy):
@@ -43,6 +66,17 @@ def parse_policy(policy: str | Policy) -> Policy:
         return full()
     if name == "replay" and policy != "replay:":
         return replay(policy.partition(":")[2])
+    fluxion = _fluxion_name(policy)
+    if fluxion is not None:
+        if model is None:
+            raise ConfigError(
+                f"expected a model for the policy {policy!r}, whose weights belong to one model, "
+                "got none; call parse_policy(name, model)"
+            )
+        # Orbax takes a second to import, and only this policy needs it.
+        from fluxion_jax.calibration.storage import policy_of
+
+        return policy_of(model, *fluxion)
     if name == "fixed" and len(fields) in (2, 3) and fields[2:] in ([], ["group"]):
         try:
             granularity_tokens, budget_fraction = int(fields[0]), float(fields[1])
@@ -50,3 +84,26 @@ def parse_policy(policy: str | Policy) -> Policy:
             raise ConfigError(f"expected numbers in {policy!r}; write {GRAMMAR}") from None
         return fixed(granularity_tokens, budget_fraction, per_group=len(fields) == 3)
     raise ConfigError(f"expected {GRAMMAR}; got {policy!r}")
+
+
+def _fluxion_name(policy: str) -> _FluxionName | None:
+    """The parts of a name that begins with `fluxion`, None for others; a path comes last."""
+    name, *_ = policy.split(":")
+    if name != "fluxion":
+        return None
+    fields, has_folder, folder = policy.partition(":weights=")
+    tolerance: float | None = None
+    _, *options = fields.split(":")
+    try:
+        if len(options) > 1 or (has_folder and not folder):
+            raise ValueError
+        for option in options:
+            key, _, value = option.partition("=")
+            if key != "tolerance":
+                raise ValueError
+            tolerance = float(value)
+    except ValueError:
+        raise ConfigError(f"expected {GRAMMAR}; got {policy!r}") from None
+    if tolerance is not None and not tolerance > 0.0:
+        raise ConfigError(f"expected a tolerance above 0, got {tolerance}; 0.2 is the default")
+    return _FluxionName(tolerance, folder or None)

@@ -1,15 +1,21 @@
 """What a policy is: it looks at a layer's decode step and plans what each head may read.
 
 A policy is a pytree whose leaves are its numbers, so that changing a number does not recompile.
-Its `plan` is pure `jnp` and is traced into the decode step. Axes: B batch, N query heads, K KV
-heads, H head size.
+Its `plan` is pure `jnp` and is traced into the decode step. It sees what the device has at hand
+before anything is read from the host: this step's queries, the resident window and attention over
+it, and the layer's sketch. What a policy does not look at costs nothing.
+
+Axes: B batch, N query heads, K KV heads, H head size, W window slots.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+
+from fluxion_jax.cache.layout import KVLayout
+from fluxion_jax.cache.sketch import Sketch
 
 
 class Features(NamedTuple):
@@ -21,6 +27,15 @@ class Features(NamedTuple):
       window_lse: float32 `[B, N]`, its log-sum-exp, natural log.
       layer: index of the layer in the model, a Python int.
       num_kv_heads: `K`, a Python int.
+      layout: the cache's layout, static.
+      scale: factor on the scores, a Python float.
+      capacity_blocks: host blocks that a sequence may have, a Python int; 0 if the whole cache
+        fits into the window.
+      host_tokens: int32 `[B]`, tokens that can be read from the host.
+      window_k: `[B, K, W, H]` in the cache's dtype, keys of the resident window.
+      window_positions: int32 `[B, W]`, position of the token in each slot; -1 where none counts.
+      sketch: what the device knows of the host cache; None if the layout does not name its query
+        heads or the capacity is 0.
     """
 
     q: jax.Array
@@ -28,6 +43,13 @@ class Features(NamedTuple):
     window_lse: jax.Array
     layer: int
     num_kv_heads: int
+    layout: KVLayout
+    scale: float
+    capacity_blocks: int
+    host_tokens: jax.Array
+    window_k: jax.Array
+    window_positions: jax.Array
+    sketch: Sketch | None
 
 
 class Plan(NamedTuple):
@@ -38,11 +60,16 @@ class Plan(NamedTuple):
       budget_tokens: int32 `[B, N]`; rounded up to units, 0 means that the resident window is
         enough; a budget beyond the host cache means all of it.
       shared: bool `[B, K]`; true where the group ranks once, by the maximum over its heads.
+      clipped: bool `[B, N]`, heads that the policy wanted to give more than the host holds; counted
+        in the statistics. None for policies that cannot tell.
+      notes: any pytree of arrays, handed through to `LayerStats.notes` for research.
     """
 
     granularity: jax.Array
     budget_tokens: jax.Array
     shared: jax.Array
+    clipped: jax.Array | None = None
+    notes: Any = None
 
 
 @runtime_checkable

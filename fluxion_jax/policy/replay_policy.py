@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
-from fluxion_jax.cache.layout import GRANULARITIES_TOKENS
+from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, KVLayout
 from fluxion_jax.errors import ConfigError, IntegrityError
 from fluxion_jax.policy.protocol import Features, Plan
 
@@ -67,6 +69,31 @@ class ReplayPolicy:
         for name in _NAMES:
             digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
         return f"replay:{digest.hexdigest()[:8]}"
+
+
+def recorded_plans(
+    layout: KVLayout,
+    first_positions: npt.NDArray[np.integer[Any]],
+    granularity: npt.NDArray[np.int32],
+    budget_tokens: npt.NDArray[np.int32],
+) -> ReplayPolicy:
+    """Makes a policy of plans that were recorded for the layers with a host cache.
+
+    Args:
+      layout: of the cache.
+      first_positions: int `[R]`, position of the token of each row's first step.
+      granularity: int32 `[R, S, global layers, K]`; 0 in steps in which a row took no part.
+      budget_tokens: int32 `[R, S, global layers, N]`.
+    """
+    layers = np.asarray(layout.global_layers)
+    # Sliding layers are never asked about.
+    of = np.searchsorted(layers, np.arange(layout.num_layers)).clip(max=len(layers) - 1)
+    granularity = np.where(granularity > 0, granularity, GRANULARITIES_TOKENS[-1])
+    return ReplayPolicy(
+        np.asarray(first_positions, np.int32),
+        granularity[:, :, of].astype(np.int32),
+        budget_tokens[:, :, of].astype(np.int32),
+    )
 
 
 def replay(path: str | Path) -> ReplayPolicy:

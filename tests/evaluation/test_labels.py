@@ -78,7 +78,7 @@ def test_recorded_plans_are_kept_and_looked_up(tmp_path):
     recorded.save(tmp_path / "plans.npz")
     policy = parse_policy(f"replay:{tmp_path}/plans.npz")
     assert str(policy) == str(recorded)
-    features = fx.policy.Features(np.zeros((2, 4, 8), np.float32), None, None, 1, 2)
+    features = fx.policy.Features(np.zeros((2, 4, 8), np.float32), *[None] * 2, 1, 2, *[None] * 7)
     for lengths, steps in (([11, 21], (0, 0)), ([13, 22], (2, 1)), ([1, 99], (0, 2))):
         plan = policy.plan(features, np.asarray(lengths))
         for row, step in enumerate(steps):

@@ -1,0 +1,257 @@
+"""`calibrate`: from a model and texts to a predictor, its safety, and a report of what it achieves.
+
+The texts are divided into three parts that share no text: the predictor is trained on the first,
+threshold and margin are chosen on the second, and everything reported is measured on the third.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxion_jax.bench.stamp import stamp
+from fluxion_jax.calibration.baselines import rate_baselines
+from fluxion_jax.calibration.rating import choose_safety, rate, with_safety
+from fluxion_jax.calibration.samples import HeadSamples, collect_samples
+from fluxion_jax.calibration.storage import (
+    kept_folder,
+    make_policy,
+    model_identity,
+    save_calibration,
+)
+from fluxion_jax.calibration.texts import calibration_texts
+from fluxion_jax.calibration.training import FlatSamples, flatten, predict, train_predictor
+from fluxion_jax.errors import ConfigError
+from fluxion_jax.models.load import LoadedModel, load_model
+from fluxion_jax.policy.features import FAMILIES, NAMES
+from fluxion_jax.policy.fluxion_policy import FluxionPolicy, Safety
+from fluxion_jax.policy.head_predictor import HeadPredictor
+from fluxion_jax.session import CHUNK_TOKENS
+
+_PARTS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to calibrate.
+
+    Attributes:
+      length_tokens: of each text; plans are best within the lengths that were seen.
+      texts: at least 3; a third of them, rounded down, at least one, each for choosing the safety
+        and for the report.
+      points: stretches of decode steps in each text.
+      steps: consecutive steps of a stretch, up to 16; the host's tokens stay the same in it.
+      tolerances: of the output error; the range within which the tolerance may be set later.
+      under_budget: share of heads and steps whose budget may fall short; 0.03 as a compromise of
+        quality and bytes.
+      training_steps: of the optimiser, in batches of 1,024 samples.
+      seed: of weights and batches.
+      ablate: also train without each family of features, and report what each one buys.
+    """
+
+    length_tokens: int = 4096
+    texts: int = 8
+    points: int = 5
+    steps: int = 8
+    tolerances: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+    under_budget: float = 0.03
+    training_steps: int = 2000
+    seed: int = 0
+    ablate: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("texts", _PARTS, 1 << 20),
+            ("points", 1, 1 << 10),
+            ("steps", 2, 16),
+            ("training_steps", 1, 1 << 24),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(
+                    f"expected {name} from {least} to {most}, got {getattr(self, name)}; change it"
+                )
+        if not 0.0 < self.under_budget < 1.0:
+            raise ConfigError(f"expected under_budget in (0, 1), got {self.under_budget}")
+        ascending = tuple(sorted(set(self.tolerances)))
+        if len(ascending) < 2 or ascending[0] <= 0.0 or ascending != self.tolerances:
+            raise ConfigError(
+                f"expected two or more ascending tolerances above 0, got {self.tolerances}"
+            )
+
+
+def calibrate(
+    model: str | LoadedModel,
+    settings: Settings | None = None,
+    *,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    progress: bool | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[FluxionPolicy, dict[str, Any]]:
+    """Calibrates the Fluxion policy for a model and keeps the weights.
+
+    Args:
+      model: loaded, or what `load_model` takes.
+      settings: how; None for the defaults.
+      data: text to read, see `calibration_texts`; None takes the standard library and questions.
+      output: folder of the weights; None takes the one where the policy `fluxion` looks.
+      chunk_tokens: tokens that one compiled call prefills.
+      progress: show progress bars; None shows them on a terminal.
+      say: told in one line what happens next.
+
+    Returns:
+      The policy, and the JSON-ready report that was written beside the weights.
+
+    Raises:
+      ConfigError: a setting does not fit, or there is too little text.
+    """
+    settings = settings or Settings()
+    if not isinstance(model, LoadedModel):
+        say(f"loading {model}")
+        model = load_model(model)
+    texts = calibration_texts(
+        model,
+        length_tokens=settings.length_tokens,
+        count=settings.texts,
+        points=settings.points,
+        steps=settings.steps,
+        data=None if data is None else Path(data),
+    )
+    identity = model_identity(model.model, model.config)
+    folder = kept_folder(identity) if output is None else Path(output).expanduser()
+    say(f"running {len(texts)} texts of {settings.length_tokens} tokens")
+    samples = collect_samples(
+        model,
+        texts,
+        steps=settings.steps,
+        tolerances=settings.tolerances,
+        chunk_tokens=chunk_tokens,
+        progress=progress,
+    )
+    sizes = model.config.num_layers, model.config.num_heads
+    policy, report = fit(samples, settings, *sizes, progress=progress, say=say)
+    report = {
+        "calibration": "fluxion",
+        "stamp": stamp(),
+        "settings": {
+            "model": model.name,
+            "identity": identity,
+            "data": "standard library and questions" if data is None else str(data),
+            "texts": [text.name for text in texts],
+            **{k: v for k, v in dataclasses.asdict(settings).items() if k != "texts"},
+        },
+        **report,
+    }
+    save_calibration(folder, policy, identity, report)
+    say(f"weights: {folder}")
+    return policy, report
+
+
+def fit(
+    samples: HeadSamples,
+    settings: Settings,
+    num_layers: int,
+    num_heads: int,
+    *,
+    progress: bool | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[FluxionPolicy, dict[str, Any]]:
+    """Trains, chooses the safety and rates, given samples of at least three texts.
+
+    Returns:
+      The policy at the middle tolerance, and the report's measured part.
+    """
+    train, tuning, held_out = divide(samples)
+    say(f"training on {len(train.host_tokens) * len(samples.layers) * num_heads} samples")
+    limits = np.asarray(samples.tolerances, np.float32)
+    flat = [flatten(part) for part in (train, tuning, held_out)]
+
+    def trained(parts: list[FlatSamples]) -> tuple[HeadPredictor, list[float]]:
+        return train_predictor(
+            parts[0],
+            limits,
+            num_layers,
+            num_heads,
+            num_steps=settings.training_steps,
+            seed=settings.seed,
+            progress=progress,
+        )
+
+    predictor, losses = trained(flat)
+    safety = _choose(predictor, flat[1], limits, settings.under_budget)
+    rows = _rate(predictor, safety, flat[2], limits, "predictor")
+    for e, tolerance in enumerate(samples.tolerances):
+        baselines = rate_baselines(train, tuning, held_out, e, settings.under_budget)
+        rows += [{"method": m, "tolerance": tolerance, **r} for m, r in baselines.items()]
+    ablation = []
+    for family in FAMILIES if settings.ablate else ():
+        say(f"training without {family}")
+        parts = [without(part, family) for part in flat]
+        other, _ = trained(parts)
+        other_safety = _choose(other, parts[1], limits, settings.under_budget)
+        ablation += _rate(other, other_safety, parts[2], limits, family)
+    report = {
+        "samples": {
+            name: len(part.features)
+            for name, part in zip(("train", "tuning", "held_out"), flat, strict=True)
+        },
+        "losses": losses,
+        "safety": {k: np.asarray(v).tolist() for k, v in dataclasses.asdict(safety).items()},
+        "rows": rows,
+        "ablation": ablation,
+    }
+    return make_policy(predictor, safety, float(limits[len(limits) // 2])), report
+
+
+def divide(samples: HeadSamples) -> tuple[HeadSamples, HeadSamples, HeadSamples]:
+    """Training, tuning and held-out parts, by whole texts; the held-out ones are spread."""
+    texts = np.unique(samples.text)
+    part = max(1, len(texts) // (_PARTS + 1))
+    tuning = texts[-2 * part : -part]
+    held_out = texts[-part:]
+    of = [np.isin(samples.text, chosen) for chosen in (tuning, held_out)]
+    return samples.of(~of[0] & ~of[1]), samples.of(of[0]), samples.of(of[1])
+
+
+def without(data: FlatSamples, family: str) -> FlatSamples:
+    """The samples with a family of features held constant."""
+    kept = ~np.isin(NAMES, FAMILIES[family])
+    return data._replace(features=np.where(kept, data.features, 0.0).astype(np.float32))
+
+
+def _choose(
+    predictor: HeadPredictor,
+    data: FlatSamples,
+    tolerances: npt.NDArray[np.float32],
+    target: float,
+) -> Safety:
+    chosen = []
+    for e, tolerance in enumerate(tolerances):
+        logit, fraction = predict(predictor, data, float(tolerance))
+        chosen.append(choose_safety(logit, fraction, data.needed[:, e], data.host_tokens, target))
+    thresholds, margins = (np.asarray(x, np.float32) for x in zip(*chosen, strict=True))
+    return Safety(tolerances, thresholds, margins)
+
+
+def _rate(
+    predictor: HeadPredictor,
+    safety: Safety,
+    data: FlatSamples,
+    tolerances: npt.NDArray[np.float32],
+    name: str,
+) -> list[dict[str, Any]]:
+    rows = []
+    for e, tolerance in enumerate(tolerances):
+        logit, fraction = predict(predictor, data, float(tolerance))
+        given = with_safety(
+            logit, fraction, float(safety.streaming_logit[e]), float(safety.margin[e])
+        )
+        rating = rate(given, data.needed[:, e], data.host_tokens)
+        rows.append({"method": name, "tolerance": float(f"{tolerance:.6g}"), **rating._asdict()})
+    return rows

@@ -1,0 +1,190 @@
+"""Training the predictor: cross-entropy for the class, a quantile loss on the logarithm of budgets.
+
+Too small a budget costs quality and too large a one only bytes, so the budgets' loss is that of the
+0.9 quantile: an under-prediction weighs nine times as much as an over-prediction. Every sample is
+met at a tolerance drawn afresh.
+
+Axes: S samples (one head in one layer at one step), E tolerances, D granularities, F features.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from fluxion_jax.cache.layout import GRANULARITIES_TOKENS
+from fluxion_jax.calibration.samples import HeadSamples
+from fluxion_jax.policy.features import NUM_FEATURES
+from fluxion_jax.policy.head_predictor import HeadPredictor, Statistics
+from fluxion_jax.session import show_progress
+
+QUANTILE = 0.9
+_BATCH = 1024
+_PEAK_RATE = 2e-3
+_WEIGHT_DECAY = 1e-2
+_STEPS_PER_CALL = 50
+# A feature that never changed says nothing, and where it does change nobody knows what it means.
+_NEVER_CHANGED = 1e-5
+_IGNORED = 1e9
+DOUBLINGS = np.log2(np.asarray(GRANULARITIES_TOKENS) / GRANULARITIES_TOKENS[0]).astype(np.float32)
+
+
+class FlatSamples(NamedTuple):
+    """Samples one after another.
+
+    Attributes:
+      features: float32 `[S, F]`.
+      layer: int32 `[S]`, index in the model.
+      head: int32 `[S]`.
+      needed: float32 `[S, E, D]`, log2 of the budget over the host's tokens; `-inf` for streaming.
+      host_tokens: int32 `[S]`.
+    """
+
+    features: npt.NDArray[np.float32]
+    layer: npt.NDArray[np.int32]
+    head: npt.NDArray[np.int32]
+    needed: npt.NDArray[np.float32]
+    host_tokens: npt.NDArray[np.int32]
+
+
+def flatten(samples: HeadSamples) -> FlatSamples:
+    """One row per head, layer and step, in this order of axes: step, layer, head."""
+    steps, layers, heads, _ = samples.features.shape
+    budgets = np.moveaxis(samples.budget_tokens, (3, 4), (1, 2)).astype(np.float64)
+    host = samples.host_tokens[:, None, None, None, None]
+    with np.errstate(divide="ignore"):
+        needed = np.log2(budgets / host)
+    return FlatSamples(
+        samples.features.reshape(-1, NUM_FEATURES),
+        np.tile(np.repeat(samples.layers, heads), steps).astype(np.int32),
+        np.tile(np.arange(heads), steps * layers).astype(np.int32),
+        needed.reshape(-1, *needed.shape[3:]).astype(np.float32),
+        np.repeat(samples.host_tokens, layers * heads),
+    )
+
+
+def train_predictor(
+    data: FlatSamples,
+    tolerances: npt.NDArray[np.float32],
+    num_layers: int,
+    num_heads: int,
+    *,
+    num_steps: int,
+    seed: int,
+    progress: bool | None = None,
+) -> tuple[HeadPredictor, list[float]]:
+    """Trains a predictor from random weights.
+
+    Args:
+      data: the training part.
+      tolerances: float32 `[E]`, of the labels.
+      num_layers: of the model.
+      num_heads: query heads of a layer.
+      num_steps: of the optimiser, in batches of 1,024 samples.
+      seed: of weights and batches.
+      progress: show a progress bar; None shows it on a terminal.
+
+    Returns:
+      The predictor, and the mean loss of each run of 50 steps.
+    """
+    predictor = HeadPredictor(num_layers, num_heads, rngs=nnx.Rngs(seed))
+    deviation = data.features.std(axis=0)
+    predictor.mean[...] = jnp.asarray(data.features.mean(axis=0))
+    predictor.deviation[...] = jnp.asarray(
+        np.where(deviation > _NEVER_CHANGED, deviation, _IGNORED), jnp.float32
+    )
+    parts: Any = nnx.split(predictor, nnx.Param, Statistics)
+    graph, params, rest = parts
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, _PEAK_RATE, max(1, num_steps // 20), num_steps, 0.0
+    )
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=_WEIGHT_DECAY)
+    )
+    arrays = tuple(jnp.asarray(x) for x in data[:4])
+
+    def loss_of(params: Any, key: jax.Array) -> jax.Array:
+        rows_key, tolerance_key = jax.random.split(key)
+        rows = jax.random.randint(rows_key, (_BATCH,), 0, len(arrays[0]))
+        features, layer, head, needed = (x[rows] for x in arrays)
+        which = jax.random.randint(tolerance_key, (_BATCH,), 0, len(tolerances))
+        model = nnx.merge(graph, params, rest)
+        needs = model(features, model.heads[...][layer, head], jnp.asarray(tolerances)[which])
+        wanted = jnp.take_along_axis(needed, which[:, None, None], axis=1)[:, 0]
+        streaming = jnp.isneginf(wanted[:, 0])
+        class_loss = optax.sigmoid_binary_cross_entropy(
+            needs.streaming, streaming.astype(jnp.float32)
+        )
+        short = jnp.where(streaming[:, None], 0.0, wanted) - needs.log2_fraction(DOUBLINGS)
+        budget_loss = jnp.maximum(QUANTILE * short, (QUANTILE - 1) * short).mean(axis=-1)
+        return (class_loss + jnp.where(streaming, 0.0, budget_loss)).mean()
+
+    def step(
+        carry: tuple[Any, optax.OptState], key: jax.Array
+    ) -> tuple[tuple[Any, optax.OptState], jax.Array]:
+        params, state = carry
+        loss, gradients = jax.value_and_grad(loss_of)(params, key)
+        updates, state = optimiser.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
+    carry = (params, optimiser.init(params))
+    keys = jax.random.split(jax.random.key(seed), num_steps)
+    losses = []
+    with tqdm(
+        total=num_steps, desc="training", unit="step", disable=not show_progress(progress)
+    ) as bar:
+        for start in range(0, num_steps, _STEPS_PER_CALL):
+            part = keys[start : start + _STEPS_PER_CALL]
+            carry, found = run(carry, part)
+            losses.append(float(found.mean()))
+            bar.update(len(part))
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    return nnx.merge(graph, carry[0], rest), losses
+
+
+def predict(
+    predictor: HeadPredictor, data: FlatSamples, tolerance: float
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Predictions for samples.
+
+    Returns:
+      `(streaming_logit float32 [S], log2_fraction float32 [S, D])`, without any margin.
+    """
+    graph, state = nnx.split(predictor)
+    logits, fractions = [], []
+    for start in range(0, len(data.features), 1 << 16):
+        part = slice(start, start + (1 << 16))
+        logit, fraction = _predict(
+            graph,
+            state,
+            jnp.asarray(data.features[part]),
+            jnp.asarray(data.layer[part]),
+            jnp.asarray(data.head[part]),
+            jnp.asarray(tolerance, jnp.float32),
+        )
+        logits.append(np.asarray(logit))
+        fractions.append(np.asarray(fraction))
+    return np.concatenate(logits), np.concatenate(fractions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(
+    graph: nnx.GraphDef[HeadPredictor],
+    state: Any,
+    features: jax.Array,
+    layer: jax.Array,
+    head: jax.Array,
+    tolerance: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(graph, state)
+    needs = model(features, model.heads[...][layer, head], tolerance)
+    return needs.streaming, needs.log2_fraction(DOUBLINGS)

@@ -1,0 +1,144 @@
+"""The Fluxion policy: features, predictor and selector, compiled into the decode step.
+
+In every layer of every step each head's needs are predicted from what the device has at hand, and
+each group gets the granularity that reads the fewest bytes (paper, section 4). The tolerance of the
+output error is the one dial: it is data, like the weights, so that turning it does not recompile.
+
+Axes: B batch, N query heads, K KV heads, D = 4 granularities, E calibrated tolerances.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fluxion_jax.cache.layout import GRANULARITIES_TOKENS
+from fluxion_jax.errors import ConfigError
+from fluxion_jax.policy.features import head_features
+from fluxion_jax.policy.protocol import Features, Plan
+from fluxion_jax.policy.selector import select_granularity
+
+DEFAULT_TOLERANCE = 0.2
+"""Error of a head's output over the step's largest that is accepted by default."""
+
+# 2**30 tokens are more than any cache holds, and int32 holds them.
+_MOST_LOG2_TOKENS = 30.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Safety:
+    """What the calibration puts on top of the predictions to keep its under-budget rate.
+
+    Attributes:
+      tolerances: float32 `[E]`, ascending; in between, values are interpolated over the logarithm.
+      streaming_logit: float32 `[E]`, a head streams if its logit is above.
+      margin: float32 `[E]`, added to log2 of the budget.
+    """
+
+    tolerances: Any
+    streaming_logit: Any
+    margin: Any
+
+    def at(self, tolerance: Any) -> tuple[jax.Array, jax.Array]:
+        """`(streaming_logit, margin)` at a tolerance."""
+        x, known = jnp.log2(tolerance), jnp.log2(self.tolerances)
+        return jnp.interp(x, known, self.streaming_logit), jnp.interp(x, known, self.margin)
+
+
+class FluxionNotes(NamedTuple):
+    """What the policy predicted, for research; see `Plan.notes`.
+
+    Attributes:
+      streaming_logit: float32 `[B, N]`, above 0 where the head streams by the calibrated threshold.
+      log2_fraction: float32 `[B, N, D]`, of the budget over the host's tokens, margin included.
+    """
+
+    streaming_logit: jax.Array
+    log2_fraction: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FluxionPolicy:
+    """Plans by prediction; load one with `fluxion` or by the name `"fluxion"`.
+
+    Attributes:
+      weights: state of the `HeadPredictor`, from `nnx.split`.
+      safety: thresholds and margins by tolerance.
+      tolerance: float32 scalar, accepted error of a head's output over the step's largest.
+      graph: static part of the predictor.
+    """
+
+    weights: Any
+    safety: Safety
+    tolerance: Any
+    graph: Any = dataclasses.field(metadata={"static": True})
+
+    def plan(self, features: Features, lengths: jax.Array) -> Plan:
+        """Plans each head by its predicted needs; see `Policy.plan`."""
+        batch, heads, _ = features.q.shape
+        if features.capacity_blocks == 0:
+            return _nothing_to_read(batch, heads, features.num_kv_heads)
+        inputs = head_features(features)
+        predictor = nnx.merge(self.graph, self.weights)
+        known_layers, known_heads = predictor.heads.shape[:2]
+        if features.layer >= known_layers or heads != known_heads:
+            raise ConfigError(
+                f"expected a model of {known_layers} layers and {known_heads} query heads, for "
+                f"which the predictor was calibrated, got layer {features.layer} with {heads}; "
+                "calibrate for this model"
+            )
+        needs = predictor(inputs, predictor.heads[features.layer], self.tolerance)
+        threshold, margin = self.safety.at(self.tolerance)
+        logit = needs.streaming - threshold
+        doublings = jnp.log2(jnp.asarray(GRANULARITIES_TOKENS) / GRANULARITIES_TOKENS[0])
+        log2_fraction = needs.log2_fraction(doublings) + margin
+        host_tokens = features.host_tokens
+        log2_tokens = jnp.log2(jnp.maximum(host_tokens, 1))[:, None, None] + log2_fraction
+        tokens = jnp.exp2(jnp.minimum(log2_tokens, _MOST_LOG2_TOKENS))
+        wanted = jnp.where((logit > 0)[..., None], 0.0, jnp.maximum(tokens, 1.0))
+        # What is not a number must be read, so that the fault surfaces.
+        wanted = jnp.where(jnp.isfinite(wanted), wanted, 2.0**_MOST_LOG2_TOKENS)
+        granularity, budget_tokens, clipped = select_granularity(
+            jnp.ceil(wanted).astype(jnp.int32), host_tokens, features.layout
+        )
+        return Plan(
+            granularity=granularity,
+            budget_tokens=budget_tokens,
+            shared=jnp.zeros(granularity.shape, bool),
+            clipped=clipped,
+            notes=FluxionNotes(logit, log2_fraction),
+        )
+
+    def with_tolerance(self, tolerance: float) -> FluxionPolicy:
+        """The same policy at another tolerance.
+
+        Raises:
+          ConfigError: it lies outside of the calibrated range.
+        """
+        known = np.asarray(self.safety.tolerances, np.float64)
+        # A tolerance that went through float32 must still be within.
+        if not known[0] * (1 - 1e-6) <= tolerance <= known[-1] * (1 + 1e-6):
+            raise ConfigError(
+                f"expected a tolerance within the calibrated range, {known[0]:.3g} to "
+                f"{known[-1]:.3g}, got {tolerance}"
+            )
+        return dataclasses.replace(self, tolerance=np.asarray(tolerance, np.float32))
+
+    def __str__(self) -> str:
+        return f"fluxion:tolerance={float(self.tolerance):.6g}"
+
+
+def _nothing_to_read(batch: int, heads: int, kv_heads: int) -> Plan:
+    """The plan of a cache that fits into the window."""
+    return Plan(
+        granularity=jnp.full((batch, kv_heads), GRANULARITIES_TOKENS[-1], jnp.int32),
+        budget_tokens=jnp.zeros((batch, heads), jnp.int32),
+        shared=jnp.zeros((batch, kv_heads), bool),
+    )

@@ -111,6 +111,9 @@ def save_calibration(
     for old in folder.glob("version-*"):
         if old.name != version:
             shutil.rmtree(old, ignore_errors=True)
+    # What a process that was killed left.
+    for unfinished in folder.glob(".version-*.json"):
+        unfinished.unlink(missing_ok=True)
 
 
 def load_calibration(folder: Path, identity: str, tolerance: float | None = None) -> FluxionPolicy:

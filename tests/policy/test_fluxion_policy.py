@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fluxion_jax as fx
+from fluxion_jax.calibration.storage import make_policy
+from fluxion_jax.decode import decode_chunk
+from fluxion_jax.policy import FluxionPolicy, parse_policy
+from fluxion_jax.policy.features import head_features
+from fluxion_jax.policy.fluxion_policy import Safety
+from fluxion_jax.policy.head_predictor import HeadPredictor
+from fluxion_jax.policy.protocol import Features
+from tests.generation import tiny
+
+TOLERANCES = (0.05, 0.1, 0.4)
+
+
+def random_policy(seed: int = 0, margin: float = -3.0, threshold: float = 0.05) -> FluxionPolicy:
+    """An untrained predictor, whose margin makes budgets of about an eighth."""
+    config = tiny.llama().config
+    predictor = HeadPredictor(config.num_layers, config.num_heads, rngs=nnx.Rngs(seed))
+    safety = Safety(
+        np.asarray(TOLERANCES, np.float32),
+        np.asarray([threshold + 0.01, threshold, threshold - 0.01], np.float32),
+        np.asarray([margin + 1, margin, margin - 1], np.float32),
+    )
+    return make_policy(predictor, safety, 0.1)
+
+
+def a_layer(host_tokens: list[int]) -> Features:
+    """What a policy sees, random, in a cache of up to 1,024 host tokens."""
+    rng = np.random.default_rng(0)
+    batch, heads, kv_heads, size, blocks = len(host_tokens), 6, 2, 64, 64
+    layout = fx.KVLayout(2, kv_heads, size, "float32", num_heads=heads)
+    cache = fx.HostKV.allocate(layout, batch, 16 * blocks + 320)
+    sketch = cache.sketch[0]
+    drawn = rng.standard_normal(sketch.runs.shape)
+    drawn[..., 2:, :] = np.abs(drawn[..., 2:, :]) + 2.0
+    slots = layout.window_tokens
+    return Features(
+        q=jnp.asarray(rng.standard_normal((batch, heads, size)), jnp.float32),
+        window_out=jnp.asarray(rng.standard_normal((batch, heads, size)), jnp.float32),
+        window_lse=jnp.asarray(rng.uniform(4, 6, (batch, heads)), jnp.float32),
+        layer=1,
+        num_kv_heads=kv_heads,
+        layout=layout,
+        scale=0.125,
+        capacity_blocks=cache.num_host_blocks,
+        host_tokens=jnp.asarray(host_tokens, jnp.int32),
+        window_k=jnp.asarray(rng.standard_normal((batch, kv_heads, slots, size)), jnp.float32),
+        window_positions=jnp.broadcast_to(jnp.arange(slots) + 500, (batch, slots)),
+        sketch=sketch._replace(runs=jnp.asarray(drawn, jnp.float32)),
+    )
+
+
+def test_the_plan_is_what_predictor_safety_and_selector_say():
+    policy, features = random_policy(), a_layer([1024, 176, 0])
+    plan = policy.plan(features, jnp.asarray([1400, 500, 100]))
+    predictor = nnx.merge(policy.graph, policy.weights)
+    needs = predictor(head_features(features), predictor.heads[1], policy.tolerance)
+    streaming = np.asarray(needs.streaming) > 0.05
+    assert 0 < streaming[:2].sum() < streaming[:2].size
+    granularity, budgets = np.asarray(plan.granularity), np.asarray(plan.budget_tokens)
+    for b, host in enumerate([1024, 176, 0]):
+        for n in range(6):
+            size = granularity[b, n // 3]
+            fraction = needs.base[b, n] + needs.growth[b, n] * np.log2(size / 16) - 3.0
+            wanted = np.ceil(np.ceil(min(host * 2.0 ** float(fraction), host)) / size) * size
+            expected = 0 if streaming[b, n] or host == 0 else max(wanted, size)
+            assert budgets[b, n] == expected, (b, n)
+    assert not np.asarray(plan.clipped).any()
+    greedy = random_policy(margin=5.0).plan(features, jnp.asarray([1400, 500, 100]))
+    np.testing.assert_array_equal(
+        greedy.clipped, ~streaming & (np.asarray(features.host_tokens) > 0)[:, None]
+    )
+    np.testing.assert_array_equal(
+        (np.asarray(plan.notes.streaming_logit) > 0), np.asarray(needs.streaming) > 0.05
+    )
+
+
+def test_a_larger_tolerance_takes_its_own_safety():
+    policy = random_policy()
+    for tolerance, threshold, margin in ((0.05, 0.06, -2.0), (0.4, 0.04, -4.0), (0.2, 0.045, -3.5)):
+        got = policy.with_tolerance(tolerance).safety.at(np.float32(tolerance))
+        np.testing.assert_allclose(got, (threshold, margin), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tolerance", [0.04, 0.5, float("nan")])
+def test_a_tolerance_beyond_the_calibration_is_refused(tolerance):
+    with pytest.raises(fx.ConfigError, match=r"within the calibrated range, 0\.05 to 0\.4"):
+        random_policy().with_tolerance(tolerance)
+
+
+def test_what_is_not_a_number_is_read_so_that_it_surfaces():
+    features = a_layer([1024])
+    features = features._replace(q=features.q.at[0, 4, 7].set(jnp.nan))
+    plan = random_policy().plan(features, jnp.asarray([1400]))
+    assert (np.asarray(plan.budget_tokens)[0, 4] == 1024).all()
+
+
+def test_another_models_predictor_is_refused():
+    features = a_layer([1024])
+    with pytest.raises(fx.ConfigError, match="expected a model of 2 layers and 6 query heads"):
+        random_policy().plan(features._replace(layer=2), jnp.asarray([1400]))
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[fx.Result, list[list[int]]]:
+    rows = tiny.prompts()
+    execution = fx.Execution(dense_below_tokens=0, record=True)
+    return tiny.generate(
+        tiny.llama(), rows, policy=random_policy(), max_new_tokens=40, execution=execution
+    ), rows
+
+
+def test_a_generation_is_sparse_and_replays_bit_for_bit(recorded, tmp_path):
+    result, rows = recorded
+    assert 0 < result.stats.read_fraction < 0.9
+    assert result.plans.granularity.shape == (3, 40, 2, 2)
+    result.plans.save(tmp_path / "plans.npz")
+    again = tiny.generate(
+        tiny.llama(), rows, policy=f"replay:{tmp_path}/plans.npz", max_new_tokens=40
+    )
+    for got, expected in zip(again.tokens, result.tokens, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    for got, expected in zip(again.log_probs, result.log_probs, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(again.stats.host_blocks, result.stats.host_blocks)
+    for got, expected in zip(again.cache.window_k, result.cache.window_k, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_tolerance_and_weights_change_without_recompiling(recorded):
+    rows = tiny.prompts(seed=1)
+    execution = fx.Execution(dense_below_tokens=0, record=True)
+    before = decode_chunk.compilations()
+    read = []
+    for policy in (
+        random_policy().with_tolerance(0.05),
+        random_policy().with_tolerance(0.3),
+        random_policy(seed=1),
+        dataclasses.replace(random_policy(), tolerance=np.float32(0.07)),
+    ):
+        result = tiny.generate(
+            tiny.llama(), rows, policy=policy, max_new_tokens=40, execution=execution
+        )
+        read.append(result.stats.host_bytes)
+    assert decode_chunk.compilations() == before
+    assert len(set(read)) == 4
+    assert read[0] > read[1]
+
+
+def test_recording_needs_the_query_heads_and_own_rankings():
+    model, rows = tiny.llama(), tiny.prompts()
+    execution = fx.Execution(dense_below_tokens=0, record=True)
+    layout = dataclasses.replace(model.config.kv_layout("float32"), num_heads=None)
+    cache = fx.HostKV.allocate(layout, tiny.BATCH, tiny.CAPACITY_TOKENS)
+    with pytest.raises(fx.ConfigError, match="expected a cache whose layout names its query heads"):
+        tiny.generate(model, rows, cache=cache, execution=execution)
+    with pytest.raises(fx.ConfigError, match="ranks each head by itself"):
+        tiny.generate(model, rows, policy="fixed:16:0.1:group", execution=execution)
+
+
+@pytest.mark.parametrize(
+    "name", ["fluxion:", "fluxion:0.1", "fluxion:tolerance=x", "fluxion:weights=", "fluxion:a=1"]
+)
+def test_names_that_are_not_policies(name):
+    with pytest.raises(fx.ConfigError, match="'fluxion:tolerance=T'"):
+        parse_policy(name)
+
+
+def test_names_need_a_model_with_calibrated_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(fx.ConfigError, match="expected a model for the policy 'fluxion'"):
+        parse_policy("fluxion")
+    with pytest.raises(fx.ConfigError, match="tolerance above 0, got -1"):
+        parse_policy("fluxion:tolerance=-1")
+    with pytest.raises(fx.ConfigError, match="run: fluxion calibrate --model"):
+        tiny.generate(tiny.llama(), tiny.prompts(), policy="fluxion")
+
+
+def test_a_policy_is_a_pytree_of_numbers():
+    policy = random_policy()
+    leaves, structure = jax.tree.flatten(policy)
+    assert all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
+    assert structure == jax.tree.structure(random_policy(seed=1).with_tolerance(0.3))
+    assert str(policy) == "fluxion:tolerance=0.1"

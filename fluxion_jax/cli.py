@@ -119,6 +119,11 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
     parser.add_argument("--batch", type=int, default=4, metavar="B", help="samples at once")
     parser.add_argument("--text", type=Path, metavar="F", help="a text file for real_text")
+    parser.add_argument(
+        "--shared-prefix",
+        action="store_true",
+        help="answer all policies at once from one prefix on the device; oracle:TOLERANCE needs it",
+    )
     _add_common(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -245,12 +250,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         batch=arguments.batch,
         text=None if arguments.text is None else _read_prompt(str(arguments.text)),
+        shared_prefix=arguments.shared_prefix,
     )
     model: Any = arguments.model or runner.DEFAULT_MODEL
     data = None
     frozen: dict[str, Any] = {}
     if arguments.protocol is not None:
-        settings, document = load_protocol(arguments.protocol)
+        settings, document = load_protocol(
+            arguments.protocol, shared_prefix=arguments.shared_prefix
+        )
         model = load_model(model)
         checked = check_prompts(model, settings, document)
         frozen = {"protocol": {"sha256": document["sha256"], "prompts_checked": checked}}

@@ -15,7 +15,7 @@ from fluxion_jax.attention import Execution
 from fluxion_jax.bench.stamp import stamp
 from fluxion_jax.demo import long_text
 from fluxion_jax.errors import ConfigError
-from fluxion_jax.evaluation.answers import answer
+from fluxion_jax.evaluation.answers import answer, answer_together
 from fluxion_jax.evaluation.fingerprints import model_fingerprint
 from fluxion_jax.evaluation.needles import NUM_DEPTHS
 from fluxion_jax.evaluation.real_text import compare, spread, stretches
@@ -52,6 +52,8 @@ class Settings:
         rounding depends on it.
       scored_tokens: tokens at the end of each stretch of real text that are scored.
       text: the real text; None takes English prose out of the standard library.
+      shared_prefix: all policies answer at once from one prefix on the device instead of from
+        forked host caches; the only way to run `oracle:TOLERANCE`. See `evaluation.branches`.
     """
 
     policies: tuple[str | Policy, ...] = DEFAULT_POLICIES
@@ -62,6 +64,7 @@ class Settings:
     batch: int = 4
     scored_tokens: int = SCORED_TOKENS
     text: str | None = None
+    shared_prefix: bool = False
 
     def __post_init__(self) -> None:
         unknown = [task for task in self.tasks if task not in TASKS and task != REAL_TEXT]
@@ -161,14 +164,18 @@ def evaluate(
         disable=not show_progress(progress),
     )
     answered, rows = [], []
+
+    def answer_batch(batch: Sequence[Sample]) -> list[dict[str, Any]]:
+        if settings.shared_prefix:
+            return answer_together(model, fingerprint, batch, policies, folder, execution)
+        return answer(model, fingerprint, batch, policies, folder, execution, progress=False)
+
     with bars:
         for (task, length), samples in groups.items():
             cells = []
             for batch in _batches(samples, settings.batch):
                 bars.set_postfix_str(f"{task} {length}")
-                cells.append(
-                    answer(model, fingerprint, batch, policies, folder, execution, progress=False)
-                )
+                cells.append(answer_batch(batch))
                 answered += _answered(batch, cells[-1])
                 bars.update(len(batch))
             rows += answer_rows(task, length, cells)
@@ -203,6 +210,7 @@ def evaluate(
             "batch": settings.batch,
             "scored_tokens": settings.scored_tokens,
             "dense_below_tokens": execution.dense_below_tokens,
+            "shared_prefix": settings.shared_prefix,
         },
         "prompts_sha256": {
             f"{task}:{length}": prompts_sha256(samples)

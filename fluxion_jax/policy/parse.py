@@ -6,12 +6,13 @@ import jax
 
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.fixed_policy import fixed, full
+from fluxion_jax.policy.oracle_policy import oracle
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.replay_policy import replay
 
 GRAMMAR = (
-    "'full', 'fixed:GRANULARITY:FRACTION', 'fixed:GRANULARITY:FRACTION:group' or 'replay:FILE', "
-    "for example 'fixed:16:0.05'"
+    "'full', 'fixed:GRANULARITY:FRACTION', 'fixed:GRANULARITY:FRACTION:group', 'replay:FILE' or "
+    "'oracle:TOLERANCE', for example 'fixed:16:0.05'"
 )
 
 
@@ -19,8 +20,8 @@ def parse_policy(policy: str | Policy) -> Policy:
     """Turns a policy's name into the policy; returns a policy unchanged.
 
     Args:
-      policy: a name such as `"full"`, `"fixed:16:0.05"`, `"fixed:32:0.02:group"` or
-        `"replay:plans.npz"`, or an object with a `plan` method.
+      policy: a name such as `"full"`, `"fixed:16:0.05"`, `"fixed:32:0.02:group"`,
+        `"replay:plans.npz"` or `"oracle:0.1"`, or an object with a `plan` method.
 
     Raises:
       ConfigError: the text is not a policy, or a value in it is out of range.
@@ -49,4 +50,10 @@ def parse_policy(policy: str | Policy) -> Policy:
         except ValueError:
             raise ConfigError(f"expected numbers in {policy!r}; write {GRAMMAR}") from None
         return fixed(granularity_tokens, budget_fraction, per_group=len(fields) == 3)
+    if name == "oracle" and len(fields) == 1:
+        try:
+            tolerance = float(fields[0])
+        except ValueError:
+            raise ConfigError(f"expected a number in {policy!r}; write {GRAMMAR}") from None
+        return oracle(tolerance)
     raise ConfigError(f"expected {GRAMMAR}; got {policy!r}")

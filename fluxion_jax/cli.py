@@ -120,6 +120,9 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=4, metavar="B", help="samples at once")
     parser.add_argument("--text", type=Path, metavar="F", help="a text file for real_text")
     parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that make the samples"
+    )
+    parser.add_argument(
         "--shared-prefix",
         action="store_true",
         help="answer all policies at once from one prefix on the device; oracle:TOLERANCE needs it",
@@ -277,6 +280,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         settings,
         data=data,
         folder=folder / "cells" if folder else None,
+        workers=arguments.workers,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     report |= frozen

@@ -219,8 +219,7 @@ def select(
         ranked = (grouped.max(axis=-1) > 0) & (grouped.min(axis=-1) < units)
         return pallas_kernels.unpack(bitmap, num_blocks), union, jnp.where(ranked, units, 0)
 
-    in_axes = (1, Plan(*(1 for _ in Plan._fields)))
-    bits, blocks, units = jax.vmap(one_branch, in_axes, 1)(q, plan)
+    bits, blocks, units = jax.vmap(one_branch, 1, 1)(q, plan)
     tokens = jnp.repeat(bits, BLOCK_TOKENS, axis=-1)
     tokens = jnp.pad(tokens, ((0, 0),) * 3 + ((layout.sink_tokens, 0),))
     return Selected(tokens, blocks, units)

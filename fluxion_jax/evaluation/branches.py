@@ -117,12 +117,12 @@ def run_branches(
         dense_below_tokens,
     )
     found = np.asarray(tokens)
-    counted = Counts(*(np.asarray(c, np.int64) for c in counts))
-    read = counted.blocks * layout.block_bytes + counted.units * layout.unit_summary_bytes
+    blocks, units, cached, answered = (np.asarray(c, np.int64) for c in counts)
+    read = blocks * layout.block_bytes + units * layout.unit_summary_bytes
     return Branched(
         [[row[row != NO_TOKEN].tolist() for row in found[:, v]] for v in range(len(policies))],
-        read / np.maximum(counted.tokens, 1),
-        counted.blocks / np.maximum(counted.cached_blocks, 1),
+        read / np.maximum(answered, 1),
+        blocks / np.maximum(cached, 1),
     )
 
 

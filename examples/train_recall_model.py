@@ -334,6 +334,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--total-seconds", type=float, help="limit for data, training and scoring together"
     )
+    parser.add_argument(
+        "--no-scores", action="store_true", help="leave the marks to a later session"
+    )
     parser.add_argument("--steps-per-stage", type=int, help="end each stage after so many steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="data processes; default: all cores but two")
@@ -347,7 +350,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(args)
     try:
         run.train()
-        run.score()
+        if not args.no_scores:
+            run.score()
     finally:
         run.close()
 

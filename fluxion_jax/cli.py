@@ -78,7 +78,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus, used above 0 only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", help="host (default), device, or the host's share, 0 to 1")
+    parser.add_argument(
+        "--split", help="host (default), device, model, adaptive, or the host's share, 0 to 1"
+    )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
     _add_common(parser)
     parser.set_defaults(run=_generate)
@@ -120,6 +122,14 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
     parser.add_argument("--batch", type=int, default=4, metavar="B", help="samples at once")
     parser.add_argument("--text", type=Path, metavar="F", help="a text file for real_text")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that make the samples"
+    )
+    parser.add_argument(
+        "--shared-prefix",
+        action="store_true",
+        help="answer all policies at once from one prefix on the device; oracle:TOLERANCE needs it",
+    )
     _add_common(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -280,12 +290,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         batch=arguments.batch,
         text=None if arguments.text is None else _read_prompt(str(arguments.text)),
+        shared_prefix=arguments.shared_prefix,
     )
     model: Any = arguments.model or runner.DEFAULT_MODEL
     data = None
     frozen: dict[str, Any] = {}
     if arguments.protocol is not None:
-        settings, document = load_protocol(arguments.protocol)
+        settings, document = load_protocol(
+            arguments.protocol, shared_prefix=arguments.shared_prefix
+        )
         model = load_model(model)
         checked = check_prompts(model, settings, document)
         frozen = {"protocol": {"sha256": document["sha256"], "prompts_checked": checked}}
@@ -304,6 +317,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         settings,
         data=data,
         folder=folder / "cells" if folder else None,
+        workers=arguments.workers,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     report |= frozen

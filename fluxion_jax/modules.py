@@ -151,7 +151,7 @@ class Attention(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
         q, k, v = self._project(x, positions)
-        out = _dense_attention(q, k, v, lengths, self.scale, self.sliding_window)
+        out = dense_attention(q, k, v, lengths, self.scale, self.sliding_window)
         return self.o(out.astype(x.dtype).reshape(batch, tokens, -1))
 
     def prefill(
@@ -251,7 +251,7 @@ class Attention(nnx.Module):
         return q, k, v
 
 
-def _dense_attention(
+def dense_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

@@ -30,10 +30,10 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(256, 128, 0.28),
+    Stage(256, 128, 0.20),
     Stage(1024, 64, 0.20),
-    Stage(4096, 32, 0.27),
-    Stage(16_384, 16, 0.25),
+    Stage(4096, 32, 0.28),
+    Stage(16_384, 16, 0.32),
 )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 import host_ops
 from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout, host_tokens, num_units
+from fluxion_jax.cache.preflight import require_memory
 from fluxion_jax.cache.sketch import Sketch, empty_sketch, forget_rows
 from fluxion_jax.cache.summaries import MIN_EXPONENT
 from fluxion_jax.errors import CacheFullError, ConfigError, FluxionError
@@ -47,6 +48,8 @@ class HostKV:
       sliding_v: likewise.
       sketch: per global layer what policies know of the host cache, on the device; empty if the
         layout does not name its query heads, or nothing ever lies on the host.
+      pace: float32 `[2]`, how much faster than its cost model each side has been, log2; see
+        `policy.scheduler`.
       lengths: int32 `[B]`, tokens of each sequence.
       active: bool `[B]`; other rows take no part in a step and have no work.
       status: int32 `[1]`, OR of status bits; 0 while all is well. `check` turns it into an error.
@@ -66,6 +69,7 @@ class HostKV:
     sliding_k: Arrays
     sliding_v: Arrays
     sketch: tuple[Sketch, ...]
+    pace: jax.Array
     lengths: jax.Array
     active: jax.Array
     status: jax.Array
@@ -82,12 +86,13 @@ class HostKV:
           max_tokens: capacity of each sequence in tokens, prompt and generation together.
 
         Raises:
-          ConfigError: `batch` or `max_tokens` is below 1.
+          ConfigError: `batch` or `max_tokens` is below 1, or the cache does not fit into memory.
         """
         if batch < 1 or max_tokens < 1:
             raise ConfigError(
                 f"expected batch >= 1 and max_tokens >= 1, got {batch} and {max_tokens}"
             )
+        require_memory(layout, batch, max_tokens)
         dtype = layout.jax_dtype
         heads, head_dim = layout.num_kv_heads, layout.head_dim
         blocks = layout.host_blocks(max_tokens)
@@ -95,7 +100,6 @@ class HostKV:
         summaries_kind = "pinned_host" if layout.summaries == "host" else "device"
 
         def each(count: int, shape: tuple[int, ...], dtype: Any, kind: str = "device") -> Arrays:
-            # One array at a time: on a GPU a pinned result passes through the device.
             return tuple(_zeros((batch, heads, *shape), dtype, kind) for _ in range(count))
 
         host_shape = (blocks, BLOCK_TOKENS, head_dim)
@@ -119,6 +123,7 @@ class HostKV:
                 empty_sketch(layout, batch, blocks)
                 for _ in range(num_global if layout.num_heads and blocks else 0)
             ),
+            pace=jnp.zeros((2,), jnp.float32),
             lengths=jnp.zeros((batch,), jnp.int32),
             active=jnp.ones((batch,), bool),
             status=jnp.zeros((1,), jnp.int32),
@@ -256,10 +261,14 @@ class HostKV:
         if not index.size:
             raise ConfigError("expected at least one row to fork, got none; name rows to copy")
         copied = jax.tree.map(
-            lambda x: _take_rows(x, index), self.replace(status=None, cancel=None, home=None)
+            lambda x: _take_rows(x, index),
+            self.replace(pace=None, status=None, cancel=None, home=None),
         )
         copied = copied.replace(
-            status=jnp.array(self.status), cancel=jnp.zeros_like(self.cancel), home=self.home
+            pace=jnp.array(self.pace),
+            status=jnp.array(self.status),
+            cancel=jnp.zeros_like(self.cancel),
+            home=self.home,
         )
         return copied.at_home()  # type: ignore[no-any-return]
 
@@ -312,6 +321,17 @@ class HostKV:
         """Bytes in device memory."""
         return sum(x.nbytes for x in jax.tree.leaves(self)) - self.host_bytes
 
+    def _parts(self, place: str) -> dict[str, int]:
+        """Bytes in a place by what they are for."""
+        summaries = sum(x.nbytes for x in self.summaries)
+        parts = {"summaries": summaries if self.layout.summaries == place else 0}
+        if place == "host":
+            return {"keys and values": self.host_bytes - parts["summaries"], **parts}
+        parts["window"] = sum(x.nbytes for x in (*self.window_k, *self.window_v))
+        parts["sliding layers"] = sum(x.nbytes for x in (*self.sliding_k, *self.sliding_v))
+        parts["rest"] = self.device_bytes - sum(parts.values())
+        return parts
+
     def _row_index(self, rows: Sequence[int] | np.ndarray | None) -> np.ndarray:
         """Row numbers, int32; all of them for None."""
         if rows is None:
@@ -341,7 +361,8 @@ class HostKV:
             f"  lengths {lengths} of {self.max_tokens} tokens; "
             f"window {layout.sink_tokens} + {layout.recent_tokens} tokens; "
             f"summaries on the {layout.summaries}\n"
-            f"  host {_mib(self.host_bytes)}, device {_mib(self.device_bytes)}"
+            f"  host {_mib(self.host_bytes)}: {_places(self._parts('host'))}\n"
+            f"  device {_mib(self.device_bytes)}: {_places(self._parts('device'))}"
         )
 
 
@@ -383,6 +404,9 @@ def _zeros_program(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, kind: str) -> jax.Array:
+    if kind == "pinned_host" and jax.default_backend() != "cpu":
+        # A program's result would pass through as much memory on the device.
+        return jax.device_put(np.zeros(shape, dtype), memory_sharding(kind))
     return _zeros_program(shape, dtype, memory_sharding(kind))()  # type: ignore[no-any-return]
 
 
@@ -410,6 +434,10 @@ def _address(cache: HostKV) -> list[int]:
         return [0, 0]
     address = cache.k[0].unsafe_buffer_pointer()
     return [address & 0xFFFFFFFF, address >> 32]
+
+
+def _places(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size) or "nothing"
 
 
 def _mib(num_bytes: int) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from fluxion_jax.attention import Execution
 from fluxion_jax.bench.cells import cell
 from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.evaluation.branches import run_branches
 from fluxion_jax.evaluation.fingerprints import digest, policy_fingerprint
 from fluxion_jax.evaluation.metrics import METRICS
 from fluxion_jax.evaluation.samples import Sample
@@ -48,8 +49,6 @@ def answer(
       sample: `tokens`, `text`, `score` (0 to 1), and `same_prefix`, the share of the reference's
       tokens before the first that differs.
     """
-    assert model.tokenizer is not None
-    tokenizer = model.tokenizer
     # Few different capacities, so that batches share programs, and none far beyond what is needed.
     needed = max(len(sample.tokens) + sample.max_new_tokens for sample in samples)
     capacity = min(samples[0].length_tokens, -(-needed // _CAPACITY_TOKENS) * _CAPACITY_TOKENS)
@@ -77,7 +76,7 @@ def answer(
             "host_bytes_per_token": result.stats.host_bytes_per_token,
             "read_fraction": result.stats.read_fraction,
             "tokens": tokens,
-            "text": [tokenizer.decode(row) for row in tokens],
+            "text": _texts(model, tokens),
         }
 
     common = digest(
@@ -87,19 +86,74 @@ def answer(
         capacity=capacity,
         max_new_tokens=samples[0].max_new_tokens,
     )
-    found: list[dict[str, Any]] = []
+    found = []
     for policy in policies:
         name = digest(batch=common, policy=policy_fingerprint(policy))
-        kept = cell(folder, name, functools.partial(measure, policy))
-        # Scored afresh, so that what is kept does not depend on the metrics.
+        found.append(cell(folder, name, functools.partial(measure, policy)))
+    return _scored(found, samples)
+
+
+def answer_together(
+    model: LoadedModel,
+    fingerprint: str,
+    samples: Sequence[Sample],
+    policies: Sequence[Policy],
+    folder: Path | None,
+    execution: Execution,
+) -> list[dict[str, Any]]:
+    """As `answer`, but all policies decode at once from one prefix on the device; see `branches`.
+
+    A batch is one cell of the folder, with all its policies.
+    """
+    layout = model.config.kv_layout(cache_dtype(model.model))
+
+    def measure() -> dict[str, Any]:
+        run = run_branches(
+            model.model,
+            [sample.tokens for sample in samples],
+            policies,
+            max_new_tokens=samples[0].max_new_tokens,
+            stop_tokens=model.tokenizer.eos_ids if model.tokenizer else (),
+            layout=layout,
+            dense_below_tokens=execution.dense_below_tokens,
+        )
+        return {
+            "found": [
+                {
+                    "policy": str(policy),
+                    "host_bytes_per_token": float(run.host_bytes_per_token[v]),
+                    "read_fraction": float(run.read_fraction[v]),
+                    "tokens": run.tokens[v],
+                    "text": _texts(model, run.tokens[v]),
+                }
+                for v, policy in enumerate(policies)
+            ]
+        }
+
+    name = digest(
+        model=fingerprint,
+        together=[policy_fingerprint(policy) for policy in policies],
+        dense_below_tokens=execution.dense_below_tokens,
+        prompts=[sample.tokens for sample in samples],
+        max_new_tokens=samples[0].max_new_tokens,
+    )
+    return _scored(cell(folder, name, measure)["found"], samples)
+
+
+def _texts(model: LoadedModel, tokens: Sequence[Sequence[int]]) -> list[str]:
+    assert model.tokenizer is not None
+    return [model.tokenizer.decode(row) for row in tokens]
+
+
+def _scored(found: list[dict[str, Any]], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Scored afresh, so that what is kept does not depend on the metrics."""
+    for kept in found:
         kept["score"] = [
             METRICS[s.metric](text, s.references)
             for s, text in zip(samples, kept["text"], strict=True)
         ]
-        reference = found[0]["tokens"] if found else kept["tokens"]
-        pairs = zip(reference, kept["tokens"], strict=True)
+        pairs = zip(found[0]["tokens"], kept["tokens"], strict=True)
         kept["same_prefix"] = [_same_prefix(r, t) for r, t in pairs]
-        found.append(kept)
     return found
 
 

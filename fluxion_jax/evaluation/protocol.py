@@ -15,8 +15,12 @@ from fluxion_jax.models.load import LoadedModel
 _NAMES = ("policies", "tasks", "lengths_tokens", "samples", "seed", "batch")
 
 
-def load_protocol(path: Path) -> tuple[Settings, dict[str, Any]]:
+def load_protocol(path: Path, *, shared_prefix: bool = False) -> tuple[Settings, dict[str, Any]]:
     """Reads a protocol.
+
+    Args:
+      path: of the file.
+      shared_prefix: run it from a shared prefix, its oracles included.
 
     Returns:
       The settings, and the whole document with its own `sha256`.
@@ -33,6 +37,9 @@ def load_protocol(path: Path) -> tuple[Settings, dict[str, Any]]:
         name: tuple(document[name]) if isinstance(document[name], list) else document[name]
         for name in _NAMES
     }
+    if shared_prefix:
+        oracles = (f"oracle:{tolerance}" for tolerance in document.get("oracle_tolerances", ()))
+        values |= {"policies": (*values["policies"], *oracles), "shared_prefix": True}
     settings = Settings(**values)
     return settings, {**document, "sha256": hashlib.sha256(content).hexdigest()}
 

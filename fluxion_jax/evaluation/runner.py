@@ -15,13 +15,13 @@ from fluxion_jax.attention import Execution
 from fluxion_jax.bench.stamp import stamp
 from fluxion_jax.demo import long_text
 from fluxion_jax.errors import ConfigError
-from fluxion_jax.evaluation.answers import answer
+from fluxion_jax.evaluation.answers import answer, answer_together
 from fluxion_jax.evaluation.fingerprints import model_fingerprint
-from fluxion_jax.evaluation.needles import NUM_DEPTHS
-from fluxion_jax.evaluation.real_text import compare, spread, stretches
+from fluxion_jax.evaluation.making import Key, made_groups, one_sample
+from fluxion_jax.evaluation.real_text import compare, stretches
 from fluxion_jax.evaluation.report import answer_rows, text_rows
 from fluxion_jax.evaluation.samples import Sample
-from fluxion_jax.evaluation.tasks import TASKS, make_sample
+from fluxion_jax.evaluation.tasks import TASKS
 from fluxion_jax.models.load import LoadedModel, load_model
 from fluxion_jax.policy.parse import check_policy, parse_policy
 from fluxion_jax.policy.protocol import Policy
@@ -52,6 +52,8 @@ class Settings:
         rounding depends on it.
       scored_tokens: tokens at the end of each stretch of real text that are scored.
       text: the real text; None takes English prose out of the standard library.
+      shared_prefix: all policies answer at once from one prefix on the device instead of from
+        forked host caches; the only way to run `oracle:TOLERANCE`. See `evaluation.branches`.
     """
 
     policies: tuple[str | Policy, ...] = DEFAULT_POLICIES
@@ -62,6 +64,7 @@ class Settings:
     batch: int = 4
     scored_tokens: int = SCORED_TOKENS
     text: str | None = None
+    shared_prefix: bool = False
 
     def __post_init__(self) -> None:
         unknown = [task for task in self.tasks if task not in TASKS and task != REAL_TEXT]
@@ -93,17 +96,7 @@ def task_samples(
       seeds: one per sample; a seed says the depth as well.
     """
     assert model.tokenizer is not None
-    steps = NUM_DEPTHS - 1
-    return [
-        make_sample(
-            task,
-            model.tokenizer,
-            length_tokens,
-            seed,
-            depth_fraction=round(spread(seed) * steps) / steps if TASKS[task].has_depth else None,
-        )
-        for seed in seeds
-    ]
+    return [one_sample(model.tokenizer, task, length_tokens, seed) for seed in seeds]
 
 
 def evaluate(
@@ -113,6 +106,7 @@ def evaluate(
     data: Sequence[Sample] | None = None,
     folder: Path | None = None,
     execution: Execution | None = None,
+    workers: int = 0,
     progress: bool | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -125,6 +119,8 @@ def evaluate(
         `data.load_data`.
       folder: finished cells are kept there, by what they depend on, and not computed again.
       execution: how a step runs; None for the product's defaults.
+      workers: processes that make the samples while the model answers; 0 makes them in this one. A
+        script that asks for workers must guard its start with `if __name__ == "__main__":`.
       progress: show progress bars; None shows them on a terminal.
       say: told in one line what happens next.
 
@@ -154,24 +150,28 @@ def evaluate(
             f"{too_long[0]}; ask for less"
         )
     fingerprint = model_fingerprint(model.model, model.config)
-    groups = _groups(model, settings, data)
+    groups, num_samples = _groups(model, settings, data, workers)
     texts = _texts(model, settings) if data is None and REAL_TEXT in settings.tasks else {}
     bars = tqdm(
-        total=sum(len(b) for g in groups.values() for b in _batches(g, settings.batch))
-        + settings.samples * len(texts),
+        total=num_samples + settings.samples * len(texts),
         desc="evaluate",
         unit="sample",
         disable=not show_progress(progress),
     )
-    answered, rows = [], []
+    answered, rows, prompts = [], [], {}
+
+    def answer_batch(batch: Sequence[Sample]) -> list[dict[str, Any]]:
+        if settings.shared_prefix:
+            return answer_together(model, fingerprint, batch, policies, folder, execution)
+        return answer(model, fingerprint, batch, policies, folder, execution, progress=False)
+
     with bars:
-        for (task, length), samples in groups.items():
+        for (task, length), samples in groups:
+            prompts[f"{task}:{length}"] = prompts_sha256(samples)
             cells = []
             for batch in _batches(samples, settings.batch):
                 bars.set_postfix_str(f"{task} {length}")
-                cells.append(
-                    answer(model, fingerprint, batch, policies, folder, execution, progress=False)
-                )
+                cells.append(answer_batch(batch))
                 answered += _answered(batch, cells[-1])
                 bars.update(len(batch))
             rows += answer_rows(task, length, cells)
@@ -206,11 +206,9 @@ def evaluate(
             "batch": settings.batch,
             "scored_tokens": settings.scored_tokens,
             "dense_below_tokens": execution.dense_below_tokens,
+            "shared_prefix": settings.shared_prefix,
         },
-        "prompts_sha256": {
-            f"{task}:{length}": prompts_sha256(samples)
-            for (task, length), samples in groups.items()
-        },
+        "prompts_sha256": prompts,
         "rows": rows,
         "text_rows": text_table,
         "samples": answered,
@@ -231,21 +229,23 @@ def _with_reference(policies: Sequence[str | Policy], model: LoadedModel) -> lis
 
 
 def _groups(
-    model: LoadedModel, settings: Settings, data: Sequence[Sample] | None
-) -> dict[tuple[str, int], list[Sample]]:
+    model: LoadedModel, settings: Settings, data: Sequence[Sample] | None, workers: int
+) -> tuple[Iterable[tuple[Key, list[Sample]]], int]:
+    """Samples by task and length, and how many there are."""
     if data is None:
-        seeds = range(settings.seed, settings.seed + settings.samples)
-        return {
-            (task, length): task_samples(model, task, length, seeds)
+        keys = [
+            (task, length)
             for task in dict.fromkeys(settings.tasks)
             if task != REAL_TEXT
             for length in dict.fromkeys(settings.lengths_tokens)
-        }
-    found: dict[tuple[str, int], list[Sample]] = defaultdict(list)
+        ]
+        seeds = range(settings.seed, settings.seed + settings.samples)
+        return made_groups(model.tokenizer, keys, seeds, workers), len(keys) * len(seeds)
+    found: dict[Key, list[Sample]] = defaultdict(list)
     # Prompts of like length together: a batch takes as long as its longest.
     for sample in sorted(data, key=lambda s: len(s.tokens)):
         found[sample.task, sample.length_tokens].append(sample)
-    return dict(found)
+    return found.items(), len(data)
 
 
 def _texts(model: LoadedModel, settings: Settings) -> dict[int, list[tuple[int, ...]]]:

@@ -132,16 +132,22 @@ def fit(
             f"expected at least {len(best[1]) + task.max_new_tokens} tokens for {task.name} with "
             f"this tokenizer, got length_tokens={length_tokens}; ask for more"
         )
-    fits, too_large = 1, 2
-    while len((tried := attempt(too_large))[1]) <= room:
-        best, fits, too_large = tried, too_large, 2 * too_large
-    while too_large - fits > 1:
-        middle = (fits + too_large) // 2
-        tried = attempt(middle)
-        if len(tried[1]) <= room:
-            best, fits = tried, middle
+    # Prompts grow evenly with their size, so a line through two of them says what to try next.
+    fits, at_fit, too_large, at_large = 1, len(best[1]), 0, 0
+    slope = 0.0
+    while too_large - fits != 1:
+        guess = fits + max(1, int((room - at_fit) / slope)) if slope else fits + 1
+        if too_large:
+            guess = min(guess, too_large - 1)
+        tried = attempt(guess)
+        count = len(tried[1])
+        slope = max(1e-3, (count - at_fit) / (guess - fits)) if count != at_fit else slope
+        if count <= room:
+            best, fits, at_fit = tried, guess, count
         else:
-            too_large = middle
+            too_large, at_large = guess, count
+        if too_large:
+            slope = max(1e-3, (at_large - at_fit) / (too_large - fits))
     draft, tokens = best
     return Sample(
         task=task.name,

@@ -264,19 +264,12 @@ def _qk_interaction(features: Features, host: _Host) -> dict[str, jax.Array]:
 def _output_contribution(
     features: Features, host: _Host, mass: jax.Array, error: jax.Array
 ) -> dict[str, jax.Array]:
-    scores = jnp.einsum(
-        "bkgh,bkwh->bkgw",
-        _grouped(features),
-        # A slot that holds no token may hold anything.
-        jnp.where(
-            (features.window_positions >= 0)[:, None, :, None],
-            features.window_k.astype(jnp.float32),
-            0.0,
-        ),
-        precision="highest",
-    )
+    keys, position = _window(features)
+    position = position[:, None]
+    # A slot that holds no token may hold anything.
+    keys = jnp.where((position >= 0)[..., None], keys.astype(jnp.float32), 0.0)
+    scores = jnp.einsum("bkgh,bkwh->bkgw", _grouped(features), keys, precision="highest")
     scores = (scores * features.scale).reshape(*features.window_lse.shape, -1)
-    position = features.window_positions[:, None]
     newest = position.max(axis=-1, keepdims=True)
 
     def odds(slots: jax.Array) -> jax.Array:
@@ -301,7 +294,7 @@ def _output_contribution(
 
 def _query_dynamics(features: Features) -> dict[str, jax.Array]:
     sketch = _sketch(features)
-    before = features.window_positions.max(axis=-1) - 1
+    before = _window(features)[1].max(axis=-1) - 1
     slot = (before % 2)[:, None]
     known = jnp.take_along_axis(sketch.previous_position, slot, axis=1)[:, 0] == before
     known = (known & (before >= 0))[:, None]
@@ -319,7 +312,7 @@ def _query_dynamics(features: Features) -> dict[str, jax.Array]:
 
 def _prefill_budgets(features: Features) -> dict[str, jax.Array]:
     sketch, probed = _sketch(features), _probed(features)
-    since = features.window_positions.max(axis=-1) - sketch.probe_position
+    since = _window(features)[1].max(axis=-1) - sketch.probe_position
     age = jnp.log2(1.0 + jnp.maximum(since, 0))[:, None]
     values = jnp.where(probed[..., None], sketch.probes, 0.0)
     return {
@@ -351,10 +344,18 @@ def _cross_head(features: Features, mass: jax.Array, error: jax.Array) -> dict[s
 def _sketch(features: Features) -> Sketch:
     if features.sketch is None:
         raise ConfigError(
-            "expected a cache that keeps a sketch, got a layout without num_heads; set "
-            "KVLayout.num_heads, or take model.config.kv_layout()"
+            "expected a cache that keeps a sketch, got none; name the query heads in "
+            "KVLayout(num_heads=...) or take model.config.kv_layout(), and evaluate without "
+            "--shared-prefix"
         )
     return features.sketch
+
+
+def _window(features: Features) -> tuple[jax.Array, jax.Array]:
+    """Keys of the window's slots and positions of their tokens; a sketch comes with a window."""
+    assert features.window_k is not None
+    assert features.window_positions is not None
+    return features.window_k, features.window_positions
 
 
 def _probed(features: Features) -> jax.Array:

@@ -8,13 +8,14 @@ import jax
 
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.fixed_policy import fixed, full
+from fluxion_jax.policy.oracle_policy import oracle
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.replay_policy import replay
 
 GRAMMAR = (
     "'full', 'fluxion', 'fluxion:tolerance=T', 'fluxion:weights=DIR', "
-    "'fixed:GRANULARITY:FRACTION', 'fixed:GRANULARITY:FRACTION:group' or 'replay:FILE', for "
-    "example 'fixed:16:0.05'"
+    "'fixed:GRANULARITY:FRACTION', 'fixed:GRANULARITY:FRACTION:group', 'replay:FILE' or "
+    "'oracle:TOLERANCE', for example 'fixed:16:0.05'"
 )
 
 
@@ -41,7 +42,8 @@ def parse_policy(policy: str | Policy, model: Any = None) -> Policy:
 
     Args:
       policy: a name such as `"full"`, `"fluxion"`, `"fluxion:tolerance=0.1"`, `"fixed:16:0.05"`,
-        `"fixed:32:0.02:group"` or `"replay:plans.npz"`, or an object with a `plan` method.
+        `"fixed:32:0.02:group"`, `"replay:plans.npz"` or `"oracle:0.1"`, or an object with a `plan`
+        method.
       model: the model that it is for, loaded; `fluxion` looks for the weights calibrated for it.
 
     Raises:
@@ -83,6 +85,12 @@ def parse_policy(policy: str | Policy, model: Any = None) -> Policy:
         except ValueError:
             raise ConfigError(f"expected numbers in {policy!r}; write {GRAMMAR}") from None
         return fixed(granularity_tokens, budget_fraction, per_group=len(fields) == 3)
+    if name == "oracle" and len(fields) == 1:
+        try:
+            tolerance = float(fields[0])
+        except ValueError:
+            raise ConfigError(f"expected a number in {policy!r}; write {GRAMMAR}") from None
+        return oracle(tolerance)
     raise ConfigError(f"expected {GRAMMAR}; got {policy!r}")
 
 

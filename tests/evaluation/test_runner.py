@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import fluxion_jax as fx
 from fluxion_jax import cli
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.evaluation import METRICS, Settings, answers, evaluate, figures, report, runner
-from fluxion_jax.evaluation.real_text import stretches
+from fluxion_jax.evaluation.real_text import spread, stretches
 from fluxion_jax.fidelity import divergence
 from fluxion_jax.models import load_model
 from tests.cli.conftest import model as model
@@ -141,7 +142,7 @@ def test_scores_of_batches_are_paired_by_sample():
 
 
 def test_depths_spread_evenly_whatever_the_number():
-    depths = sorted(runner.spread(i) for i in range(13))
+    depths = sorted(spread(i) for i in range(13))
     assert max(np.diff([0, *depths, 1])) < 2.7 / 13
     samples = [
         {"depth_fraction": d, "length_tokens": 5, "score": float(d > 0.5), "policy": "full"}
@@ -197,3 +198,20 @@ def test_the_command(capsys, monkeypatch, tmp_path, found):
     assert written == json.loads(json.dumps(made))
     for name in ("depth", "quality"):
         assert (tmp_path / f"evaluate-{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_shared_prefix_gives_the_same_table(loaded, found, tmp_path):
+    made, _ = found
+    settings = dataclasses.replace(SETTINGS, tasks=("passkey",), batch=2, shared_prefix=True)
+    settings = dataclasses.replace(settings, policies=(*SETTINGS.policies, "oracle:0.3"))
+    together = evaluate(loaded, settings, folder=tmp_path, workers=2, progress=False)
+    assert together["settings"]["shared_prefix"]
+    assert together["prompts_sha256"] == made["prompts_sha256"]
+    for row in made["rows"]:
+        (own,) = [r for r in together["rows"] if r["policy"] == row["policy"]]
+        for name in ("score", "same_prefix", "host_bytes_per_token", "read_fraction"):
+            assert own[name] == pytest.approx(row[name]), name
+    (oracle,) = [r for r in together["rows"] if r["policy"] == "oracle:0.3"]
+    assert 0 <= oracle["read_fraction"] <= 1
+    again = evaluate(loaded, settings, folder=tmp_path, progress=False)
+    assert again["rows"] == together["rows"]

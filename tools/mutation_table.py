@@ -29,7 +29,34 @@ STEP = (
     "::test_full_budget_equals_full_attention[float32-1e-05-host-native]",
 )
 
+SELECTOR = ("tests/policy/test_selector.py",)
+SCHEDULER = (
+    "tests/policy/test_scheduler.py::test_both_rates_are_found_and_a_slower_host_is_relieved",
+)
+FEATURES = ("tests/policy/test_features.py::test_features_equal_an_independent_reference",)
+
 MUTATIONS = (
+    Mutation(
+        "selector: summaries cost nothing beside K/V",
+        "fluxion_jax/policy/selector.py",
+        "cost = units * summary + read * token",
+        "cost = units + read * token",
+        SELECTOR,
+    ),
+    Mutation(
+        "scheduler: a device that nobody waited for keeps its rate",
+        "fluxion_jax/policy/scheduler.py",
+        "unseen = jnp.minimum(device, pace[1] - _SLOWER_LOG2)",
+        "unseen = jnp.minimum(device, pace[1])",
+        SCHEDULER,
+    ),
+    Mutation(
+        "sketch: a run is begun anew by each of its blocks",
+        "fluxion_jax/cache/sketch.py",
+        "new = jnp.where(started[:, :, None, None, None], fresh, grown)",
+        "new = fresh",
+        FEATURES,
+    ),
     # Swapping K and V.
     Mutation(
         "device: V in the place of K",

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -193,3 +195,18 @@ def test_a_policy_is_a_pytree_of_numbers():
     assert all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
     assert structure == jax.tree.structure(random_policy(seed=1).with_tolerance(0.3))
     assert str(policy) == "fluxion:tolerance=0.1"
+
+
+def test_the_documented_policy_plans():
+    text = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    (snippet,) = re.findall(r"```python\n(import dataclasses\n.*?)```", text, re.S)
+    code, _, use = snippet.rpartition("\nfx.generate(")
+    names: dict = {"__name__": __name__}
+    exec(code, names)
+    policy = eval(re.search(r"policy=(.*)\)$", use.strip())[1], names)
+    features = a_layer([1024, 176])
+    plan = policy.plan(features._replace(layer=0), jnp.asarray([1400, 500]))
+    assert np.asarray(plan.budget_tokens)[:, 0].tolist() == [1400, 500]
+    plan = policy.plan(features._replace(layer=2), jnp.asarray([1400, 500]))
+    assert np.asarray(plan.budget_tokens)[:, 5].tolist() == [70, 25]
+    assert parse_policy(policy) is policy

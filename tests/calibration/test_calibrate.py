@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import fluxion_jax as fx
+from fluxion_jax.calibration import Settings, load_calibration, model_identity
+from fluxion_jax.calibration.calibrate import divide, fit, without
+from fluxion_jax.calibration.report import calibration_figure, render
+from fluxion_jax.calibration.samples import HeadSamples, collect_samples
+from fluxion_jax.calibration.storage import save_calibration
+from fluxion_jax.calibration.texts import CalibrationText
+from fluxion_jax.calibration.training import flatten
+from fluxion_jax.models.load import LoadedModel
+from fluxion_jax.policy.features import FAMILIES, NAMES, NUM_FEATURES
+from tests.generation import tiny
+
+TOLERANCES = (0.1, 0.2, 0.4)
+SETTINGS = Settings(tolerances=TOLERANCES, training_steps=400)
+
+
+def made_up(texts: int = 6, steps: int = 40, layers: int = 2, heads: int = 6) -> HeadSamples:
+    """Needs that two features tell: whether a head streams, and how much it reads."""
+    rng = np.random.default_rng(0)
+    count = texts * steps
+    features = rng.standard_normal((count, layers, heads, NUM_FEATURES)).astype(np.float32)
+    error = features[..., NAMES.index("window_error")]
+    spread = features[..., NAMES.index("entropy_tokens")]
+    sizes = np.asarray([16, 32, 64, 128])
+    budgets = np.zeros((count, len(TOLERANCES), 4, layers, heads), np.int32)
+    for e, tolerance in enumerate(TOLERANCES):
+        streams = error < np.log2(tolerance / 0.2)
+        for d, size in enumerate(sizes):
+            tokens = np.minimum(2.0 ** (6 + spread + 0.4 * d), 2048)
+            budgets[:, e, d] = np.where(streams, 0, np.ceil(tokens / size) * size)
+    return HeadSamples(
+        features,
+        budgets,
+        np.full(count, 2048, np.int32),
+        np.repeat(np.arange(texts), steps).astype(np.int32),
+        np.repeat(np.arange(texts * 5), steps // 5).astype(np.int32),
+        tuple(range(layers)),
+        TOLERANCES,
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit(made_up(), SETTINGS, 2, 6, progress=False)
+
+
+def test_a_predictor_learns_what_its_features_tell(fitted):
+    _, report = fitted
+    assert report["losses"][-1] < 0.3 * report["losses"][0]
+    rows = {(r["method"], r["tolerance"]): r for r in report["rows"]}
+    for tolerance in TOLERANCES:
+        own = rows["predictor", tolerance]
+        assert own["accuracy"] > 0.9
+        assert own["under_budget"] < 0.05
+        for other in ("constant", "per_head", "last_step"):
+            assert own["given_fraction"] < 0.6 * rows[other, tolerance]["given_fraction"]
+
+
+def test_the_parts_share_no_text():
+    samples = made_up()
+    parts = [set(part.text.tolist()) for part in divide(samples)]
+    assert set.union(*parts) == set(range(6))
+    assert sum(map(len, parts)) == 6
+    assert all(parts)
+
+
+def test_samples_are_flattened_by_step_layer_and_head():
+    samples = made_up(texts=3, steps=5)
+    flat = flatten(samples)
+    at = (7, 1, 4)
+    row = (at[0] * 2 + at[1]) * 6 + at[2]
+    assert (flat.layer[row], flat.head[row]) == (1, 4)
+    np.testing.assert_array_equal(flat.features[row], samples.features[at])
+    with np.errstate(divide="ignore"):
+        needed = np.log2(samples.budget_tokens[7, :, :, 1, 4] / 2048)
+    np.testing.assert_allclose(flat.needed[row], needed, rtol=1e-6)
+    held = without(flat, "cross_head").features
+    kept = [i for i, name in enumerate(NAMES) if name not in FAMILIES["cross_head"]]
+    np.testing.assert_array_equal(held[:, kept], flat.features[:, kept])
+    assert not np.delete(held, kept, axis=1).any()
+
+
+def test_the_report_is_a_table_and_a_figure(fitted):
+    _, report = fitted
+    report = {**report, "settings": {"under_budget": 0.03}}
+    text = render(report)
+    assert "table per head" in text
+    assert text.count("predictor") == len(TOLERANCES)
+    assert len(calibration_figure(report).axes) == 2
+    json.dumps(report, allow_nan=False)
+
+
+def test_features_are_recorded_where_labels_are(tmp_path):
+    model = tiny.llama()
+    loaded = LoadedModel(model, None, model.config, "tiny")
+    (tokens,) = tiny.prompts([560])
+    text = CalibrationText("text", tokens, [416, 544])
+    samples = collect_samples(
+        loaded,
+        [text, text._replace(name="again")],
+        steps=3,
+        tolerances=TOLERANCES,
+        chunk_tokens=64,
+        progress=False,
+    )
+    layers, heads = model.config.num_layers, model.config.num_heads
+    assert samples.features.shape == (12, layers, heads, NUM_FEATURES)
+    assert samples.budget_tokens.shape == (12, 3, 4, layers, heads)
+    assert samples.host_tokens.tolist() == [96] * 3 + [224] * 3 + [96] * 3 + [224] * 3
+    assert samples.text.tolist() == [0] * 6 + [1] * 6
+    assert samples.stretch.tolist() == np.repeat(np.arange(4), 3).tolist()
+    known = [NAMES.index(name) for name in ("host_tokens", "tokens_since_probe")]
+    host, age = np.moveaxis(samples.features[:, 0, 0, known], -1, 0)
+    np.testing.assert_allclose(host, np.log2(1 + samples.host_tokens), rtol=1e-6)
+    # Probes are of different age, as they are in a generation.
+    # The last was wanted at 256 tokens; there the text before it had been decoded already.
+    ages = [[a + i for i in (1, 2, 3)] for a in (0, 16, 64, 192)]
+    np.testing.assert_allclose(age, np.log2(1 + np.ravel(ages)), rtol=1e-6)
+
+    settings = Settings(tolerances=TOLERANCES, training_steps=50)
+    policy, _ = fit(samples._replace(text=samples.stretch), settings, layers, heads, progress=False)
+    identity = model_identity(model, model.config)
+    save_calibration(tmp_path, policy, identity, {})
+    again = load_calibration(tmp_path, identity, 0.2)
+    for a, b in zip(jax.tree.leaves(policy), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    result = tiny.generate(
+        model, tiny.prompts(), policy=f"fluxion:tolerance=0.4:weights={tmp_path}", max_new_tokens=5
+    )
+    assert all(len(row) == 5 for row in result.tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("texts", 2),
+        ("steps", 17),
+        ("points", 0),
+        ("under_budget", 1.0),
+        ("tolerances", (0.1,)),
+        ("tolerances", (0.2, 0.1)),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(fx.ConfigError, match=f"expected .*{name.rstrip('s')}"):
+        Settings(**{name: value})

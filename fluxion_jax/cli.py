@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_demo(commands)
     _add_evaluate(commands)
+    _add_heads(commands)
     _add_bench(commands)
     return parser
 
@@ -129,6 +130,16 @@ def _add_evaluate(commands: Any) -> None:
     )
     _add_common(parser)
     parser.set_defaults(run=_evaluate)
+
+
+def _add_heads(commands: Any) -> None:
+    parser = commands.add_parser("heads", help="which heads of a model stream, what others need")
+    parser.add_argument("--model", default="smollm2-135m", help="see fluxion generate --help")
+    parser.add_argument("--length", type=int, default=2048, metavar="S", help="tokens of a sample")
+    parser.add_argument("--samples", type=int, default=2, metavar="N", help="per task")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps of each")
+    _add_common(parser)
+    parser.set_defaults(run=_heads)
 
 
 def _add_bench(commands: Any) -> None:
@@ -290,6 +301,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             if figure is not None:
                 figure.savefig(folder / f"evaluate-{name}.png")
                 print(f"figure: {folder / f'evaluate-{name}.png'}", file=sys.stderr)
+    return 0
+
+
+def _heads(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.evaluation.heads import Study, heads_figure, render, study_heads
+    from fluxion_jax.plotting import require_matplotlib
+
+    if arguments.output:
+        require_matplotlib()
+    study = Study(length_tokens=arguments.length, samples=arguments.samples, steps=arguments.steps)
+    report = study_heads(arguments.model, study)
+    _emit(arguments, report, render(report), "heads.json")
+    if arguments.output:
+        heads_figure(report).savefig(arguments.output / "heads.png")
+        print(f"figure: {arguments.output / 'heads.png'}", file=sys.stderr)
     return 0
 
 

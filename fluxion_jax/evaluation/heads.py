@@ -178,9 +178,10 @@ def heads_figure(report: dict[str, Any], tolerance: float = 0.1) -> Any:
         )
     panels[2].set_xscale("log", base=2)
     panels[2].set_xticks(report["granularities"], map(str, report["granularities"]))
-    panels[2].set_ylim(bottom=0)
+    # The legend lies above the curves.
+    panels[2].set_ylim(0, 1.4 * 100 * np.max(report["budget_fraction"]))
     panels[2].set_title("mean budget by granularity (% of the context)", fontsize=9, loc="left")
     panels[2].set_xlabel("granularity (tokens)", fontsize=8)
     panels[2].tick_params(labelsize=8)
-    panels[2].legend(title="tolerance", fontsize=8, title_fontsize=8, frameon=False)
+    panels[2].legend(title="tolerance", fontsize=8, title_fontsize=8, frameon=False, ncols=3)
     return figure

@@ -68,7 +68,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="a model directory, a .gguf file, smollm2-135m or gemma3-270m",
+        help="a model directory, a .gguf file, recall-12m, smollm2-135m or gemma3-270m",
     )
     parser.add_argument(
         "--prompt-file", required=True, metavar="F", help="file with the prompt; - for stdin"
@@ -95,17 +95,17 @@ def _add_demo(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="quality of policies on long-context tasks")
-    parser.add_argument("--model", help="see fluxion generate --help; default smollm2-135m")
+    parser.add_argument("--model", help="see fluxion generate --help; default recall-12m")
     for name, metavar, kind, text in (
         ("policy", "P", str, "full is always the reference; default also fixed:16:0.05"),
-        ("task", "T", str, "default passkey, niah_single_2 and real_text"),
-        ("length", "S", int, "tokens of prompt and answer; default 1280 and 2560"),
+        ("task", "T", str, "default niah_multikey_2, vt, key_value and real_text"),
+        ("length", "S", int, "tokens of prompt and answer; default 2048 and 4096"),
     ):
         parser.add_argument(
             f"--{name}", action="append", type=kind, metavar=metavar, help=f"repeatable; {text}"
         )
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="per task and length; default 3, all with --data"
+        "--samples", type=int, metavar="N", help="per task and length; default 4, all with --data"
     )
     parser.add_argument(
         "--data",
@@ -134,7 +134,7 @@ def _add_evaluate(commands: Any) -> None:
 
 def _add_heads(commands: Any) -> None:
     parser = commands.add_parser("heads", help="which heads of a model stream, what others need")
-    parser.add_argument("--model", default="smollm2-135m", help="see fluxion generate --help")
+    parser.add_argument("--model", default="recall-12m", help="see fluxion generate --help")
     parser.add_argument("--length", type=int, default=2048, metavar="S", help="tokens of a sample")
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="per task")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps of each")

@@ -126,7 +126,7 @@ def make_labels(
     """
     if model.config.sliding_layers:
         raise ConfigError(
-            f"expected a model without sliding layers, got {model.name}; use smollm2-135m"
+            f"expected a model without sliding layers, got {model.name}; use recall-12m"
         )
     layout = model.config.kv_layout("float32")
     beyond = [p for p in first_positions if host_tokens(layout, p) < 1 or p + steps > len(tokens)]

@@ -140,6 +140,7 @@ def _add_bench(commands: Any) -> None:
     selection = kinds.add_parser("selection", help="integer selection against its alternatives")
     selection.add_argument("--model", default="smollm2-135m", help="see fluxion generate --help")
     selection.add_argument("--context-tokens", type=int, default=8192, metavar="N")
+    selection.add_argument("--queries", type=int, default=64, metavar="N", help="of each head")
     _add_common(selection)
     selection.set_defaults(run=_bench_selection)
 
@@ -326,7 +327,9 @@ def _bench_device(arguments: argparse.Namespace) -> int:
 def _bench_selection(arguments: argparse.Namespace) -> int:
     from fluxion_jax.bench import selection
 
-    report = selection.run(arguments.model, context_tokens=arguments.context_tokens)
+    report = selection.run(
+        arguments.model, context_tokens=arguments.context_tokens, num_queries=arguments.queries
+    )
     _emit(arguments, report, selection.render(report), "bench-selection.json")
     return 0
 

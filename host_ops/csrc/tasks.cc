@@ -148,11 +148,7 @@ void Task::score(int64_t part) {
   args.scores = scores_.data() + first;
   args.stride = units_;
   kernels().score(args);
-  if (!shared_) return;
-  for (int64_t h = 1; h < group; ++h) {
-    const int32_t* other = args.scores + h * units_;
-    for (int64_t u = 0; u < args.count; ++u) args.scores[u] = std::max(args.scores[u], other[u]);
-  }
+  if (shared_) kernels().fold_heads(args);
 }
 
 void Task::select(int64_t part) {
@@ -160,25 +156,30 @@ void Task::select(int64_t part) {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
   if (ranked_ && shared_) {
-    select_head(0, most_wanted_);
+    select_head(0, most_wanted_, nullptr);
     uint32_t* words =
         request_->bitmap_.data() + (batch_ * g.heads + kv_head_ * group) * g.words();
     for (int64_t h = 1; h < group; ++h) std::copy_n(words, g.words(), words + h * g.words());
     return;
   }
   const int32_t* wanted = request_->k_units_.data() + batch_ * g.heads + kv_head_ * group;
-  if (parts_ > 1) return select_head(part, wanted[part]);
-  for (int64_t h = 0; h < group; ++h) select_head(h, wanted[h]);
+  if (parts_ > 1) return select_head(part, wanted[part], nullptr);
+  for (int64_t h = 0; h < group; ++h) {
+    // Other threads have written them.
+    const int32_t* next = ranked_ && h + 1 < group ? scores_.data() + (h + 1) * units_ : nullptr;
+    select_head(h, wanted[h], next);
+  }
 }
 
-void Task::select_head(int64_t head, int64_t wanted) {
+void Task::select_head(int64_t head, int64_t wanted, const int32_t* next) {
   const Geometry& g = request_->geometry_;
   const int64_t row = batch_ * g.heads + kv_head_ * g.group() + head;
   const int32_t* scores = ranked_ ? scores_.data() + head * units_ : nullptr;
   uint32_t* words = request_->bitmap_.data() + row * g.words();
-  std::fill_n(words, g.words(), 0);
-  select_top(kernels(), scores, units_, wanted, ratio_, request_->host_blocks_[batch_], words,
-             &scratch().selection);
+  const int64_t blocks = request_->host_blocks_[batch_];
+  select_top(kernels(), scores, units_, wanted, ratio_, blocks, next, words, &scratch().selection);
+  const int64_t written = parts_of(blocks, 32);
+  std::fill_n(words + written, g.words() - written, 0);
 }
 
 UnionArgs Task::selections() const {

@@ -59,7 +59,7 @@ class Task : public Job {
   void advance();
   void score(int64_t part);
   void select(int64_t part);
-  void select_head(int64_t head, int64_t wanted);
+  void select_head(int64_t head, int64_t wanted, const int32_t* next);
   UnionArgs selections() const;
   void cut_union();
   void attend(int64_t chunk);

@@ -7,6 +7,7 @@ an error of the work itself, 2 for wrong usage.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -128,6 +129,9 @@ def _add_bench(commands: Any) -> None:
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     host = kinds.add_parser("host", help="host kernels against the speed of memory")
     host.add_argument("--quick", action="store_true", help="one head shape, fewer repetitions")
+    host.add_argument(
+        "--compare", type=int, default=4, metavar="N", help="shapes to compare with other libraries"
+    )
     _add_common(host)
     host.set_defaults(run=_bench_host)
     roundtrip = kinds.add_parser("roundtrip", help="handing a layer's work to the host and back")
@@ -289,8 +293,9 @@ def _bench_host(arguments: argparse.Namespace) -> int:
     if arguments.output:
         require_matplotlib()
     cells = arguments.output / "cells" if arguments.output else None
+    settings = host.QUICK if arguments.quick else host.Settings()
     report = host.run(
-        host.QUICK if arguments.quick else host.Settings(),
+        dataclasses.replace(settings, compared_shapes=arguments.compare),
         cells,
         lambda line: print(line, file=sys.stderr, flush=True),
     )

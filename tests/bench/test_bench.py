@@ -56,15 +56,17 @@ def test_the_ceiling_reads_every_byte(size):
 
 @pytest.mark.native
 def test_a_tiny_run_has_every_figure(tmp_path):
-    settings = Settings(((16, 2),), (16, 128), repetitions=2, cache_bytes=1 << 21)
+    shapes = (16, 2), (16, 1)
+    settings = Settings(shapes, (16, 128), repetitions=2, cache_bytes=1 << 21, compared_shapes=1)
     report = run(settings, tmp_path)
     json.dumps(report, allow_nan=False)
     assert {r["granularity"] for r in report["rows"]} == {16, 128}
     for row in report["rows"]:
         assert row["attention_gb_s"]["median"] > 0
         assert row["scoring_of_ceiling"] > 0
-        assert "rest_us" in row
-    last = report["rows"][-1]
+        assert row["rest_us"]["repetitions"] == row["rest_first_us"]["repetitions"] == 2
+        assert ("attention_over_fastest" in row) == (row["group"] == 2 and row["threads"] > 1)
+    last = [row for row in report["rows"] if row["group"] == 2][-1]
     others = last["attention_comparators_gb_s"]
     assert {"jax", "jax with gather", "numpy with gather"} <= others.keys()
     fastest = max(others[name] for name in others if name.endswith("with gather"))
@@ -73,7 +75,7 @@ def test_a_tiny_run_has_every_figure(tmp_path):
     assert last["scoring_over_fastest"] > 0
     assert len(render(report).splitlines()) >= 3 + len(report["rows"])
     figure = host_figure(report, "title")
-    assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2, 2]
     drawn = [axes.lines[0].get_ydata()[-1] for axes in figure.axes]
     shares = last["attention_of_ceiling"], last["scoring_of_ceiling"]
     assert drawn == [*shares, last["selection_of_scoring"]["median"]]

@@ -148,8 +148,9 @@ void Request::task_finished(const std::atomic<int64_t> (&stage_ns)[kStages]) {
                              std::memory_order_relaxed);
     }
     if (left_.load(std::memory_order_relaxed) == 1) {
-      const auto span = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - submitted_);
-      span_ns_.store(span.count(), std::memory_order_relaxed);
+      const Clock::duration span = Clock::now() - submitted_;
+      span_ns_.store(std::chrono::duration_cast<std::chrono::nanoseconds>(span).count(),
+                     std::memory_order_relaxed);
       action.swap(action_);
     }
     if (left_.fetch_sub(1, std::memory_order_acq_rel) > 1) return;

@@ -7,6 +7,7 @@ an error of the work itself, 2 for wrong usage.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -147,6 +148,9 @@ def _add_bench(commands: Any) -> None:
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     host = kinds.add_parser("host", help="host kernels against the speed of memory")
     host.add_argument("--quick", action="store_true", help="one head shape, fewer repetitions")
+    host.add_argument(
+        "--compare", type=int, default=4, metavar="N", help="shapes to compare with other libraries"
+    )
     _add_common(host)
     host.set_defaults(run=_bench_host)
     roundtrip = kinds.add_parser("roundtrip", help="handing a layer's work to the host and back")
@@ -159,6 +163,7 @@ def _add_bench(commands: Any) -> None:
     selection = kinds.add_parser("selection", help="integer selection against its alternatives")
     selection.add_argument("--model", default="smollm2-135m", help="see fluxion generate --help")
     selection.add_argument("--context-tokens", type=int, default=8192, metavar="N")
+    selection.add_argument("--queries", type=int, default=64, metavar="N", help="of each head")
     _add_common(selection)
     selection.set_defaults(run=_bench_selection)
 
@@ -326,8 +331,9 @@ def _bench_host(arguments: argparse.Namespace) -> int:
     if arguments.output:
         require_matplotlib()
     cells = arguments.output / "cells" if arguments.output else None
+    settings = host.QUICK if arguments.quick else host.Settings()
     report = host.run(
-        host.QUICK if arguments.quick else host.Settings(),
+        dataclasses.replace(settings, compared_shapes=arguments.compare),
         cells,
         lambda line: print(line, file=sys.stderr, flush=True),
     )
@@ -364,7 +370,9 @@ def _bench_device(arguments: argparse.Namespace) -> int:
 def _bench_selection(arguments: argparse.Namespace) -> int:
     from fluxion_jax.bench import selection
 
-    report = selection.run(arguments.model, context_tokens=arguments.context_tokens)
+    report = selection.run(
+        arguments.model, context_tokens=arguments.context_tokens, num_queries=arguments.queries
+    )
     _emit(arguments, report, selection.render(report), "bench-selection.json")
     return 0
 

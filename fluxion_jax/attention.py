@@ -353,17 +353,22 @@ def _make_work(
     k_units = jnp.minimum(jnp.where(everything, units.max(), k_units), jnp.repeat(units, group, 1))
     upper_bound = k_units.reshape(*plan.granularity.shape, group)
     upper_bound = jnp.where(plan.shared, upper_bound.max(-1), upper_bound.sum(-1)) * unit_blocks
-    return host_ops.Work(
+    wanted_blocks = jnp.minimum(upper_bound, host_blocks[:, None])
+    work = host_ops.Work(
         q=q,
         q8=quantise_query(q, cache.exponents[index], plan.shared),
         granularity=plan.granularity,
         k_units=k_units,
         shared=plan.shared.astype(jnp.int32),
         host_blocks=host_blocks,
-        boundary=split.boundaries(host_blocks, jnp.minimum(upper_bound, host_blocks[:, None])),
+        boundary=jnp.zeros_like(plan.granularity),
         cancel=cache.cancel,
         bitmap=None,
     )
+    layout = cache.layout
+    scanned = _ranked_units(work) * layout.unit_summary_bytes if layout.summaries == "host" else 0
+    boundary = split.boundaries(host_blocks, wanted_blocks, layout.block_bytes, scanned)
+    return work._replace(boundary=boundary)
 
 
 def _select(
@@ -429,6 +434,9 @@ def _device_share(
         scanned = has_work if work.bitmap is None else jnp.ones_like(has_work)
         return _DeviceShare(state, bitmap, blocks, jnp.where(scanned, units, 0))
 
+    if target_platform() == "gpu":
+        # There a conditional makes the host wait for the device, and kernels without work are short.
+        return run()
     return jax.lax.cond(has_work.any(), run, lambda: _no_device_share(q, work, k.shape[2]))
 
 

@@ -78,7 +78,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus, used above 0 only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", help="host (default), device, or the host's share, 0 to 1")
+    parser.add_argument(
+        "--split", help="host (default), device, model, model:FILE, or the host's share, 0 to 1"
+    )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
     _add_common(parser)
     parser.set_defaults(run=_generate)

@@ -122,9 +122,7 @@ def _kernel(
         score = pltriton.load(scores_ref.at[head, unit], mask=exists, other=_LOWEST)
         for other in range(group if group > 1 else 0):
             # Not even read where every head ranks for itself.
-            theirs = pltriton.load(
-                scores_ref.at[other, unit], mask=exists & shared, other=_LOWEST
-            )
+            theirs = pltriton.load(scores_ref.at[other, unit], mask=exists & shared, other=_LOWEST)
             score = jnp.maximum(score, theirs)
         return score
 

@@ -151,6 +151,15 @@ def _add_bench(commands: Any) -> None:
     host.add_argument("--quick", action="store_true", help="one head shape, fewer repetitions")
     _add_common(host)
     host.set_defaults(run=_bench_host)
+    machine = kinds.add_parser("machine", help="memories and buses; a report for split model:FILE")
+    machine.add_argument("--quick", action="store_true", help="fewer repetitions")
+    _add_common(machine)
+    machine.set_defaults(run=_bench_machine)
+    step = kinds.add_parser("step", help="decode steps of 8B-shaped models, against their bytes")
+    step.add_argument("--quick", action="store_true", help="the headline cells only")
+    step.add_argument("--budget-s", type=float, metavar="S", help="start no cell after S seconds")
+    _add_common(step)
+    step.set_defaults(run=_bench_step)
     roundtrip = kinds.add_parser("roundtrip", help="handing a layer's work to the host and back")
     _add_common(roundtrip)
     roundtrip.set_defaults(run=_bench_roundtrip)
@@ -339,6 +348,28 @@ def _bench_host(arguments: argparse.Namespace) -> int:
         title = f"Host kernels with {report['threads']} threads ({report['variant']})"
         host_figure(report, title).savefig(path)
         print(f"figure: {path}", file=sys.stderr)
+    return 0
+
+
+def _bench_machine(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import machine
+
+    settings = machine.Settings(repetitions=3) if arguments.quick else machine.Settings()
+    report = machine.run(settings, lambda line: print(line, file=sys.stderr, flush=True))
+    _emit(arguments, report, machine.render(report), "bench-machine.json")
+    return 0
+
+
+def _bench_step(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import step, step_report
+
+    report = step.run(
+        step.QUICK if arguments.quick else step.FULL,
+        arguments.output / "cells" if arguments.output else None,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        budget_s=arguments.budget_s,
+    )
+    _emit(arguments, report, step_report.render(report), "bench-step.json")
     return 0
 
 

@@ -97,7 +97,5 @@ def _kernel(first_ref: Any, cache_ref: Any, out_ref: Any) -> None:
     mask = place < out_ref.shape[0]
     row = place // head_dim
     block = first_ref[0] + row // tokens
-    values = pltriton.load(
-        cache_ref.at[block, row % tokens, place % head_dim], mask=mask, other=0
-    )
+    values = pltriton.load(cache_ref.at[block, row % tokens, place % head_dim], mask=mask, other=0)
     pltriton.store(out_ref.at[place], values, mask=mask)

@@ -46,8 +46,8 @@ class Execution:
       host: host operations to use: None for the best available, a name or a sequence of names out
         of `"native"`, `"xla"`, `"numpy"`.
       device: kernels for the device's share of the blocks: None, or out of `"xla"`, `"triton"`,
-        `"mosaic"`; on a GPU `"xla"` cannot read the cache. The resident window always takes the best
-        there is.
+        `"mosaic"`; on a GPU `"xla"` cannot read the cache. The resident window always takes the
+        best there is.
       dense_below_tokens: sequences shorter than this read everything; 1024 because the resident
         window alone is a third of that, so that there is nothing to gain from selecting.
       measure: also attend to everything and report recall and output error of each head; costs as
@@ -435,7 +435,7 @@ def _device_share(
         return _DeviceShare(state, bitmap, blocks, jnp.where(scanned, units, 0))
 
     if target_platform() == "gpu":
-        # There a conditional makes the host wait for the device, and kernels without work are short.
+        # There a conditional makes the host wait for the device; kernels without work are short.
         return run()
     return jax.lax.cond(has_work.any(), run, lambda: _no_device_share(q, work, k.shape[2]))
 

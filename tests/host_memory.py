@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 # Calls that read such arrays where they lie, and operations that hand them on.
-ALLOWED = {"ffi_call", "pallas_call", "fluxion_retag", "optimization_barrier", "core_map"}
+ALLOWED = {"ffi_call", "pallas_call", "mpmd_map", "fluxion_retag", "optimization_barrier"}
 
 
 def traced_for_gpu(trace: Callable[..., Any], *args: Any) -> Any:
@@ -62,5 +62,6 @@ def _bodies(eqn: Any, operands: list[bool]) -> Iterator[tuple[Any, list[bool]]]:
         carry = operands[cond + body :]
         yield params["cond_jaxpr"].jaxpr, operands[:cond] + carry
         yield params["body_jaxpr"].jaxpr, operands[cond : cond + body] + carry
-    elif name not in ALLOWED and "jaxpr" in params:
-        yield getattr(params["jaxpr"], "jaxpr", params["jaxpr"]), operands
+    elif name not in ALLOWED:
+        for body in (params[key] for key in ("jaxpr", "call") if key in params):
+            yield getattr(body, "jaxpr", body), operands

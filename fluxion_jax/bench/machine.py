@@ -167,9 +167,8 @@ def _together(
     for _ in range(settings.repetitions):
         done: list[float] = []
         start = time.perf_counter()
-        results = [_to_device(array) for _ in range(copies)]
         waiter = threading.Thread(
-            target=lambda: done.append(jax.block_until_ready(results) and time.perf_counter())
+            target=_note_end, args=([_to_device(array) for _ in range(copies)], done)
         )
         waiter.start()
         for _ in range(reads):
@@ -183,6 +182,11 @@ def _together(
         total = (reads + copies) * array.nbytes
         figures["sum_gb_s"].append(total / max(host_s, pcie_s) / 1e9)
     return {name: summarise(values) for name, values in figures.items()}
+
+
+def _note_end(results: list[jax.Array], done: list[float]) -> None:
+    jax.block_until_ready(results)
+    done.append(time.perf_counter())
 
 
 def _cost_model(

@@ -39,6 +39,8 @@ from fluxion_jax.policy import CostModel, Split, modelled, parse_policy, split_a
 
 SPLITS = ("host", "device", "model")
 _RESIDENT_FRACTION = 0.9
+_MACHINE = machine.Settings(roundtrip_layers=None)
+_ROUNDTRIP = roundtrip.Settings((8, 24), 30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Settings:
     cases: tuple[Case, ...]
     summaries: tuple[str, ...] = ("device", "host")
     calls: int = 12
-    machine: machine.Settings = machine.Settings(roundtrip_layers=None)
-    roundtrip: roundtrip.Settings = roundtrip.Settings((8, 24), 30)
+    machine: machine.Settings = _MACHINE
+    roundtrip: roundtrip.Settings = _ROUNDTRIP
 
 
 _MODELS = {"llama-3.1-8b": LLAMA_8B, "qwen2.5-7b": QWEN_7B}

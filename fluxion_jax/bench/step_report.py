@@ -61,8 +61,8 @@ def render(report: dict[str, Any]) -> str:
         "step time in ms; of model: step over the time that its parts suggest; beyond: us a layer",
         "beyond floor and bytes; waited, own: us a layer that the stream waited for the host, and",
         "that the hand-over took",
-        f"{'case':24s} {'sums':6s} {'policy':20s} {'split':6s}    p50    p99  floor  model  of model"
-        "  host MB   bus MB   GB/s  beyond  waited    own",
+        f"{'case':24s} {'sums':6s} {'policy':20s} {'split':6s}    p50    p99  floor  model"
+        "  of model  host MB   bus MB   GB/s  beyond  waited    own",
     ]
     for r in report["rows"]:
         if r["kind"] == "full":

@@ -21,7 +21,8 @@ def test_a_tiny_run_has_every_figure(tmp_path):
     json.dumps(report, allow_nan=False)
     hosts = [r for r in report["rows"] if r["pipe"] == "host read"]
     threads = [r["threads"] for r in hosts]
-    assert threads == sorted(set(threads)) and threads[0] == 1
+    assert threads == sorted(set(threads))
+    assert threads[0] == 1
     assert all(0 < r["gb_s"]["min"] <= r["gb_s"]["median"] for r in report["rows"])
     assert report["handover_us"] is not None
     assert "host read" in render(report)
@@ -36,7 +37,9 @@ def test_a_tiny_run_has_every_figure(tmp_path):
 def test_random_arrays_differ_by_seed_and_cover_their_range():
     first, second = (np.asarray(random_array((5, 999), jnp.float32, "device", s)) for s in (1, 2))
     assert (first != second).mean() > 0.99
-    assert first.min() < -0.99 and first.max() > 0.99 and abs(first.mean()) < 0.05
+    assert first.min() < -0.99
+    assert first.max() > 0.99
+    assert abs(first.mean()) < 0.05
     bytes_ = np.asarray(random_array((9999,), jnp.int8, "pinned_host"))
     assert len(np.unique(bytes_)) == 256
 

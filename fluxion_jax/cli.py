@@ -160,6 +160,10 @@ def _add_bench(commands: Any) -> None:
     step.add_argument("--budget-s", type=float, metavar="S", help="start no cell after S seconds")
     _add_common(step)
     step.set_defaults(run=_bench_step)
+    prefill = kinds.add_parser("prefill", help="reading a long prompt into host memory")
+    prefill.add_argument("--quick", action="store_true", help="fewer places of the prompt")
+    _add_common(prefill)
+    prefill.set_defaults(run=_bench_prefill)
     roundtrip = kinds.add_parser("roundtrip", help="handing a layer's work to the host and back")
     _add_common(roundtrip)
     roundtrip.set_defaults(run=_bench_roundtrip)
@@ -370,6 +374,18 @@ def _bench_step(arguments: argparse.Namespace) -> int:
         budget_s=arguments.budget_s,
     )
     _emit(arguments, report, step_report.render(report), "bench-step.json")
+    return 0
+
+
+def _bench_prefill(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import prefill
+
+    report = prefill.run(
+        prefill.QUICK if arguments.quick else prefill.Settings(),
+        arguments.output / "cells" if arguments.output else None,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    _emit(arguments, report, prefill.render(report), "bench-prefill.json")
     return 0
 
 

@@ -196,6 +196,10 @@ class _Bench:
         config = self.settings.models[case.model]
         floor = self.cell(f"{case.name}-floor", lambda: self._floor(case))
         rows = []
+        for place in ("pinned_host", "device") if case.baselines else ():
+            row = self.cell(f"{case.name}-full-{place}", lambda p=place: self._full(case, p))  # type: ignore[misc]
+            if row:
+                rows.append(row)
         for summaries in self.settings.summaries:
             for policy in case.policies:
                 alone = self._selection_alone(case, summaries, policy)
@@ -206,10 +210,6 @@ class _Bench:
                     if row and floor and alone:
                         parts = costs(row, floor, alone, handover, rates, config)
                         rows.append({**row, **parts})
-        for place in ("pinned_host", "device") if case.baselines else ():
-            row = self.cell(f"{case.name}-full-{place}", lambda p=place: self._full(case, p))  # type: ignore[misc]
-            if row:
-                rows.append(row)
         self.stepper = None
         return rows
 

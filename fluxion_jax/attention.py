@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 import host_ops
 import pallas_kernels
-from fluxion_jax.cache.append import make_flush, with_layer
+from fluxion_jax.cache.append import make_flush, with_layer, write_summaries
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.cache.summaries import quantise_query
@@ -545,7 +545,7 @@ def _leave_window(
             num_blocks=jnp.where(succeeded, flush.num_blocks, 0),
             shift=jnp.where(succeeded, flush.shift, 0),
         )
-        summaries = host_ops.write_summaries(cache.summaries[index], flush)
+        summaries = write_summaries(cache.summaries[index], flush)
     cache = with_layer(
         cache,
         index,

@@ -57,6 +57,20 @@ MUTATIONS = (
         SELECTION_KERNEL,
     ),
     Mutation(
+        "summary kernels: upper bounds are rounded down",
+        "pallas_kernels/update_summaries.py",
+        "low >> steps, -(-high >> steps)",
+        "low >> steps, high >> steps",
+        ("tests/pallas_kernels/test_update_summaries.py",),
+    ),
+    Mutation(
+        "summary kernels: the first block of a unit folds too",
+        "pallas_kernels/update_summaries.py",
+        "(block & ((1 << level) - 1)) != 0, channel.shape",
+        "block >= 0, channel.shape",
+        ("tests/pallas_kernels/test_update_summaries.py",),
+    ),
+    Mutation(
         "copied blocks: the last token of a block for its first",
         "pallas_kernels/copy_blocks.py",
         "row % tokens, place",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 import host_ops
 import pallas_kernels
-from fluxion_jax.cache.append import make_flush, with_layer
+from fluxion_jax.cache.append import make_flush, with_layer, write_summaries
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.cache.summaries import quantise_query
@@ -27,11 +27,13 @@ from fluxion_jax.jitting import jit
 from fluxion_jax.policy.protocol import Features, Plan, Policy
 from fluxion_jax.policy.split import Split
 from fluxion_jax.status import STATUS_PLAN
+from pallas_kernels.compat import target_platform
 
 State = tuple[jax.Array, jax.Array]
 
 _HOST_NAMES = ("native", "xla", "numpy")
 _DEVICE_NAMES = ("xla", "triton", "mosaic")
+_OVER_HOST_MEMORY = ("triton", "mosaic")
 # The native kernels keep the heads that want a block in the bits of one word.
 _MAX_GROUP = 64
 
@@ -44,7 +46,8 @@ class Execution:
       host: host operations to use: None for the best available, a name or a sequence of names out
         of `"native"`, `"xla"`, `"numpy"`.
       device: kernels for the device's share of the blocks: None, or out of `"xla"`, `"triton"`,
-        `"mosaic"`. The resident window always takes the best there is.
+        `"mosaic"`; on a GPU `"xla"` cannot read the cache. The resident window always takes the
+        best there is.
       dense_below_tokens: sequences shorter than this read everything; 1024 because the resident
         window alone is a third of that, so that there is nothing to gain from selecting.
       measure: also attend to everything and report recall and output error of each head; costs as
@@ -350,28 +353,46 @@ def _make_work(
     k_units = jnp.minimum(jnp.where(everything, units.max(), k_units), jnp.repeat(units, group, 1))
     upper_bound = k_units.reshape(*plan.granularity.shape, group)
     upper_bound = jnp.where(plan.shared, upper_bound.max(-1), upper_bound.sum(-1)) * unit_blocks
-    return host_ops.Work(
+    wanted_blocks = jnp.minimum(upper_bound, host_blocks[:, None])
+    work = host_ops.Work(
         q=q,
         q8=quantise_query(q, cache.exponents[index], plan.shared),
         granularity=plan.granularity,
         k_units=k_units,
         shared=plan.shared.astype(jnp.int32),
         host_blocks=host_blocks,
-        boundary=split.boundaries(host_blocks, jnp.minimum(upper_bound, host_blocks[:, None])),
+        boundary=jnp.zeros_like(plan.granularity),
         cancel=cache.cancel,
         bitmap=None,
     )
+    layout = cache.layout
+    scanned = _ranked_units(work) * layout.unit_summary_bytes if layout.summaries == "host" else 0
+    boundary = split.boundaries(host_blocks, wanted_blocks, layout.block_bytes, scanned)
+    return work._replace(boundary=boundary)
 
 
-def _select(work: host_ops.Work, summaries: jax.Array) -> jax.Array:
-    scores = pallas_kernels.score_units(work.q8, summaries, work.granularity, work.host_blocks)
+def _select(
+    work: host_ops.Work,
+    summaries: jax.Array,
+    ranked: jax.Array,
+    implementation: pallas_kernels.Implementation = None,
+) -> jax.Array:
+    scores = pallas_kernels.score_units(
+        work.q8,
+        summaries,
+        work.granularity,
+        work.host_blocks,
+        ranked,
+        implementation=implementation,
+    )
     return pallas_kernels.select_units(
         scores, work.granularity, work.host_blocks, work.k_units, work.shared
     )
 
 
 def _select_on_device(work: host_ops.Work, cache: HostKV, index: int) -> host_ops.Work:
-    return work._replace(bitmap=_select(work, cache.summaries[index]))
+    ranked = _ranked_units(work) > 0
+    return work._replace(bitmap=_select(work, cache.summaries[index], ranked))
 
 
 def _host_arrays(cache: HostKV, index: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -388,6 +409,7 @@ def _device_share(
     execution: Execution,
 ) -> _DeviceShare:
     """Selection and attention of the device's ranges, read out of host memory where they lie."""
+    kernels = _kernels_over_host_memory(execution.device)
     k, v, summaries = (
         host_ops.retag(x[index], host_ops.DEVICE) for x in (cache.k, cache.v, cache.summaries)
     )
@@ -396,18 +418,48 @@ def _device_share(
     units = _ranked_units(work)
 
     def run() -> _DeviceShare:
-        bitmap = work.bitmap if work.bitmap is not None else _select(work, summaries)
+        if work.bitmap is not None:
+            bitmap = work.bitmap
+        else:
+            # Not by XLA either, whatever was asked for the blocks.
+            scoring = "triton" if target_platform() == "gpu" else None
+            bitmap = _select(work, summaries, has_work & (units > 0), scoring)
         nothing = jnp.where(has_work, 0, k.shape[2])
         bitmap = pallas_kernels.at_or_above(bitmap, nothing)
         mine = pallas_kernels.at_or_above(bitmap, work.boundary)
         state = pallas_kernels.block_sparse_attention(
-            q, k, v, mine, scale=scale, implementation=execution.device
+            q, k, v, mine, scale=scale, implementation=kernels
         )
         blocks = pallas_kernels.popcount(pallas_kernels.group_union(mine, kv_heads))
         scanned = has_work if work.bitmap is None else jnp.ones_like(has_work)
         return _DeviceShare(state, bitmap, blocks, jnp.where(scanned, units, 0))
 
+    if target_platform() == "gpu":
+        # There a conditional makes the host wait for the device; kernels without work are short.
+        return run()
     return jax.lax.cond(has_work.any(), run, lambda: _no_device_share(q, work, k.shape[2]))
+
+
+def _kernels_over_host_memory(
+    chosen: pallas_kernels.Implementation,
+) -> pallas_kernels.Implementation:
+    """Kernels that read pinned memory where it lies, out of those chosen; on a CPU any can.
+
+    On a GPU XLA must not compute with an array that lies in host memory: it has the host compute
+    with it and with all that follows, after a search that takes exponential time.
+    """
+    if target_platform() != "gpu":
+        return chosen
+    names = _OVER_HOST_MEMORY if chosen is None else chosen
+    names = (names,) if isinstance(names, str) else names
+    usable = tuple(name for name in names if name in _OVER_HOST_MEMORY)
+    if not usable:
+        raise UnsupportedError(
+            f"expected device kernels out of {_OVER_HOST_MEMORY}, which read pinned host memory on "
+            f"a GPU, got {chosen!r}; name one of them, or leave all work to the host with "
+            "split='host'"
+        )
+    return usable
 
 
 def _ranked_units(work: host_ops.Work) -> jax.Array:
@@ -493,7 +545,7 @@ def _leave_window(
             num_blocks=jnp.where(succeeded, flush.num_blocks, 0),
             shift=jnp.where(succeeded, flush.shift, 0),
         )
-        summaries = host_ops.write_summaries(cache.summaries[index], flush)
+        summaries = write_summaries(cache.summaries[index], flush)
     cache = with_layer(
         cache,
         index,

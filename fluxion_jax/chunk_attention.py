@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import host_ops
+import pallas_kernels
 from fluxion_jax.cache.append import append_chunk
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
@@ -106,14 +107,7 @@ def fetch_blocks(host: jax.Array, first: jax.Array, num_blocks: int) -> jax.Arra
     Returns:
       `[B, K, num_blocks, C, H]` in device memory.
     """
-    batch, kv_heads, _, tokens, head_dim = host.shape
-    zero = jnp.zeros_like(first)
-    tile = jax.lax.dynamic_slice(
-        host,
-        jax.device_put((zero, zero, first, zero, zero), host_ops.HOST),
-        (batch, kv_heads, num_blocks, tokens, head_dim),
-    )
-    return jax.device_put(tile, host_ops.DEVICE)
+    return pallas_kernels.copy_blocks(host_ops.retag(host, host_ops.DEVICE), first, num_blocks)
 
 
 def attend(

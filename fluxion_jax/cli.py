@@ -79,7 +79,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus, used above 0 only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", help="host (default), device, or the host's share, 0 to 1")
+    parser.add_argument(
+        "--split", help="host (default), device, model, model:FILE, or the host's share, 0 to 1"
+    )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
     _add_common(parser)
     parser.set_defaults(run=_generate)
@@ -153,6 +155,19 @@ def _add_bench(commands: Any) -> None:
     )
     _add_common(host)
     host.set_defaults(run=_bench_host)
+    machine = kinds.add_parser("machine", help="memories and buses; a report for split model:FILE")
+    machine.add_argument("--quick", action="store_true", help="fewer repetitions")
+    _add_common(machine)
+    machine.set_defaults(run=_bench_machine)
+    step = kinds.add_parser("step", help="decode steps of 8B-shaped models, against their bytes")
+    step.add_argument("--quick", action="store_true", help="the headline cells only")
+    step.add_argument("--budget-s", type=float, metavar="S", help="start no cell after S seconds")
+    _add_common(step)
+    step.set_defaults(run=_bench_step)
+    prefill = kinds.add_parser("prefill", help="reading a long prompt into host memory")
+    prefill.add_argument("--quick", action="store_true", help="fewer places of the prompt")
+    _add_common(prefill)
+    prefill.set_defaults(run=_bench_prefill)
     roundtrip = kinds.add_parser("roundtrip", help="handing a layer's work to the host and back")
     _add_common(roundtrip)
     roundtrip.set_defaults(run=_bench_roundtrip)
@@ -343,6 +358,40 @@ def _bench_host(arguments: argparse.Namespace) -> int:
         title = f"Host kernels with {report['threads']} threads ({report['variant']})"
         host_figure(report, title).savefig(path)
         print(f"figure: {path}", file=sys.stderr)
+    return 0
+
+
+def _bench_machine(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import machine
+
+    settings = machine.Settings(repetitions=3) if arguments.quick else machine.Settings()
+    report = machine.run(settings, lambda line: print(line, file=sys.stderr, flush=True))
+    _emit(arguments, report, machine.render(report), "bench-machine.json")
+    return 0
+
+
+def _bench_step(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import step, step_report
+
+    report = step.run(
+        step.QUICK if arguments.quick else step.FULL,
+        arguments.output / "cells" if arguments.output else None,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        budget_s=arguments.budget_s,
+    )
+    _emit(arguments, report, step_report.render(report), "bench-step.json")
+    return 0
+
+
+def _bench_prefill(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import prefill
+
+    report = prefill.run(
+        prefill.QUICK if arguments.quick else prefill.Settings(),
+        arguments.output / "cells" if arguments.output else None,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    _emit(arguments, report, prefill.render(report), "bench-prefill.json")
     return 0
 
 

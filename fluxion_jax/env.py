@@ -33,11 +33,18 @@ VARIABLES = (
     "FLUXION_SPIN_US",
     "FLUXION_TIMEOUT_S",
     "FLUXION_HOST_LIBRARY",
+    "FLUXION_CUDA_SYNC",
     "JAX_PLATFORMS",
     "JAX_COMPILATION_CACHE_DIR",
     "XLA_FLAGS",
+    "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
     "CUDA_VISIBLE_DEVICES",
 )
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+# XLA's own default, which its documentation does not state.
+_PINNED_LIMIT_GIB = 64
 CPU_FEATURES = (
     "sse4_2",
     "avx2",
@@ -137,6 +144,12 @@ def _devices() -> Section:
         "devices": [f"{device.device_kind} ({device})" for device in devices],
         "memory_kinds": sorted({m.kind for d in devices for m in d.addressable_memories()}),
     }
+    for device in devices:
+        used = device.memory_stats()
+        if used and "bytes_limit" in used:
+            name = str(device).replace(":", "_")
+            found[f"{name}_limit_bytes"] = int(used["bytes_limit"])
+            found[f"{name}_in_use_bytes"] = int(used["bytes_in_use"])
     driver = Path("/proc/driver/nvidia/version")
     if driver.is_file():
         found["nvidia_driver"] = driver.read_text().splitlines()[0].strip()
@@ -177,21 +190,61 @@ def _cpu_quota() -> float | None:
     return None if quota == "max" else int(quota) / int(period)
 
 
-def _memory() -> Section:
+def free_bytes() -> int | None:
+    """Memory that this process may still take, by the system and by its control group, or None."""
+    free = [_meminfo().get("MemAvailable")]
+    limit, used = _group_bytes("memory.max"), _group_bytes("memory.current")
+    if limit is not None and used is not None:
+        # What the group has read from files counts as used, but goes when memory is wanted.
+        cached = _group_statistics().get("inactive_file", 0)
+        free.append(limit - used + cached)
+    return min((x for x in free if x is not None), default=None)
+
+
+def pinned_limit_bytes() -> int:
+    """How much pinned host memory JAX allocates on a GPU at most."""
+    text = os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "")
+    return (int(text) if text.isdecimal() else _PINNED_LIMIT_GIB) * 2**30
+
+
+def _meminfo() -> dict[str, int]:
     sizes: dict[str, int] = {}
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            key, _, value = line.partition(":")
-            sizes[key] = int(value.split()[0]) * 1024
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        limit = "max"
+        return sizes
+    for line in lines:
+        key, _, value = line.partition(":")
+        sizes[key] = int(value.split()[0]) * 1024
+    return sizes
+
+
+def _group_bytes(name: str) -> int | None:
+    """A size of this process's control group, or None if there is none."""
+    try:
+        text = (_CONTROL_GROUP / name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _group_statistics() -> dict[str, int]:
+    try:
+        lines = (_CONTROL_GROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return {}
+    return {key: int(value) for key, _, value in (line.partition(" ") for line in lines)}
+
+
+def _memory() -> Section:
+    sizes = _meminfo()
     lockable, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return {
         "total_bytes": sizes.get("MemTotal"),
         "available_bytes": sizes.get("MemAvailable"),
-        "limit_bytes": None if limit == "max" else int(limit),
+        "limit_bytes": _group_bytes("memory.max"),
+        "free_bytes": free_bytes(),
+        "pinned_limit_bytes": pinned_limit_bytes(),
         "lockable_bytes": None if lockable == resource.RLIM_INFINITY else lockable,
         "page_bytes": resource.getpagesize(),
         "transparent_huge_pages": _chosen(Path("/sys/kernel/mm/transparent_hugepage/enabled")),

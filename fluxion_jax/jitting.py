@@ -43,7 +43,8 @@ def jit(
 
     Returns:
       The compiled function. A cache given to it is consumed: go on with the one it returns. Its
-      attribute `compilations()` counts the programs compiled for it.
+      attribute `compilations()` counts the programs compiled for it, and `trace(...)` returns what
+      `jax.jit(...).trace` does.
 
     Raises:
       ConfigError: an argument of the function has no name of its own (`*args`, `**kwargs`,
@@ -53,8 +54,7 @@ def jit(
     _check_signature(function, signature, (*static_argnames, *donate_argnames))
     programs: dict[Any, Any] = {}
 
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def prepare(*args: P.args, **kwargs: P.kwargs) -> tuple[_Program, dict[str, Any]]:
         bound = signature.bind(*args, **kwargs)
         dynamic = {k: v for k, v in bound.arguments.items() if k not in static_argnames}
         static = {k: v for k, v in bound.arguments.items() if k in static_argnames}
@@ -68,8 +68,18 @@ def jit(
             donated = sorted({*caches, *donate_argnames} & dynamic.keys())
             program = _Program(whole, donated, dynamic, shapes)
             programs[key] = program
+        return program, dynamic
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        program, dynamic = prepare(*args, **kwargs)
         return program(dynamic)  # type: ignore[no-any-return]
 
+    def trace(*args: P.args, **kwargs: P.kwargs) -> Any:
+        program, dynamic = prepare(*args, **kwargs)
+        return program.trace(dynamic)
+
+    call.trace = trace  # type: ignore[attr-defined]
     call.compilations = lambda: sum(p.compilations for p in programs.values())  # type: ignore[attr-defined]
     return call
 
@@ -154,5 +164,5 @@ class _Program:
         self.compilations += compilations() - before
         return results
 
-    def lower(self, dynamic: dict[str, Any]) -> Any:
-        return self._compiled.lower(*self._divide(dynamic))
+    def trace(self, dynamic: dict[str, Any]) -> Any:
+        return self._compiled.trace(*self._divide(dynamic))

@@ -11,6 +11,7 @@ from pallas_kernels.bitmaps import pack as pack
 from pallas_kernels.bitmaps import popcount as popcount
 from pallas_kernels.bitmaps import unpack as unpack
 from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
+from pallas_kernels.copy_blocks import copy_blocks as copy_blocks
 from pallas_kernels.merge_states import merge_states as merge_states
 from pallas_kernels.registry import Implementation as Implementation
 from pallas_kernels.registry import (
@@ -19,4 +20,5 @@ from pallas_kernels.registry import (
 from pallas_kernels.scoring import num_units as num_units
 from pallas_kernels.scoring import score_units as score_units
 from pallas_kernels.selection import select_units as select_units
+from pallas_kernels.update_summaries import update_summaries as update_summaries
 from pallas_kernels.window_attention import window_attention as window_attention

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.registry import Implementation, dispatch
+
 BLOCK_TOKENS = 16
 GRANULARITIES = (16, 32, 64, 128)
 BEYOND = np.int32(np.iinfo(np.int32).min)
@@ -49,7 +51,13 @@ def num_units(granularity: jax.Array, host_blocks: jax.Array) -> jax.Array:
 
 
 def score_units(
-    q8: jax.Array, summaries: jax.Array, granularity: jax.Array, host_blocks: jax.Array
+    q8: jax.Array,
+    summaries: jax.Array,
+    granularity: jax.Array,
+    host_blocks: jax.Array,
+    ranked: jax.Array | None = None,
+    *,
+    implementation: Implementation = None,
 ) -> jax.Array:
     """Scores the units of every task at the task's granularity.
 
@@ -59,6 +67,10 @@ def score_units(
         of 16-token units first, then those of 32, 64 and 128 tokens.
       granularity: int32 `[B, K]`, out of 16, 32, 64, 128.
       host_blocks: int32 `[B]`, selectable blocks.
+      ranked: bool `[B, K]`, tasks whose units are scored, or None for all of them. The others are
+        treated as if they had no unit, and a kernel does not read their summaries.
+      implementation: "triton" runs on a GPU and may read `summaries` from pinned host memory,
+        "xla" runs everywhere on device memory; None for the best available.
 
     Returns:
       int32 `[B, N, P]`: entry `u` is the score of unit `u`, and the smallest int32 from the number
@@ -66,10 +78,30 @@ def score_units(
 
     Raises:
       ValueError: if the shapes or dtypes do not fit together.
+      UnsupportedImplementationError: if no implementation asked for works here.
     """
     num_blocks = _check(q8, summaries, granularity, host_blocks)
+    units = num_units(granularity, host_blocks)
+    units = units if ranked is None else jnp.where(ranked, units, 0)
+    first_row = 2 * num_blocks - ((2 * num_blocks) >> unit_shift(granularity))
+    candidates = {"triton": _triton, "xla": _xla}
+    return dispatch(  # type: ignore[no-any-return]
+        "score_units", implementation, candidates, q8, summaries, first_row, units
+    )
+
+
+def _triton(
+    q8: jax.Array, summaries: jax.Array, first_row: jax.Array, units: jax.Array
+) -> jax.Array:
+    from pallas_kernels.scoring_triton import score_units_triton
+
+    return score_units_triton(q8, summaries, first_row, units)
+
+
+def _xla(q8: jax.Array, summaries: jax.Array, first_row: jax.Array, units: jax.Array) -> jax.Array:
     batch, num_heads, head_dim = q8.shape
-    num_kv_heads = summaries.shape[1]
+    num_kv_heads, rows = summaries.shape[1:3]
+    num_blocks = rows * 8 // 15
     # max(q * lo, q * hi) is q * lo for a negative q and q * hi otherwise, because lo <= hi: one
     # dot product over both halves of a summary row.
     halves = jnp.concatenate([jnp.minimum(q8, 0), jnp.maximum(q8, 0)], axis=-1)
@@ -80,11 +112,9 @@ def score_units(
         preferred_element_type=jnp.int32,
     )
     unit = jnp.arange(num_blocks, dtype=jnp.int32)
-    shift = unit_shift(granularity)
-    first_row = 2 * num_blocks - ((2 * num_blocks) >> shift)
-    row = jnp.minimum(first_row[..., None] + unit, summaries.shape[2] - 1)
+    row = jnp.minimum(first_row[..., None] + unit, rows - 1)
     scores = jnp.take_along_axis(every_level, row[:, :, None, :], axis=-1)
-    exists = unit < num_units(granularity, host_blocks)[..., None]
+    exists = unit < units[..., None]
     return jnp.where(exists[:, :, None, :], scores, BEYOND).reshape(batch, num_heads, num_blocks)
 
 

@@ -8,10 +8,13 @@ Axes: B batch, N query heads, K KV heads, G = N // K, P blocks, W bitmap words.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bitmaps import pack, rank
+from pallas_kernels.registry import Implementation, dispatch
 from pallas_kernels.scoring import num_units, unit_shift
 
 DIGIT_BITS = 2
@@ -25,6 +28,8 @@ def select_units(
     host_blocks: jax.Array,
     k_units: jax.Array,
     shared: jax.Array,
+    *,
+    implementation: Implementation = None,
 ) -> jax.Array:
     """Selects the `k_units` best units of every query head and marks their blocks.
 
@@ -35,28 +40,51 @@ def select_units(
       k_units: int32 `[B, N]`, units wanted; clipped to what exists.
       shared: int32 or bool `[B, K]`; where set, the group ranks once by the maximum over its
         heads, takes the largest of their `k_units`, and all its heads get the same units.
+      implementation: "triton" runs on a GPU, up to 32768 blocks; "xla" runs everywhere; None for
+        the best available.
 
     Returns:
       uint32 `[B, N, W]`: the blocks of the selected units. Ties go to the lowest unit id.
 
     Raises:
       ValueError: if the shapes do not fit together.
+      UnsupportedImplementationError: if no implementation asked for works here.
     """
     _check(scores, granularity, host_blocks, k_units, shared)
+    units = num_units(granularity, host_blocks)
+    shift = unit_shift(granularity)
+    candidates: dict[str, Callable[..., jax.Array]] = {"triton": _triton, "xla": _xla}
+    arguments = (scores, units, shift, host_blocks, k_units, shared)
+    return dispatch("select_units", implementation, candidates, *arguments)  # type: ignore[no-any-return]
+
+
+def _triton(*arguments: jax.Array) -> jax.Array:
+    from pallas_kernels.selection_triton import select_units_triton
+
+    return select_units_triton(*arguments)
+
+
+def _xla(
+    scores: jax.Array,
+    units: jax.Array,
+    shift: jax.Array,
+    host_blocks: jax.Array,
+    k_units: jax.Array,
+    shared: jax.Array,
+) -> jax.Array:
     batch, num_heads, num_blocks = scores.shape
-    num_kv_heads = granularity.shape[1]
+    num_kv_heads = units.shape[1]
     grouped = scores.reshape(batch, num_kv_heads, -1, num_blocks)
     wanted = k_units.reshape(batch, num_kv_heads, -1)
     share = shared.astype(jnp.bool_)[..., None]
     grouped = jnp.where(share[..., None], jnp.max(grouped, axis=2, keepdims=True), grouped)
     wanted = jnp.where(share, jnp.max(wanted, axis=2, keepdims=True), wanted)
 
-    units = num_units(granularity, host_blocks)
     block = jnp.arange(num_blocks, dtype=jnp.int32)
     exists = (block < units[..., None])[:, :, None, :]
     best = _take_best(grouped, exists, jnp.clip(wanted, 0, units[..., None]))
 
-    unit_of_block = block >> unit_shift(granularity)[..., None]
+    unit_of_block = block >> shift[..., None]
     expanded = jnp.take_along_axis(best, unit_of_block[:, :, None, :], axis=-1)
     selectable = (block < host_blocks[:, None])[:, None, None, :]
     return pack(expanded & selectable).reshape(batch, num_heads, -1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 
 import host_ops
 from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout, host_tokens, num_units
+from fluxion_jax.cache.preflight import require_memory
 from fluxion_jax.cache.summaries import MIN_EXPONENT
 from fluxion_jax.errors import CacheFullError, ConfigError, FluxionError
 from fluxion_jax.status import STATUS_FULL, STATUS_NAN, describe_status
@@ -78,12 +79,27 @@ class HostKV:
           max_tokens: capacity of each sequence in tokens, prompt and generation together.
 
         Raises:
-          ConfigError: `batch` or `max_tokens` is below 1.
+          ConfigError: `batch` or `max_tokens` is below 1, or the cache does not fit into memory.
         """
         if batch < 1 or max_tokens < 1:
             raise ConfigError(
                 f"expected batch >= 1 and max_tokens >= 1, got {batch} and {max_tokens}"
             )
+        require_memory(layout, batch, max_tokens)
+        return cls.allocate_with(_zeros, layout, batch, max_tokens)
+
+    @classmethod
+    def allocate_with(
+        cls,
+        make: Callable[[tuple[int, ...], Any, str], jax.Array],
+        layout: KVLayout,
+        batch: int,
+        max_tokens: int,
+    ) -> HostKV:
+        """Like `allocate`, of arrays that `make(shape, dtype, memory_kind)` returns.
+
+        They must be typed as memory of that kind, `"pinned_host"` or `"device"`; for benchmarks.
+        """
         dtype = layout.jax_dtype
         heads, head_dim = layout.num_kv_heads, layout.head_dim
         blocks = layout.host_blocks(max_tokens)
@@ -91,8 +107,7 @@ class HostKV:
         summaries_kind = "pinned_host" if layout.summaries == "host" else "device"
 
         def each(count: int, shape: tuple[int, ...], dtype: Any, kind: str = "device") -> Arrays:
-            # One array at a time: on a GPU a pinned result passes through the device.
-            return tuple(_zeros((batch, heads, *shape), dtype, kind) for _ in range(count))
+            return tuple(make((batch, heads, *shape), dtype, kind) for _ in range(count))
 
         host_shape = (blocks, BLOCK_TOKENS, head_dim)
         window_shape = (layout.window_tokens, head_dim)
@@ -303,6 +318,17 @@ class HostKV:
         """Bytes in device memory."""
         return sum(x.nbytes for x in jax.tree.leaves(self)) - self.host_bytes
 
+    def _parts(self, place: str) -> dict[str, int]:
+        """Bytes in a place by what they are for."""
+        summaries = sum(x.nbytes for x in self.summaries)
+        parts = {"summaries": summaries if self.layout.summaries == place else 0}
+        if place == "host":
+            return {"keys and values": self.host_bytes - parts["summaries"], **parts}
+        parts["window"] = sum(x.nbytes for x in (*self.window_k, *self.window_v))
+        parts["sliding layers"] = sum(x.nbytes for x in (*self.sliding_k, *self.sliding_v))
+        parts["rest"] = self.device_bytes - sum(parts.values())
+        return parts
+
     def _row_index(self, rows: Sequence[int] | np.ndarray | None) -> np.ndarray:
         """Row numbers, int32; all of them for None."""
         if rows is None:
@@ -332,7 +358,8 @@ class HostKV:
             f"  lengths {lengths} of {self.max_tokens} tokens; "
             f"window {layout.sink_tokens} + {layout.recent_tokens} tokens; "
             f"summaries on the {layout.summaries}\n"
-            f"  host {_mib(self.host_bytes)}, device {_mib(self.device_bytes)}"
+            f"  host {_mib(self.host_bytes)}: {_places(self._parts('host'))}\n"
+            f"  device {_mib(self.device_bytes)}: {_places(self._parts('device'))}"
         )
 
 
@@ -374,6 +401,9 @@ def _zeros_program(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, kind: str) -> jax.Array:
+    if kind == "pinned_host" and jax.default_backend() != "cpu":
+        # A program's result would pass through as much memory on the device.
+        return jax.device_put(np.zeros(shape, dtype), memory_sharding(kind))
     return _zeros_program(shape, dtype, memory_sharding(kind))()  # type: ignore[no-any-return]
 
 
@@ -401,6 +431,10 @@ def _address(cache: HostKV) -> list[int]:
         return [0, 0]
     address = cache.k[0].unsafe_buffer_pointer()
     return [address & 0xFFFFFFFF, address >> 32]
+
+
+def _places(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size) or "nothing"
 
 
 def _mib(num_bytes: int) -> str:

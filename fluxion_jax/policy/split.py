@@ -15,48 +15,76 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxion_jax.errors import ConfigError
+from fluxion_jax.policy.cost_model import MIN_RANGE_BYTES, CostModel
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A forced split; build it with `split_at` or `one_sided`.
+    """Who reads what; build it with `split_at`, `one_sided` or `modelled`.
 
     Attributes:
-      host_fraction: float32 scalar, share of the work that goes to the host, 0 to 1.
+      host_fraction: float32 scalar, share of the work that goes to the host, 0 to 1; unused where
+        there is a cost model.
       sides: static, `"both"`, `"host"` or `"device"`: a program in which one side never has work
         is compiled without it.
+      cost: splits so that both sides end together by this model, or None.
     """
 
     host_fraction: jax.Array | np.ndarray
     sides: Literal["both", "host", "device"] = dataclasses.field(
         default="both", metadata={"static": True}
     )
+    cost: CostModel | None = None
 
-    def boundaries(self, host_blocks: jax.Array, wanted_blocks: jax.Array) -> jax.Array:
+    def boundaries(
+        self,
+        host_blocks: jax.Array,
+        wanted_blocks: jax.Array,
+        block_bytes: int,
+        scanned_bytes: jax.Array | int = 0,
+    ) -> jax.Array:
         """Cuts every task into a host range and a device range.
 
         Args:
           host_blocks: int32 `[B]`, selectable blocks of each row.
           wanted_blocks: int32 `[B, K]`, an upper bound of the blocks each task will read.
+          block_bytes: keys and values of one block.
+          scanned_bytes: int32 `[B, K]`, summaries that are read to rank a task, on the side that
+            has the task; 0 where they are not read from host memory.
 
         Returns:
           int32 `[B, K]`: the host attends to selected blocks with an id below it, the device to
           the rest. 0 gives the task to the device, `host_blocks` to the host.
         """
-        batch, kv_heads = wanted_blocks.shape
         everything = jnp.broadcast_to(host_blocks[:, None], wanted_blocks.shape)
         if self.sides != "both":
             return everything if self.sides == "host" else jnp.zeros_like(everything)
-        size = wanted_blocks.reshape(-1).astype(jnp.float32)
-        order = jnp.argsort(-size, stable=True)
-        before = jnp.cumsum(size[order]) - size[order]
-        left = jnp.clip(self.host_fraction * size.sum() - before, 0.0, size[order])
-        share = jnp.where(size[order] > 0, left / jnp.maximum(size[order], 1.0), 0.0)
-        share = jnp.zeros_like(share).at[order].set(share).reshape(batch, kv_heads)
-        blocks = host_blocks[:, None].astype(jnp.float32)
-        cut = jnp.round(share * blocks).astype(jnp.int32)
-        return jnp.where(self.host_fraction >= 1.0, everything, cut)
+        size = wanted_blocks.astype(jnp.float32) * block_bytes
+        if self.cost is None:
+            host, least = jnp.asarray(self.host_fraction) * size.sum(), 0
+        else:
+            size = size + scanned_bytes
+            host, least = self.cost.host_bytes(size.sum()), MIN_RANGE_BYTES
+        share = _host_shares(size.reshape(-1), host, least).reshape(size.shape)
+        cut = jnp.round(share * everything.astype(jnp.float32)).astype(jnp.int32)
+        return jnp.where(share >= 1.0, everything, cut)
+
+
+def _host_shares(size: jax.Array, host: jax.Array, least: int) -> jax.Array:
+    """The host's share of each task, largest first until `host` is spent: float32 `[tasks]`.
+
+    Compares all pairs instead of sorting: on a GPU a sort of a few tasks is many launches.
+    """
+    task = jnp.arange(size.size)
+    earlier = (size > size[:, None]) | ((size == size[:, None]) & (task < task[:, None]))
+    before = jnp.sum(jnp.where(earlier, size, 0.0), axis=1)
+    part = jnp.clip(host - before, 0.0, size)
+    too_little = (part < least) | (size - part < least)
+    part = jnp.where(too_little, jnp.where(2 * part >= size, size, 0.0), part)
+    # A task without work goes where everything goes before it is split.
+    idle = jnp.where(host >= size.sum(), 1.0, 0.0)
+    return jnp.where(size > 0, part / jnp.maximum(size, 1.0), idle)
 
 
 def split_at(host_fraction: float) -> Split:
@@ -84,8 +112,20 @@ def one_sided(side: Literal["host", "device"]) -> Split:
     return Split(np.asarray(1.0 if side == "host" else 0.0, np.float32), side)
 
 
+def modelled(cost: CostModel | None = None) -> Split:
+    """Splits so that both sides end together by a cost model.
+
+    Args:
+      cost: rates of this machine; None for those of one H100 machine.
+    """
+    return Split(np.asarray(1.0, np.float32), cost=cost or CostModel())
+
+
 def parse_split(split: str | float | Split | None) -> Split:
-    """Turns `"host"`, `"device"` or a share of the host, 0 to 1, into a split.
+    """Turns `"host"`, `"device"`, `"model"` or a share of the host, 0 to 1, into a split.
+
+    `"model"` uses the rates of one H100 machine, and `"model:FILE"` those in a report of
+    `fluxion bench machine`.
 
     A share compiles both sides, even if it is 0 or 1, so that it can change without recompiling.
 
@@ -93,7 +133,7 @@ def parse_split(split: str | float | Split | None) -> Split:
       split: None means `"host"`: without a cost model the place where the cache lies computes.
 
     Raises:
-      ConfigError: the text is not a split, or the share is out of range.
+      ConfigError: the text is not a split, the share is out of range, or the file is no report.
     """
     if split is None or split == "host":
         return one_sided("host")
@@ -101,11 +141,16 @@ def parse_split(split: str | float | Split | None) -> Split:
         return one_sided("device")
     if isinstance(split, Split):
         return split
+    if split == "model":
+        return modelled()
+    if isinstance(split, str) and split.startswith("model:"):
+        return modelled(CostModel.load(split.removeprefix("model:")))
     try:
         return split_at(float(split))
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"expected split 'host', 'device' or a host fraction in [0, 1], got {split!r}"
+            "expected split 'host', 'device', 'model', 'model:FILE' or a host fraction in [0, 1], "
+            f"got {split!r}"
         ) from None

@@ -190,7 +190,7 @@ def test_at_most_one_task_lies_on_both_sides():
             rng.integers(0, 500, (3, 5)) * (rng.random((3, 5)) > 0.3), blocks[:, None]
         )
         boundary = split_at(rng.random()).boundaries(
-            jnp.asarray(blocks), jnp.asarray(wanted, jnp.int32)
+            jnp.asarray(blocks), jnp.asarray(wanted, jnp.int32), 8192
         )
         boundary = np.asarray(boundary)
         assert ((boundary >= 0) & (boundary <= blocks[:, None])).all()

@@ -30,7 +30,12 @@ def for_cuda(attend, implementation: str, dtype: str, memory_kind: str, head_dim
     def program(q, k, v, bitmap):
         return attend(q, k, v, bitmap, scale=0.1, implementation=implementation)
 
+    return lower_for_cuda(program, q, kv, kv, bitmap)
+
+
+def lower_for_cuda(function, *shapes: jax.ShapeDtypeStruct) -> str:
+    """Returns the StableHLO text of a function of arrays of these shapes, lowered for CUDA."""
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        traced = jax.jit(program).trace(q, kv, kv, bitmap)
+        traced = jax.jit(function).trace(*shapes)
         return traced.lower(lowering_platforms=("cuda",)).as_text()

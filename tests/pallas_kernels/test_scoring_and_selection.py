@@ -7,11 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import num_units, score_units, select_units
-from tests.pallas_kernels import oracle
+from pallas_kernels import UnsupportedImplementationError, num_units, score_units, select_units
+from pallas_kernels.scoring import unit_shift
+from pallas_kernels.selection_triton import MAX_BLOCKS, select_units_triton
+from tests.pallas_kernels import lowering, oracle
 
 SCORE = jax.jit(score_units)
-SELECT = jax.jit(select_units)
+
+
+@jax.jit
+def interpreted(scores, granularity, host_blocks, k_units, shared):
+    units, shift = num_units(granularity, host_blocks), unit_shift(granularity)
+    return select_units_triton(scores, units, shift, host_blocks, k_units, shared, interpret=True)
+
+
+# What this machine takes by default (on a GPU the kernel), and the kernel interpreted.
+SELECT = [jax.jit(select_units), interpreted]
 LOWEST = np.iinfo(np.int32).min
 ALL_GRANULARITIES = np.array([[16, 32], [64, 128], [32, 16]], np.int32)
 
@@ -76,8 +87,9 @@ def check_selection(scores, granularity, host_blocks, k_units, shared):
         np.asarray(x, np.int32) for x in (scores, granularity, host_blocks, k_units, shared)
     )
     want = oracle.select_units(scores, granularity, host_blocks, k_units, shared)
-    got = SELECT(*map(jnp.asarray, (scores, granularity, host_blocks, k_units, shared)))
-    np.testing.assert_array_equal(got, oracle.pack(want))
+    for select in SELECT:
+        got = select(*map(jnp.asarray, (scores, granularity, host_blocks, k_units, shared)))
+        np.testing.assert_array_equal(got, oracle.pack(want))
     return want
 
 
@@ -159,3 +171,21 @@ def test_selection_refuses_wrong_shapes():
             jnp.full((1, 3), 1),
             jnp.zeros((1, 2), jnp.int32),
         )
+
+
+def shapes(num_blocks: int) -> list[jax.ShapeDtypeStruct]:
+    sizes = [(2, 32, num_blocks), (2, 8), (2,), (2, 32), (2, 8)]
+    return [jax.ShapeDtypeStruct(size, jnp.int32) for size in sizes]
+
+
+def test_selection_is_one_kernel_on_a_gpu_unless_a_program_cannot_hold_the_scores():
+    assert lowering.lower_for_cuda(select_units, *shapes(MAX_BLOCKS)).count("xla.gpu.triton") == 1
+    assert "triton" not in lowering.lower_for_cuda(select_units, *shapes(MAX_BLOCKS + 8))
+
+
+def test_the_kernel_is_refused_by_name_without_a_gpu():
+    with (
+        jax.default_device(jax.devices("cpu")[0]),
+        pytest.raises(UnsupportedImplementationError, match="triton: expected a CUDA device"),
+    ):
+        select_units(*(jnp.zeros(x.shape, x.dtype) for x in shapes(8)), implementation="triton")

@@ -1,0 +1,92 @@
+"""What reading costs on either side: the numbers behind `split="model"`.
+
+Decode attention is bound by memory on both sides, so a side's time is a fixed part and its bytes
+over its rate. The rates are data: a program compiled for one machine's serves any other's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fluxion_jax.errors import ConfigError
+
+MIN_RANGE_BYTES = 64 * 1024
+"""Less than this of a task is not worth a hand-over: it takes either side about a microsecond."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Rates and fixed costs of one layer's sparse attention.
+
+    The defaults are of one machine (H100 80GB on PCIe 5.0 x16, 16 CPUs with AVX-512): three
+    quarters of its streaming read, nine tenths of its pinned copies, a hand-over without work, and
+    a dozen small launches. `fluxion bench machine` measures those of another.
+
+    Attributes:
+      host_bytes_per_s: at which the host's threads attend to selected blocks.
+      pcie_bytes_per_s: at which the device reads blocks out of pinned host memory.
+      host_fixed_s: of a layer with any host work: hand-over, and bringing back the result.
+      device_fixed_s: of a layer with any device work: launches that do not depend on its size.
+    """
+
+    host_bytes_per_s: float = 75e9
+    pcie_bytes_per_s: float = 46e9
+    host_fixed_s: float = 40e-6
+    device_fixed_s: float = 30e-6
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            lowest = 0.0 if field.name.endswith("_fixed_s") else 1.0
+            if isinstance(value, int | float) and not lowest <= value < float("inf"):
+                raise ConfigError(
+                    f"expected {field.name} of at least {lowest:g}, got {value}; "
+                    "rates are in bytes per second, costs in seconds"
+                )
+
+    def host_bytes(self, total_bytes: jax.Array) -> jax.Array:
+        """The host's part of a layer's bytes, so that both sides end together.
+
+        Args:
+          total_bytes: float32 scalar, what the layer reads.
+
+        Returns:
+          float32 scalar in `[0, total_bytes]`.
+        """
+        host, pcie = self.host_bytes_per_s, self.pcie_bytes_per_s
+        ahead = (self.device_fixed_s - self.host_fixed_s) * pcie
+        return jnp.clip((total_bytes + ahead) * (host / (host + pcie)), 0.0, total_bytes)
+
+    def seconds(self, total_bytes: float) -> float:
+        """The modelled time of a layer that reads so many bytes, split by this model."""
+        host = float(self.host_bytes(jnp.float32(total_bytes)))
+        pcie = total_bytes - host
+        return max(
+            self.host_fixed_s + host / self.host_bytes_per_s if host else 0.0,
+            self.device_fixed_s + pcie / self.pcie_bytes_per_s if pcie else 0.0,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostModel:
+        """Reads the `cost_model` of a report of `fluxion bench machine --output`.
+
+        Raises:
+          ConfigError: the file has no such section, or it has other fields.
+        """
+        try:
+            document: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            section = document["cost_model"]
+            return cls(**{name: float(value) for name, value in section.items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            names = [field.name for field in dataclasses.fields(cls)]
+            raise ConfigError(
+                f"expected a JSON report with a cost_model of {names} in {path}, got none "
+                f"({error}); write one with fluxion bench machine --output DIR"
+            ) from error

@@ -1,0 +1,109 @@
+"""Scores of units as a Pallas kernel in the Triton style, over summaries in device or host memory.
+
+XLA may not compute with arrays in pinned host memory, but a kernel can read them where they lie,
+and then reads no more than the rows of each task's own granularity.
+
+Axes: B batch, N query heads, K KV heads, G = N // K, P blocks, U summary rows, H head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from pallas_kernels.compat import silence_triton_deprecation, target_platform
+from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.scoring import BEYOND
+
+TILE_UNITS = 32
+"""Units of one program: 8 KiB of summaries at a head size of 128, in flight all at once."""
+
+NUM_WARPS = 4
+
+
+def score_units_triton(
+    q8: jax.Array,
+    summaries: jax.Array,
+    first_row: jax.Array,
+    units: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Scores the first units of every task; see `pallas_kernels.score_units`.
+
+    Args:
+      q8: int8 `[B, N, H]`.
+      summaries: int8 `[B, K, U, 2, H]`, in device or pinned host memory.
+      first_row: int32 `[B, K]`, row of the task's unit 0.
+      units: int32 `[B, K]`, units to score; the rows of others are not read.
+      interpret: run on any platform, slowly; for tests.
+
+    Returns:
+      int32 `[B, N, P]`, the smallest int32 from the number of units on.
+
+    Raises:
+      UnsupportedImplementationError: not on a GPU.
+    """
+    if not interpret and target_platform() != "gpu":
+        raise UnsupportedImplementationError(
+            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
+        )
+    batch, num_heads, head_dim = q8.shape
+    num_kv_heads, rows = summaries.shape[1:3]
+    num_blocks = rows * 8 // 15
+    group = num_heads // num_kv_heads
+    tasks = batch * num_kv_heads
+
+    def whole_task(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda task, _: (task,) + (0,) * len(shape))
+
+    scalar = pl.BlockSpec((1,), lambda task, _: (task,))
+    silence_triton_deprecation()
+    scores = pl.pallas_call(
+        functools.partial(_kernel, group=group),
+        grid=(tasks, pl.cdiv(num_blocks, TILE_UNITS)),
+        in_specs=[
+            whole_task(group, head_dim),
+            pl.BlockSpec(
+                (None, None, rows, 2, head_dim),
+                lambda task, _: (task // num_kv_heads, task % num_kv_heads, 0, 0, 0),
+            ),
+            scalar,
+            scalar,
+        ],
+        out_specs=whole_task(group, num_blocks),
+        out_shape=jax.ShapeDtypeStruct((tasks, group, num_blocks), jnp.int32),
+        compiler_params=pltriton.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
+        interpret=interpret,
+        name="score_units",
+    )(q8.reshape(tasks, group, head_dim), summaries, first_row.reshape(-1), units.reshape(-1))
+    return scores.reshape(batch, num_heads, num_blocks)
+
+
+def _kernel(
+    q_ref: Any, summaries_ref: Any, first_row_ref: Any, units_ref: Any, out_ref: Any, *, group: int
+) -> None:
+    head_dim = q_ref.shape[-1]
+    # Triton's arrays have sizes that are powers of two; the channels past the head size count 0.
+    channel = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
+    unit = pl.program_id(1) * TILE_UNITS + jnp.arange(TILE_UNITS, dtype=jnp.int32)
+    exists = unit < units_ref[0]
+    shape = (TILE_UNITS, channel.size)
+    row = jnp.broadcast_to((first_row_ref[0] + unit)[:, None], shape)
+    columns = jnp.broadcast_to(channel[None, :], shape)
+    mask = jnp.broadcast_to(exists[:, None] & (channel < head_dim)[None, :], shape)
+    low, high = (
+        pltriton.load(summaries_ref.at[row, half, columns], mask=mask, other=0).astype(jnp.int32)
+        for half in (0, 1)
+    )
+    for g in range(group):
+        q = pltriton.load(q_ref.at[g, channel], mask=channel < head_dim, other=0)
+        q = jnp.broadcast_to(q.astype(jnp.int32)[None, :], shape)
+        score = jnp.sum(jnp.where(q < 0, low, high) * q, axis=1)
+        score = jnp.where(exists, score, BEYOND)
+        pltriton.store(out_ref.at[g, unit], score, mask=unit < out_ref.shape[-1])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 import host_ops
 import pallas_kernels
-from fluxion_jax.cache.append import make_flush, sketch_flush, with_layer
+from fluxion_jax.cache.append import make_flush, sketch_flush, with_layer, write_summaries
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import remember_query
@@ -48,8 +48,8 @@ class Execution:
       host: host operations to use: None for the best available, a name or a sequence of names out
         of `"native"`, `"xla"`, `"numpy"`.
       device: kernels for the device's share of the blocks: None, or out of `"xla"`, `"triton"`,
-        `"mosaic"`; on a GPU `"xla"` cannot read the cache. The resident window always takes the best
-        there is.
+        `"mosaic"`; on a GPU `"xla"` cannot read the cache. The resident window always takes the
+        best there is.
       dense_below_tokens: sequences shorter than this read everything; 1024 because the resident
         window alone is a third of that, so that there is nothing to gain from selecting.
       measure: also attend to everything and report recall and output error of each head; costs as
@@ -454,7 +454,7 @@ def _device_share(
         return _DeviceShare(state, bitmap, blocks, jnp.where(scanned, units, 0))
 
     if target_platform() == "gpu":
-        # There a conditional makes the host wait for the device, and kernels without work are short.
+        # There a conditional makes the host wait for the device; kernels without work are short.
         return run()
     return jax.lax.cond(has_work.any(), run, lambda: _no_device_share(q, work, k.shape[2]))
 
@@ -564,7 +564,7 @@ def _leave_window(
             num_blocks=jnp.where(succeeded, flush.num_blocks, 0),
             shift=jnp.where(succeeded, flush.shift, 0),
         )
-        summaries = host_ops.write_summaries(cache.summaries[index], flush)
+        summaries = write_summaries(cache.summaries[index], flush)
     cache = with_layer(
         cache,
         index,

@@ -7,6 +7,7 @@ an error of the work itself, 2 for wrong usage.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_demo(commands)
     _add_evaluate(commands)
+    _add_heads(commands)
     _add_calibrate(commands)
     _add_bench(commands)
     return parser
@@ -68,7 +70,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="a model directory, a .gguf file, smollm2-135m or gemma3-270m",
+        help="a model directory, a .gguf file, recall-12m, smollm2-135m or gemma3-270m",
     )
     parser.add_argument(
         "--prompt-file", required=True, metavar="F", help="file with the prompt; - for stdin"
@@ -97,17 +99,17 @@ def _add_demo(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="quality of policies on long-context tasks")
-    parser.add_argument("--model", help="see fluxion generate --help; default smollm2-135m")
+    parser.add_argument("--model", help="see fluxion generate --help; default recall-12m")
     for name, metavar, kind, text in (
         ("policy", "P", str, "full is always the reference; default also fixed:16:0.05"),
-        ("task", "T", str, "default passkey, niah_single_2 and real_text"),
-        ("length", "S", int, "tokens of prompt and answer; default 1280 and 2560"),
+        ("task", "T", str, "default niah_multikey_2, vt, key_value and real_text"),
+        ("length", "S", int, "tokens of prompt and answer; default 2048 and 4096"),
     ):
         parser.add_argument(
             f"--{name}", action="append", type=kind, metavar=metavar, help=f"repeatable; {text}"
         )
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="per task and length; default 3, all with --data"
+        "--samples", type=int, metavar="N", help="per task and length; default 4, all with --data"
     )
     parser.add_argument(
         "--data",
@@ -166,13 +168,39 @@ def _add_calibrate(commands: Any) -> None:
     parser.set_defaults(run=_calibrate)
 
 
+def _add_heads(commands: Any) -> None:
+    parser = commands.add_parser("heads", help="which heads of a model stream, what others need")
+    parser.add_argument("--model", default="recall-12m", help="see fluxion generate --help")
+    parser.add_argument("--length", type=int, default=2048, metavar="S", help="tokens of a sample")
+    parser.add_argument("--samples", type=int, default=2, metavar="N", help="per task")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps of each")
+    _add_common(parser)
+    parser.set_defaults(run=_heads)
+
+
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser("bench", help="measure this machine, or a selection's quality")
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     host = kinds.add_parser("host", help="host kernels against the speed of memory")
     host.add_argument("--quick", action="store_true", help="one head shape, fewer repetitions")
+    host.add_argument(
+        "--compare", type=int, default=4, metavar="N", help="shapes to compare with other libraries"
+    )
     _add_common(host)
     host.set_defaults(run=_bench_host)
+    machine = kinds.add_parser("machine", help="memories and buses; a report for split model:FILE")
+    machine.add_argument("--quick", action="store_true", help="fewer repetitions")
+    _add_common(machine)
+    machine.set_defaults(run=_bench_machine)
+    step = kinds.add_parser("step", help="decode steps of 8B-shaped models, against their bytes")
+    step.add_argument("--quick", action="store_true", help="the headline cells only")
+    step.add_argument("--budget-s", type=float, metavar="S", help="start no cell after S seconds")
+    _add_common(step)
+    step.set_defaults(run=_bench_step)
+    prefill = kinds.add_parser("prefill", help="reading a long prompt into host memory")
+    prefill.add_argument("--quick", action="store_true", help="fewer places of the prompt")
+    _add_common(prefill)
+    prefill.set_defaults(run=_bench_prefill)
     roundtrip = kinds.add_parser("roundtrip", help="handing a layer's work to the host and back")
     _add_common(roundtrip)
     roundtrip.set_defaults(run=_bench_roundtrip)
@@ -183,6 +211,7 @@ def _add_bench(commands: Any) -> None:
     selection = kinds.add_parser("selection", help="integer selection against its alternatives")
     selection.add_argument("--model", default="smollm2-135m", help="see fluxion generate --help")
     selection.add_argument("--context-tokens", type=int, default=8192, metavar="N")
+    selection.add_argument("--queries", type=int, default=64, metavar="N", help="of each head")
     _add_common(selection)
     selection.set_defaults(run=_bench_selection)
 
@@ -360,6 +389,21 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _heads(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.evaluation.heads import Study, heads_figure, render, study_heads
+    from fluxion_jax.plotting import require_matplotlib
+
+    if arguments.output:
+        require_matplotlib()
+    study = Study(length_tokens=arguments.length, samples=arguments.samples, steps=arguments.steps)
+    report = study_heads(arguments.model, study)
+    _emit(arguments, report, render(report), "heads.json")
+    if arguments.output:
+        heads_figure(report).savefig(arguments.output / "heads.png")
+        print(f"figure: {arguments.output / 'heads.png'}", file=sys.stderr)
+    return 0
+
+
 def _bench_host(arguments: argparse.Namespace) -> int:
     from fluxion_jax.bench import host
     from fluxion_jax.plotting import host_figure, require_matplotlib
@@ -367,8 +411,9 @@ def _bench_host(arguments: argparse.Namespace) -> int:
     if arguments.output:
         require_matplotlib()
     cells = arguments.output / "cells" if arguments.output else None
+    settings = host.QUICK if arguments.quick else host.Settings()
     report = host.run(
-        host.QUICK if arguments.quick else host.Settings(),
+        dataclasses.replace(settings, compared_shapes=arguments.compare),
         cells,
         lambda line: print(line, file=sys.stderr, flush=True),
     )
@@ -378,6 +423,40 @@ def _bench_host(arguments: argparse.Namespace) -> int:
         title = f"Host kernels with {report['threads']} threads ({report['variant']})"
         host_figure(report, title).savefig(path)
         print(f"figure: {path}", file=sys.stderr)
+    return 0
+
+
+def _bench_machine(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import machine
+
+    settings = machine.Settings(repetitions=3) if arguments.quick else machine.Settings()
+    report = machine.run(settings, lambda line: print(line, file=sys.stderr, flush=True))
+    _emit(arguments, report, machine.render(report), "bench-machine.json")
+    return 0
+
+
+def _bench_step(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import step, step_report
+
+    report = step.run(
+        step.QUICK if arguments.quick else step.FULL,
+        arguments.output / "cells" if arguments.output else None,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        budget_s=arguments.budget_s,
+    )
+    _emit(arguments, report, step_report.render(report), "bench-step.json")
+    return 0
+
+
+def _bench_prefill(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import prefill
+
+    report = prefill.run(
+        prefill.QUICK if arguments.quick else prefill.Settings(),
+        arguments.output / "cells" if arguments.output else None,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    _emit(arguments, report, prefill.render(report), "bench-prefill.json")
     return 0
 
 
@@ -405,7 +484,9 @@ def _bench_device(arguments: argparse.Namespace) -> int:
 def _bench_selection(arguments: argparse.Namespace) -> int:
     from fluxion_jax.bench import selection
 
-    report = selection.run(arguments.model, context_tokens=arguments.context_tokens)
+    report = selection.run(
+        arguments.model, context_tokens=arguments.context_tokens, num_queries=arguments.queries
+    )
     _emit(arguments, report, selection.render(report), "bench-selection.json")
     return 0
 

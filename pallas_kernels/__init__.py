@@ -20,4 +20,5 @@ from pallas_kernels.registry import (
 from pallas_kernels.scoring import num_units as num_units
 from pallas_kernels.scoring import score_units as score_units
 from pallas_kernels.selection import select_units as select_units
+from pallas_kernels.update_summaries import update_summaries as update_summaries
 from pallas_kernels.window_attention import window_attention as window_attention

@@ -58,7 +58,6 @@ def score_units_triton(
     num_blocks = rows * 8 // 15
     group = num_heads // num_kv_heads
     tasks = batch * num_kv_heads
-    tiles = pl.cdiv(num_blocks, TILE_UNITS)
 
     def whole_task(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda task, _: (task,) + (0,) * len(shape))
@@ -67,7 +66,7 @@ def score_units_triton(
     silence_triton_deprecation()
     scores = pl.pallas_call(
         functools.partial(_kernel, group=group),
-        grid=(tasks, tiles),
+        grid=(tasks, pl.cdiv(num_blocks, TILE_UNITS)),
         in_specs=[
             whole_task(group, head_dim),
             pl.BlockSpec(
@@ -77,13 +76,13 @@ def score_units_triton(
             scalar,
             scalar,
         ],
-        out_specs=pl.BlockSpec((None, group, TILE_UNITS), lambda task, tile: (task, 0, tile)),
-        out_shape=jax.ShapeDtypeStruct((tasks, group, tiles * TILE_UNITS), jnp.int32),
+        out_specs=whole_task(group, num_blocks),
+        out_shape=jax.ShapeDtypeStruct((tasks, group, num_blocks), jnp.int32),
         compiler_params=pltriton.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
         name="score_units",
     )(q8.reshape(tasks, group, head_dim), summaries, first_row.reshape(-1), units.reshape(-1))
-    return scores[..., :num_blocks].reshape(batch, num_heads, num_blocks)
+    return scores.reshape(batch, num_heads, num_blocks)
 
 
 def _kernel(
@@ -106,4 +105,5 @@ def _kernel(
         q = pltriton.load(q_ref.at[g, channel], mask=channel < head_dim, other=0)
         q = jnp.broadcast_to(q.astype(jnp.int32)[None, :], shape)
         score = jnp.sum(jnp.where(q < 0, low, high) * q, axis=1)
-        out_ref[g, :] = jnp.where(exists, score, BEYOND)
+        score = jnp.where(exists, score, BEYOND)
+        pltriton.store(out_ref.at[g, unit], score, mask=unit < out_ref.shape[-1])

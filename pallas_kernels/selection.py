@@ -8,6 +8,8 @@ Axes: B batch, N query heads, K KV heads, G = N // K, P blocks, W bitmap words.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -51,7 +53,7 @@ def select_units(
     _check(scores, granularity, host_blocks, k_units, shared)
     units = num_units(granularity, host_blocks)
     shift = unit_shift(granularity)
-    candidates = {"triton": _triton, "xla": _xla}
+    candidates: dict[str, Callable[..., jax.Array]] = {"triton": _triton, "xla": _xla}
     arguments = (scores, units, shift, host_blocks, k_units, shared)
     return dispatch("select_units", implementation, candidates, *arguments)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""Compiles the library's programs for an H100 on a machine that has no GPU, and looks at the result.
+"""Compiles the library's programs for an H100 where there is none, and looks at the result.
 
 Needs the CUDA plugin of JAX (`jax-cuda13-plugin` and `jax-cuda13-pjrt` of the version of JAX) and
 `ptxas`; neither a GPU nor a driver. It shows what XLA makes of a program: how long it compiles,

@@ -29,6 +29,9 @@ STEP = (
     "::test_full_budget_equals_full_attention[float32-1e-05-host-native]",
 )
 
+SCORING_KERNEL = ("tests/pallas_kernels/test_scoring_triton.py::test_scores_equal_the_oracle",)
+SELECTION_KERNEL = ("tests/pallas_kernels/test_scoring_and_selection.py",)
+COST_MODEL = ("tests/attention/test_cost_model.py",)
 SELECTOR = ("tests/policy/test_selector.py",)
 SCHEDULER = (
     "tests/policy/test_scheduler.py::test_both_rates_are_found_and_a_slower_host_is_relieved",
@@ -36,6 +39,64 @@ SCHEDULER = (
 FEATURES = ("tests/policy/test_features.py::test_features_equal_an_independent_reference",)
 
 MUTATIONS = (
+    # Kernels of the selection, and the split by a cost model.
+    Mutation(
+        "scoring kernel: low bounds for positive queries",
+        "pallas_kernels/scoring_triton.py",
+        "jnp.where(q < 0, low, high)",
+        "jnp.where(q > 0, low, high)",
+        SCORING_KERNEL,
+    ),
+    Mutation(
+        "selection kernel: ties take one too many",
+        "pallas_kernels/selection_triton.py",
+        "count(tied & (unit < candidate)) <= room",
+        "count(tied & (unit < candidate)) <= room + 1",
+        SELECTION_KERNEL,
+    ),
+    Mutation(
+        "selection kernel: a group ranks by its own head",
+        "pallas_kernels/selection_triton.py",
+        "mask=exists & shared, other",
+        "mask=exists & ~shared, other",
+        SELECTION_KERNEL,
+    ),
+    Mutation(
+        "summary kernels: upper bounds are rounded down",
+        "pallas_kernels/update_summaries.py",
+        "low >> steps, -(-high >> steps)",
+        "low >> steps, high >> steps",
+        ("tests/pallas_kernels/test_update_summaries.py",),
+    ),
+    Mutation(
+        "summary kernels: the first block of a unit folds too",
+        "pallas_kernels/update_summaries.py",
+        "(block & ((1 << level) - 1)) != 0, channel.shape",
+        "block >= 0, channel.shape",
+        ("tests/pallas_kernels/test_update_summaries.py",),
+    ),
+    Mutation(
+        "copied blocks: the last token of a block for its first",
+        "pallas_kernels/copy_blocks.py",
+        "row % tokens, place",
+        "tokens - 1 - row % tokens, place",
+        ("tests/pallas_kernels/test_copy_blocks.py",),
+    ),
+    Mutation(
+        "cost model: the fixed costs change places",
+        "fluxion_jax/policy/cost_model.py",
+        "(self.device_fixed_s - self.host_fixed_s) * pcie",
+        "(self.host_fixed_s - self.device_fixed_s) * pcie",
+        COST_MODEL,
+    ),
+    Mutation(
+        "split: small ranges are kept",
+        "fluxion_jax/policy/split.py",
+        "too_little = (part < least) | (size - part < least)",
+        "too_little = (part < 0) | (size - part < 0)",
+        COST_MODEL,
+    ),
+    # The policy.
     Mutation(
         "selector: summaries cost nothing beside K/V",
         "fluxion_jax/policy/selector.py",

@@ -82,9 +82,17 @@ def abstract_model(sizes: Sizes) -> tuple[Any, Any]:
 
 
 def export(folder: Path, model: RecallModel) -> None:
-    """Writes `model.safetensors` (bfloat16) beside config.json and tokenizer.json."""
+    """Writes `model.safetensors` (bfloat16) beside config.json and tokenizer.json.
+
+    The record gets its SHA-256, so that a copy of both says what the weights came from.
+    """
     tensors = {k: jnp.array(v, jnp.bfloat16) for k, v in hf_tensors(model).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
+    record = read_record(folder)
+    record["export_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    save_record(folder, record)
 
 
 def write_config(folder: Path, sizes: Sizes) -> None:

@@ -25,6 +25,8 @@ from host_ops import TIMES, Flush, Work, ceiling, native
 from host_ops.numpy_append import level_offset
 
 KV_HEADS = 8
+LAYERS = 4  # Of the program that measures what a layer costs besides its three stages.
+REST_FRACTION = 0.01  # Of the cache; what it reads does not count there.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Settings:
       cache_bytes: K and V of the cache; None for three times the last-level cache, at least 1 GiB
         and at most a sixth of the free memory.
       read_fraction: share of the cache that attention reads.
+      compared_shapes: so many shapes, from the first on, are compared with other libraries.
     """
 
     shapes: tuple[tuple[int, int], ...] = ((128, 4), (128, 7), (64, 3), (256, 4))
@@ -45,6 +48,7 @@ class Settings:
     repetitions: int = 9
     cache_bytes: int | None = None
     read_fraction: float = 0.1
+    compared_shapes: int = 4
 
 
 QUICK = Settings(shapes=((128, 4),), repetitions=5)
@@ -70,8 +74,9 @@ def run(
     wanted = settings.cache_bytes or _default_bytes()
     threads = native.info()["threads"]
     rows = []
-    for head_dim, group in settings.shapes:
-        rows += _shape_rows(head_dim, group, wanted, threads, settings, folder, say)
+    for index, (head_dim, group) in enumerate(settings.shapes):
+        compare = index < settings.compared_shapes
+        rows += _shape_rows(head_dim, group, wanted, threads, compare, settings, folder, say)
     return {
         "benchmark": "host",
         "threads": threads,
@@ -88,6 +93,7 @@ def _shape_rows(
     group: int,
     wanted: int,
     threads: int,
+    compare: bool,
     settings: Settings,
     folder: Path | None,
     say: Callable[[str], None],
@@ -101,7 +107,7 @@ def _shape_rows(
             benches.append(_Bench(head_dim, group, wanted))
         native.set_threads(count)
         try:
-            return benches[0].measure(granularity, count, settings, count == threads)
+            return benches[0].measure(granularity, count, settings, compare and count == threads)
         finally:
             native.set_threads(threads)
 
@@ -141,7 +147,8 @@ class _Bench:
             for seed in (1, 2)
         )
         self.cache = (k, v, _tiled(summaries, rows, "int8"))
-        self.program = _program(head_dim**-0.5)
+        self.program = _program(head_dim**-0.5, 1)
+        self.layers = _program(head_dim**-0.5, LAYERS)
 
     def work(self, granularity: int, k_units: int, bitmap: Any) -> Work:
         heads = (1, KV_HEADS * self.group)
@@ -161,20 +168,37 @@ class _Bench:
 
     def step(self, work: Work) -> tuple[dict[str, float], int]:
         """Seconds by name, and blocks read."""
+        layers, read = self._run(self.program, work)
+        return layers[0], read
+
+    def _run(self, program: Any, work: Work) -> tuple[list[dict[str, float]], int]:
         flush = _nothing(self.head_dim)
-        self.cache, status, times, read = jax.block_until_ready(
-            self.program(self.cache, work, flush)
-        )
+        self.cache, status, times, read = jax.block_until_ready(program(self.cache, work, flush))
         if int(status[0]) != host_ops.STATUS_OK:
             raise FluxionError(f"expected status 0, got {int(status[0])}")
-        return dict(zip(TIMES, np.asarray(times, float).tolist(), strict=True)), int(read.sum())
+        layers = np.asarray(times, float).tolist()
+        return [dict(zip(TIMES, layer, strict=True)) for layer in layers], int(read.sum())
+
+    def rest_us(self, granularity: int, threads: int, repetitions: int) -> dict[str, Any]:
+        """What a layer costs besides its stages: in a step of several layers, and by itself."""
+        k_units = max(1, int(REST_FRACTION * self.blocks * 16 // granularity))
+        within, alone = [], []
+        for repetition in range(repetitions + 1):
+            layers, _ = self._run(self.layers, self.work(granularity, k_units, None))
+            if repetition == 0:
+                continue
+            rests = [_rest_us(layer, threads) for layer in layers]
+            # The first comes after what Python and JAX do between two steps.
+            within.append(float(np.mean(rests[1:])))
+            alone.append(rests[0])
+        return {"rest_us": summarise(within), "rest_first_us": summarise(alone)}
 
     def measure(
         self, granularity: int, threads: int, settings: Settings, compare: bool
     ) -> dict[str, Any]:
         keys = np.asarray(self.cache[0])
         self.step(self.work(granularity, 1, None))
-        ceilings, attention, scoring, share, rest = [], [], [], [], []
+        ceilings, attention, scoring, share = [], [], [], []
         scored_bytes = KV_HEADS * (self.blocks * 16 // granularity) * 2 * self.head_dim
         # With more than one, the thread of the caller runs no part of a task.
         workers = max(threads - 1, 1)
@@ -193,10 +217,6 @@ class _Bench:
             attention.append(blocks * self.block_bytes / attended["span"] / 1e9)
             scoring.append(scored_bytes / (scored["scored"] / workers) / 1e9)
             share.append(scored["selected"] / scored["scored"])
-            stages_s = sum(scored[name] for name in ("scored", "selected", "attended"))
-            # With workers the layer is under way before the caller waits for it.
-            wall_s = scored["waited"] if threads == 1 else scored["span"]
-            rest.append(1e6 * (wall_s + scored["own"] - stages_s / workers))
         del keys
         top = summarise(ceilings)["median"]
         row: dict[str, Any] = {
@@ -210,7 +230,7 @@ class _Bench:
             "scoring_gb_s": summarise(scoring),
             "scoring_of_ceiling": summarise(scoring)["median"] / top,
             "selection_of_scoring": summarise(share),
-            "rest_us": summarise(rest),
+            **self.rest_us(granularity, threads, settings.repetitions),
         }
         if compare:
             row |= self.compare(granularity, ids, scored_bytes, row)
@@ -277,14 +297,28 @@ def _nothing(head_dim: int) -> Flush:
     )
 
 
-def _program(scale: float) -> Any:
+def _rest_us(times: dict[str, float], threads: int) -> float:
+    stages_s = sum(times[name] for name in ("scored", "selected", "attended"))
+    # With workers the layer is under way before the caller waits for it.
+    wall_s = times["waited"] if threads == 1 else times["span"]
+    return 1e6 * (wall_s + times["own"] - stages_s / max(threads - 1, 1))
+
+
+def _program(scale: float, layers: int) -> Any:
     def step(cache: Any, work: Work, flush: Flush) -> Any:
         k, v, summaries = cache
-        tick = host_ops.submit(work, k, v, summaries, scale=scale, implementation="native")
-        done = host_ops.collect(
-            tick, work, k, v, summaries, flush, (), scale=scale, implementation="native"
-        )
-        return (done.k, done.v, done.summaries), done.status, done.times, done.blocks_read
+        status, times = jnp.zeros(1, jnp.int32), []
+        for _ in range(layers):
+            tick = host_ops.submit(work, k, v, summaries, scale=scale, implementation="native")
+            done = host_ops.collect(
+                tick, work, k, v, summaries, flush, (), scale=scale, implementation="native"
+            )
+            k, v, summaries = done.k, done.v, done.summaries
+            # As in a model, the next layer's query follows from what this one has attended to.
+            work = work._replace(q=work.q + done.out)
+            status |= done.status
+            times.append(done.times)
+        return (k, v, summaries), status, jnp.stack(times), done.blocks_read
 
     return jax.jit(step, donate_argnums=0)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import host_ops
+import pallas_kernels
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import sketch_blocks
@@ -20,6 +21,7 @@ from fluxion_jax.cache.summaries import summarise_blocks
 from fluxion_jax.cache.window import leaving_blocks, num_leaving, write_chunk
 from fluxion_jax.errors import refused_by_name
 from fluxion_jax.jitting import jit
+from pallas_kernels.compat import target_platform
 
 
 def make_flush(
@@ -109,11 +111,20 @@ def append_chunk(
             num_blocks=jnp.where(succeeded, flush.num_blocks, 0),
             shift=jnp.where(succeeded, flush.shift, 0),
         )
-        summaries = host_ops.write_summaries(cache.summaries[index], flush)
+        summaries = write_summaries(cache.summaries[index], flush)
     cache = with_layer(cache, index, k=k, v=v, summaries=summaries, exponents=exponents)
     cache = sketch_flush(cache, index, flush)
     cache = _write_window(cache, index, k_chunk, v_chunk, count)
     return cache.replace(status=cache.status | status)
+
+
+def write_summaries(summaries: jax.Array, flush: host_ops.Flush) -> jax.Array:
+    """Writes a flush's summaries into those of a layer `[B, K, U, 2, H]` kept on the device."""
+    if target_platform() != "gpu":
+        return host_ops.write_summaries(summaries, flush)
+    return pallas_kernels.update_summaries(
+        summaries, flush.summaries, flush.shift, flush.first_block, flush.num_blocks
+    )
 
 
 def _write_window(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -93,6 +93,20 @@ class HostKV:
                 f"expected batch >= 1 and max_tokens >= 1, got {batch} and {max_tokens}"
             )
         require_memory(layout, batch, max_tokens)
+        return cls.allocate_with(_zeros, layout, batch, max_tokens)
+
+    @classmethod
+    def allocate_with(
+        cls,
+        make: Callable[[tuple[int, ...], Any, str], jax.Array],
+        layout: KVLayout,
+        batch: int,
+        max_tokens: int,
+    ) -> HostKV:
+        """Like `allocate`, of arrays that `make(shape, dtype, memory_kind)` returns.
+
+        They must be typed as memory of that kind, `"pinned_host"` or `"device"`; for benchmarks.
+        """
         dtype = layout.jax_dtype
         heads, head_dim = layout.num_kv_heads, layout.head_dim
         blocks = layout.host_blocks(max_tokens)
@@ -100,7 +114,7 @@ class HostKV:
         summaries_kind = "pinned_host" if layout.summaries == "host" else "device"
 
         def each(count: int, shape: tuple[int, ...], dtype: Any, kind: str = "device") -> Arrays:
-            return tuple(_zeros((batch, heads, *shape), dtype, kind) for _ in range(count))
+            return tuple(make((batch, heads, *shape), dtype, kind) for _ in range(count))
 
         host_shape = (blocks, BLOCK_TOKENS, head_dim)
         window_shape = (layout.window_tokens, head_dim)

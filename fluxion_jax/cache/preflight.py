@@ -52,17 +52,17 @@ def require_memory(layout: KVLayout, batch: int, max_tokens: int) -> None:
         if used + wanted > limit:
             enough = -(-(used + wanted) // _GIB) + 2
             raise ConfigError(
-                f"expected at most {(limit - used) / _GIB:.1f} GiB of pinned memory ({limit / _GIB:.0f}"
-                f" GiB less {used / _GIB:.1f} GiB in use), got {cache}; set "
+                f"expected at most {(limit - used) / _GIB:.1f} GiB of pinned memory "
+                f"({limit / _GIB:.0f} GiB less {used / _GIB:.1f} GiB in use), got {cache}; set "
                 f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB={enough} before JAX starts, or lower max_tokens"
             )
     free = free_bytes()
     if free is not None and wanted + _HEADROOM_BYTES > free:
         fits = max(0, free - _HEADROOM_BYTES) * max_tokens // wanted
+        fits = fits // BLOCK_TOKENS * BLOCK_TOKENS
         raise ConfigError(
-            f"expected a cache that fits into the {free / _GIB:.1f} GiB of free memory, got {cache}; "
-            f"lower max_tokens to about {fits // BLOCK_TOKENS * BLOCK_TOKENS}, use fewer rows, or "
-            "free what else is held"
+            f"expected a cache that fits into the {free / _GIB:.1f} GiB of free memory, got "
+            f"{cache}; lower max_tokens to about {fits}, use fewer rows, or free what else is held"
         )
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from fluxion_jax.cache.layout import GRANULARITIES_TOKENS
 from fluxion_jax.plotting import COLOURS, require_matplotlib
 
 _MARKERS = "osD^vP"
+# Of policies that are not fixed, so that they stand out.
+_STRONG = ("#111827", "#c62828", "#6a1b9a")
 
 
 def depth_figure(report: dict[str, Any]) -> Any:
@@ -62,53 +65,73 @@ def _by_depth(samples: Sequence[dict[str, Any]], lengths: Sequence[int], bins: i
 
 
 def quality_figure(report: dict[str, Any]) -> Any:
-    """Quality against the bytes read per token: mean score of the tasks, and KL of real text.
+    """Quality against the bytes read per token, policies of a kind joined by a line.
 
     Returns:
-      A matplotlib `Figure` with a panel for each of the two that the report has.
+      A matplotlib `Figure` with a column for each length; the mean score of the tasks above, and
+      the KL divergence of real text below, as far as the report has them.
     """
-    panels = [
-        ("Mean score of the tasks", report["rows"], "score", 100),
-        ("KL from full attention (nats)", report["text_rows"], "kl", 1),
+    measures = [
+        ("mean score of the tasks", report["rows"], "score", 100.0),
+        ("KL from full attention (nats)", report["text_rows"], "kl", 1.0),
     ]
-    panels = [panel for panel in panels if panel[1]]
+    measures = [measure for measure in measures if measure[1]]
+    lengths = sorted({row["length_tokens"] for _, rows, _, _ in measures for row in rows})
     figure = require_matplotlib().Figure(
-        figsize=(1 + 5 * len(panels), 4.4), layout="constrained", dpi=150
+        figsize=(1 + 4.6 * len(lengths), 0.6 + 3.6 * len(measures)), layout="constrained", dpi=150
     )
-    axes_of = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
-    policies = report["settings"]["policies"]
-    for axes, (name, rows, value, factor) in zip(axes_of, panels, strict=False):
-        for i, length in enumerate(sorted({row["length_tokens"] for row in rows})):
-            points = []
-            for policy in policies:
-                own = [r for r in rows if r["policy"] == policy and r["length_tokens"] == length]
-                mib = np.mean([row["host_bytes_per_token"] for row in own]) / 2**20
-                points.append((mib, factor * np.mean([row[value] for row in own]), policy))
-            points.sort()
-            x, y, labels = zip(*points, strict=True)
-            axes.plot(
-                x,
-                y,
-                _MARKERS[i % len(_MARKERS)] + "-",
-                color=COLOURS[i % len(COLOURS)],
-                label=f"{length} tokens",
-                ms=5,
-                lw=1,
-            )
+    grid = figure.subplots(max(1, len(measures)), max(1, len(lengths)), squeeze=False)
+    for panels, (name, rows, value, factor) in zip(grid, measures, strict=False):
+        for axes, length in zip(panels, lengths, strict=True):
+            own = [row for row in rows if row["length_tokens"] == length]
+            _quality_panel(axes, own, value, factor)
+            axes.set_title(f"{length} tokens", fontsize=10, loc="left")
+            axes.set_xlabel("MiB of the host cache read per token", fontsize=8)
+        panels[0].set_ylabel(name, fontsize=9)
+    return figure
+
+
+def _quality_panel(axes: Any, rows: Sequence[dict[str, Any]], value: str, factor: float) -> None:
+    kinds: dict[str, list[tuple[float, float, str]]] = {}
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        own = [row for row in rows if row["policy"] == policy]
+        mib = float(np.mean([row["host_bytes_per_token"] for row in own])) / 2**20
+        kind, label = _kind(policy)
+        point = (mib, factor * float(np.mean([row[value] for row in own])), label)
+        kinds.setdefault(kind, []).append(point)
+    others = 0
+    for kind, points in kinds.items():
+        points.sort()
+        x, y, labels = zip(*points, strict=True)
+        fixed = kind.startswith("fixed")
+        if fixed:
+            at = GRANULARITIES_TOKENS.index(int(kind.partition(":")[2].split(",")[0]))
+            colour = COLOURS[at]
+            style = {"ls": "--" if kind.endswith("group") else "-", "lw": 0.9, "ms": 3}
+            name = f"{kind} ({', '.join(labels)})"
+        else:
+            at, colour, others = 4 + others % 2, _STRONG[others % len(_STRONG)], others + 1
+            style = {"ls": "-", "lw": 2.0, "ms": 6}
+            name = kind
+        axes.plot(x, y, marker=_MARKERS[at], color=colour, label=name, **style)
+        if not fixed:
             for place, text in zip(zip(x, y, strict=True), labels, strict=True):
                 axes.annotate(
-                    text,
-                    place,
-                    xytext=(4, 5 + 9 * (i % 2)),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color=COLOURS[i % len(COLOURS)],
-                )
-        axes.set_xscale("symlog", linthresh=0.1)
-        axes.margins(x=0.2, y=0.15)
-        axes.set_xlabel("MiB of the host cache read per token", fontsize=9)
-        axes.set_title(name, fontsize=11, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e4e7eb", linewidth=0.8)
-        axes.legend(frameon=False, fontsize=8)
-    return figure
+                    text, place, xytext=(4, 5), textcoords="offset points", fontsize=7,
+                    color=colour,
+                )  # fmt: skip
+    axes.set_xscale("log")
+    axes.margins(x=0.1, y=0.12)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.legend(frameon=False, fontsize=6.5)
+
+
+def _kind(policy: str) -> tuple[str, str]:
+    """The line a policy belongs to, and its label on it."""
+    name, *fields = policy.split(":")
+    if name == "fixed":
+        group = ", per group" if fields[-1] == "group" else ""
+        return f"fixed:{fields[0]}{group}", fields[1]
+    return name, ":".join(fields)

@@ -23,17 +23,18 @@ from fluxion_jax.evaluation.report import answer_rows, text_rows
 from fluxion_jax.evaluation.samples import Sample
 from fluxion_jax.evaluation.tasks import TASKS
 from fluxion_jax.models.load import LoadedModel, load_model
+from fluxion_jax.models.packaged import SHIPPED_MODEL
 from fluxion_jax.policy.parse import check_policy, parse_policy
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.session import show_progress
 
 REAL_TEXT = "real_text"
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL = SHIPPED_MODEL
 DEFAULT_POLICIES = ("full", "fixed:16:0.05")
-DEFAULT_TASKS = ("passkey", "niah_single_2", REAL_TEXT)
-# With SmolLM2 a few minutes on two cores.
-DEFAULT_LENGTHS = (1280, 2560)
-DEFAULT_SAMPLES = 3
+DEFAULT_TASKS = ("niah_multikey_2", "vt", "key_value", REAL_TEXT)
+# With the shipped model a few minutes on two cores.
+DEFAULT_LENGTHS = (2048, 4096)
+DEFAULT_SAMPLES = 4
 # Enough to measure perplexity to a few hundredths with several stretches.
 SCORED_TOKENS = 64
 

@@ -38,8 +38,9 @@ def load_model(path_or_name: str | Path, *, dtype: str | None = None) -> LoadedM
     """Loads a GGUF file, a Hugging Face directory or a packaged model.
 
     Args:
-      path_or_name: a `.gguf` file; a directory with config.json and safetensors; or
-        "smollm2-135m" or "gemma3-270m", which come as Python packages.
+      path_or_name: a `.gguf` file; a directory with config.json and safetensors; "recall-12m", a
+        small long-context model that comes with the library; or "smollm2-135m" or "gemma3-270m",
+        which come as Python packages.
       dtype: dtype of parameters and activations, "float32" or "bfloat16"; None means float32 on
         the CPU and bfloat16 on an accelerator.
 

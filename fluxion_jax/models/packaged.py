@@ -1,4 +1,7 @@
-"""Small pretrained models that come as Python packages, found without importing them."""
+"""Small pretrained models: the one that comes with the library, and some that are Python packages.
+
+The packages are found without importing them.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +38,15 @@ _PACKAGED = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
-PACKAGED_NAMES = tuple(_PACKAGED)
+# Trained by examples/train_recall_model.py, which says on what; its record lies beside the weights.
+SHIPPED_MODEL = "recall-12m"
+_SHIPPED_FOLDER = Path(__file__).parent / "recall_12m"
+PACKAGED_NAMES = (SHIPPED_MODEL, *_PACKAGED)
 _COPY_BYTES = 1 << 20
 
 
 def packaged_file(name: str) -> Path:
-    """The GGUF file of a packaged model.
+    """The GGUF file of a packaged model, or the folder of the one that comes with the library.
 
     A model that is split over several packages is put together once, checked, and kept in
     `$XDG_CACHE_HOME/fluxion_jax` (default `~/.cache/fluxion_jax`).
@@ -52,6 +58,8 @@ def packaged_file(name: str) -> Path:
       FluxionError: a package is not installed.
       IntegrityError: the parts do not add up to the published file.
     """
+    if name == SHIPPED_MODEL:
+        return _SHIPPED_FOLDER
     model = _PACKAGED[name]
     parts = []
     for module in model.modules:

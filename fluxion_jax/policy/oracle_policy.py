@@ -33,7 +33,7 @@ class OraclePolicy:
           UnsupportedError: always.
         """
         raise UnsupportedError(
-            f"expected a policy that plans from a step's features, got {self}, which needs the "
+            "expected a policy that plans from a step's features, got an oracle, which needs the "
             "attention to everything; run fluxion evaluate --shared-prefix, or replay its labels"
         )
 

@@ -71,7 +71,7 @@ class Split:
             return everything if self.sides == "host" else jnp.zeros_like(everything)
         size = wanted_blocks.astype(jnp.float32) * block_bytes
         if self.cost is None:
-            host, least = self.host_fraction * size.sum(), 0
+            host, least = jnp.asarray(self.host_fraction) * size.sum(), 0
         else:
             size = size + scanned_bytes
             host, least = self.cost.host_bytes(size.sum()), MIN_RANGE_BYTES

@@ -49,23 +49,12 @@ inline int32_t reduce_min(Ints v) {
   m = _mm_min_epi32(m, _mm_shuffle_epi32(m, 0x4e));
   return _mm_cvtsi128_si32(_mm_min_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
 }
-inline int32_t reduce_add(Ints v) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v.x), _mm256_extracti128_si256(v.x, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
 inline uint32_t set_of(__m256i lanes) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
 }
 inline uint32_t above(Ints v, Ints t) { return set_of(_mm256_cmpgt_epi32(v.x, t.x)); }
 inline uint32_t equal(Ints v, Ints t) { return set_of(_mm256_cmpeq_epi32(v.x, t.x)); }
-inline uint32_t within(Ints v, Ints low, Ints span) {
-  const __m256i past = _mm256_sub_epi32(v.x, low.x);
-  return set_of(_mm256_cmpeq_epi32(_mm256_min_epu32(past, span.x), past));
-}
-inline Ints count_above(Ints count, Ints v, Ints t) {
-  return {_mm256_sub_epi32(count.x, _mm256_cmpgt_epi32(v.x, t.x))};
-}
+inline int64_t number_above(Ints v, Ints t) { return __builtin_popcount(above(v, t)); }
 inline int append(int32_t* p, Ints v, uint32_t lanes) {
   const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneTable.lane[lanes]));
   store(p, {_mm256_permutevar8x32_epi32(v.x, _mm256_cvtepu8_epi32(order))});

@@ -21,16 +21,9 @@ inline Ints max_of(Ints a, Ints b) { return {_mm512_max_epi32(a.x, b.x)}; }
 inline Ints min_of(Ints a, Ints b) { return {_mm512_min_epi32(a.x, b.x)}; }
 inline int32_t reduce_max(Ints v) { return _mm512_reduce_max_epi32(v.x); }
 inline int32_t reduce_min(Ints v) { return _mm512_reduce_min_epi32(v.x); }
-inline int32_t reduce_add(Ints v) { return _mm512_reduce_add_epi32(v.x); }
 inline uint32_t above(Ints v, Ints t) { return _mm512_cmpgt_epi32_mask(v.x, t.x); }
 inline uint32_t equal(Ints v, Ints t) { return _mm512_cmpeq_epi32_mask(v.x, t.x); }
-inline uint32_t within(Ints v, Ints low, Ints span) {
-  return _mm512_cmple_epu32_mask(_mm512_sub_epi32(v.x, low.x), span.x);
-}
-inline Ints count_above(Ints count, Ints v, Ints t) {
-  const __mmask16 lanes = _mm512_cmpgt_epi32_mask(v.x, t.x);
-  return {_mm512_mask_add_epi32(count.x, lanes, count.x, _mm512_set1_epi32(1))};
-}
+inline int64_t number_above(Ints v, Ints t) { return __builtin_popcount(above(v, t)); }
 inline int append(int32_t* p, Ints v, uint32_t lanes) {
   // Compressing into memory is slow on some CPUs.
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), v.x));

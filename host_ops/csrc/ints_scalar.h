@@ -46,25 +46,16 @@ inline int32_t reduce_min(Ints v) {
   for (int i = 1; i < 8; ++i) low = v.lane[i] < low ? v.lane[i] : low;
   return low;
 }
-inline int32_t reduce_add(Ints v) {
-  int32_t sum = 0;
-  for (int i = 0; i < 8; ++i) sum += v.lane[i];
-  return sum;
-}
 inline uint32_t above(Ints v, Ints t) {
   return set_of([&](int i) { return v.lane[i] > t.lane[i]; });
 }
 inline uint32_t equal(Ints v, Ints t) {
   return set_of([&](int i) { return v.lane[i] == t.lane[i]; });
 }
-inline uint32_t within(Ints v, Ints low, Ints span) {
-  return set_of([&](int i) {
-    const uint32_t past = static_cast<uint32_t>(v.lane[i]) - static_cast<uint32_t>(low.lane[i]);
-    return past <= static_cast<uint32_t>(span.lane[i]);
-  });
-}
-inline Ints count_above(Ints count, Ints v, Ints t) {
-  return each_int([&](int i) { return count.lane[i] + (v.lane[i] > t.lane[i]); });
+inline int64_t number_above(Ints v, Ints t) {
+  int32_t number = 0;
+  for (int i = 0; i < 8; ++i) number += v.lane[i] > t.lane[i];
+  return number;
 }
 inline int append(int32_t* p, Ints v, uint32_t lanes) {
   int n = 0;

@@ -47,11 +47,12 @@ struct SelectArgs {
   int64_t units;
   int64_t wanted;         // 0 < wanted < units.
   int64_t ratio;          // Blocks of a unit: 1, 2, 4 or 8.
+  const int32_t* next;    // [units], what will be ranked next and may be fetched, or null.
   int32_t* scratch;       // [units + kSelectPadding]; contents are not kept.
   uint32_t* words;        // [ceil(units * ratio / 32)] out: bit of every block of those units.
 };
 
-constexpr int64_t kSelectPadding = 32;
+constexpr int64_t kSelectPadding = 64;
 
 // Blocks that one part of attention reads.
 constexpr int64_t kChunkBlocks = 64;
@@ -76,6 +77,7 @@ struct KernelTable {
   void (*attend_f32)(const AttendArgs&);
   void (*attend_bf16)(const AttendArgs&);
   void (*score)(const ScoreArgs&);
+  void (*fold_heads)(const ScoreArgs&);  // Row 0 of the scores becomes the maximum over the heads.
   void (*select)(const SelectArgs&);
   // Returns the blocks of the union; `starts` holds limit / kChunkBlocks + 2 or more.
   int64_t (*find_chunks)(const UnionArgs&, ChunkStart* starts);

@@ -19,7 +19,7 @@ namespace {
 #include "union_impl.h"
 
 constexpr KernelTable kTable = {"avx2", attend<float>, attend<BFloat16>, score,
-                                select, find_chunks,   list_chunk};
+                                fold_heads, select, find_chunks, list_chunk};
 
 }  // namespace
 

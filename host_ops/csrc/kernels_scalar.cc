@@ -15,7 +15,7 @@ namespace {
 #include "union_impl.h"
 
 constexpr KernelTable kTable = {"scalar", attend<float>, attend<BFloat16>, score,
-                                select, find_chunks,   list_chunk};
+                                fold_heads, select, find_chunks, list_chunk};
 
 }  // namespace
 

@@ -74,7 +74,6 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   task_count_ = 0;
   started_.store(false, std::memory_order_relaxed);
   left_.store(0, std::memory_order_relaxed);
-  busy_ns_.store(0, std::memory_order_relaxed);
   for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
   span_ns_.store(0, std::memory_order_relaxed);
   const uint32_t status = cancel_known ? validate(work) : kInvalid;
@@ -138,18 +137,22 @@ bool Request::stopped() {
   return true;
 }
 
-void Request::task_finished() {
-  const int64_t span =
-      std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - submitted_).count();
-  int64_t seen = span_ns_.load(std::memory_order_relaxed);
-  while (seen < span && !span_ns_.compare_exchange_weak(seen, span, std::memory_order_relaxed)) {
-  }
+void Request::task_finished(const std::atomic<int64_t> (&stage_ns)[kStages]) {
   Pool* pool = pool_;
   std::function<void()> action;
   {
     // The request may be reused as soon as the count is 0: only its mutex is touched after that.
     std::lock_guard<std::mutex> lock(finish_mutex_);
-    if (left_.load(std::memory_order_relaxed) == 1) action.swap(action_);
+    for (int i = 0; i < kStages; ++i) {
+      stage_ns_[i].fetch_add(stage_ns[i].load(std::memory_order_relaxed),
+                             std::memory_order_relaxed);
+    }
+    if (left_.load(std::memory_order_relaxed) == 1) {
+      const Clock::duration span = Clock::now() - submitted_;
+      span_ns_.store(std::chrono::duration_cast<std::chrono::nanoseconds>(span).count(),
+                     std::memory_order_relaxed);
+      action.swap(action_);
+    }
     if (left_.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
   }
   pool->notify_done();

@@ -28,10 +28,6 @@ T* grown(std::vector<T>* memory, int64_t count) {
   return memory->data();
 }
 
-int64_t elapsed_ns(Clock::time_point start) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
-}
-
 int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 }  // namespace
@@ -42,6 +38,7 @@ void Task::prepare(Request* request, int64_t batch, int64_t kv_head) {
   kv_head_ = kv_head;
   index_ = batch * request->geometry_.kv_heads + kv_head;
   union_blocks_ = 0;
+  for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
   const Geometry& g = request->geometry_;
   int64_t blocks = std::min(request->boundary_[index_], request->host_blocks_[batch]);
   ranked_ = false;
@@ -85,13 +82,12 @@ void Task::begin(Stage stage, int64_t parts) {
 void Task::go_on(Stage stage, int64_t parts) {
   begin(stage, parts);
   // What one thread has to do alone, this one does at once.
-  if (parts == 1) return run(0, 1);
+  if (parts == 1 || request_->pool_->threads() == 1) return run(0, parts);
   request_->pool_->push(this, parts);
 }
 
 template <typename Body>
-void Task::timed(const Body& body) noexcept {
-  const Clock::time_point start = Clock::now();
+Clock::time_point Task::timed(Clock::time_point start, const Body& body) noexcept {
   if (!request_->stopped()) {
     try {
       body();
@@ -99,13 +95,14 @@ void Task::timed(const Body& body) noexcept {
       request_->fail(kInternal);
     }
   }
-  const int64_t took = elapsed_ns(start);
-  request_->busy_ns_.fetch_add(took, std::memory_order_relaxed);
-  request_->stage_ns_[static_cast<int>(stage_)].fetch_add(took, std::memory_order_relaxed);
+  const Clock::time_point end = Clock::now();
+  const int64_t took = std::chrono::duration_cast<std::chrono::nanoseconds>(end - start).count();
+  stage_ns_[static_cast<int>(stage_)].fetch_add(took, std::memory_order_relaxed);
+  return end;
 }
 
 void Task::run(int64_t first, int64_t last) noexcept {
-  timed([&] {
+  const Clock::time_point end = timed(Clock::now(), [&] {
     for (int64_t part = first; part < last && !request_->stopped(); ++part) {
       if (stage_ == Stage::kScore) score(part);
       if (stage_ == Stage::kSelect) select(part);
@@ -113,23 +110,24 @@ void Task::run(int64_t first, int64_t last) noexcept {
     }
   });
   const int64_t done = last - first;
-  if (parts_left_.fetch_sub(done, std::memory_order_acq_rel) == done) advance();
+  if (parts_left_.fetch_sub(done, std::memory_order_acq_rel) == done) advance(end);
 }
 
-void Task::advance() {
+// `now`: when the last part of the stage was done.
+void Task::advance(Clock::time_point now) {
   if (stage_ == Stage::kScore && !request_->stopped()) {
     // A short row is ranked sooner than another thread is told of it.
     const bool one_by_one = units_ > kTogetherUnits && !shared_;
     return go_on(Stage::kSelect, one_by_one ? request_->geometry_.group() : 1);
   }
   if (stage_ == Stage::kSelect) {
-    timed([&] { cut_union(); });
+    now = timed(now, [&] { cut_union(); });
     const int64_t chunks = parts_of(union_blocks_, kChunkBlocks);
     if (chunks > 0 && !request_->stopped()) return go_on(Stage::kAttend, chunks);
     begin(Stage::kAttend, 0);
   }
-  timed([&] { merge(); });
-  request_->task_finished();
+  timed(now, [&] { merge(); });
+  request_->task_finished(stage_ns_);
 }
 
 void Task::score(int64_t part) {
@@ -148,11 +146,7 @@ void Task::score(int64_t part) {
   args.scores = scores_.data() + first;
   args.stride = units_;
   kernels().score(args);
-  if (!shared_) return;
-  for (int64_t h = 1; h < group; ++h) {
-    const int32_t* other = args.scores + h * units_;
-    for (int64_t u = 0; u < args.count; ++u) args.scores[u] = std::max(args.scores[u], other[u]);
-  }
+  if (shared_) kernels().fold_heads(args);
 }
 
 void Task::select(int64_t part) {
@@ -160,25 +154,30 @@ void Task::select(int64_t part) {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
   if (ranked_ && shared_) {
-    select_head(0, most_wanted_);
+    select_head(0, most_wanted_, nullptr);
     uint32_t* words =
         request_->bitmap_.data() + (batch_ * g.heads + kv_head_ * group) * g.words();
     for (int64_t h = 1; h < group; ++h) std::copy_n(words, g.words(), words + h * g.words());
     return;
   }
   const int32_t* wanted = request_->k_units_.data() + batch_ * g.heads + kv_head_ * group;
-  if (parts_ > 1) return select_head(part, wanted[part]);
-  for (int64_t h = 0; h < group; ++h) select_head(h, wanted[h]);
+  if (parts_ > 1) return select_head(part, wanted[part], nullptr);
+  for (int64_t h = 0; h < group; ++h) {
+    // Other threads have written them.
+    const int32_t* next = ranked_ && h + 1 < group ? scores_.data() + (h + 1) * units_ : nullptr;
+    select_head(h, wanted[h], next);
+  }
 }
 
-void Task::select_head(int64_t head, int64_t wanted) {
+void Task::select_head(int64_t head, int64_t wanted, const int32_t* next) {
   const Geometry& g = request_->geometry_;
   const int64_t row = batch_ * g.heads + kv_head_ * g.group() + head;
   const int32_t* scores = ranked_ ? scores_.data() + head * units_ : nullptr;
   uint32_t* words = request_->bitmap_.data() + row * g.words();
-  std::fill_n(words, g.words(), 0);
-  select_top(kernels(), scores, units_, wanted, ratio_, request_->host_blocks_[batch_], words,
-             &scratch().selection);
+  const int64_t blocks = request_->host_blocks_[batch_];
+  select_top(kernels(), scores, units_, wanted, ratio_, blocks, next, words, &scratch().selection);
+  const int64_t written = parts_of(blocks, 32);
+  std::fill_n(words + written, g.words() - written, 0);
 }
 
 UnionArgs Task::selections() const {

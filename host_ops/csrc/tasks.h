@@ -35,6 +35,8 @@ constexpr int64_t kScoreUnits = 512;
 // With no more units one thread ranks them for all heads.
 constexpr int64_t kTogetherUnits = 2048;
 
+constexpr int kStages = 3;  // Scoring, selection, attention.
+
 class Request;
 
 class Task : public Job {
@@ -56,17 +58,18 @@ class Task : public Job {
   void plan_scoring();
   void begin(Stage stage, int64_t parts);
   void go_on(Stage stage, int64_t parts);
-  void advance();
+  void advance(Clock::time_point now);
   void score(int64_t part);
   void select(int64_t part);
-  void select_head(int64_t head, int64_t wanted);
+  void select_head(int64_t head, int64_t wanted, const int32_t* next);
   UnionArgs selections() const;
   void cut_union();
   void attend(int64_t chunk);
   void merge();
   float* partial(int64_t chunk);
+  // Charges the time from `start` on to the stage; returns the time at the end.
   template <typename Body>
-  void timed(const Body& body) noexcept;
+  Clock::time_point timed(Clock::time_point start, const Body& body) noexcept;
 
   Request* request_ = nullptr;
   int64_t batch_ = 0;
@@ -81,6 +84,7 @@ class Task : public Job {
   Stage stage_ = Stage::kSelect;
   int64_t parts_ = 0;
   std::atomic<int64_t> parts_left_{0};
+  std::atomic<int64_t> stage_ns_[kStages] = {};
   std::vector<int32_t> scores_;          // [G, units]; row 0 becomes the maximum where shared.
   int64_t union_blocks_ = 0;             // In the union of the group's selections.
   std::vector<ChunkStart> chunks_;       // Of that union.
@@ -131,7 +135,7 @@ class Request {
   double selected_s() const { return 1e-9 * stage_ns_[1].load(std::memory_order_relaxed); }
   double attended_s() const { return 1e-9 * stage_ns_[2].load(std::memory_order_relaxed); }
   double submit_s = 0.0;  // Set by whoever prepares it.
-  double busy_s() const { return 1e-9 * busy_ns_.load(std::memory_order_relaxed); }
+  double busy_s() const { return scored_s() + selected_s() + attended_s(); }
   double span_s() const { return 1e-9 * span_ns_.load(std::memory_order_relaxed); }
 
  private:
@@ -143,7 +147,7 @@ class Request {
   void write_nothing(int64_t batch, int64_t kv_head);
   bool stopped();
   void fail(uint32_t status) { status_.fetch_or(status, std::memory_order_acq_rel); }
-  void task_finished();
+  void task_finished(const std::atomic<int64_t> (&stage_ns)[kStages]);
 
   Geometry geometry_;
   CacheView cache_;
@@ -174,8 +178,7 @@ class Request {
   std::vector<float> lse_;
   std::vector<int32_t> blocks_read_;
   std::vector<int32_t> units_scanned_;
-  std::atomic<int64_t> busy_ns_{0};
-  std::atomic<int64_t> stage_ns_[3] = {};  // By Task::Stage.
+  std::atomic<int64_t> stage_ns_[kStages] = {};  // Of the tasks that have finished.
   std::atomic<int64_t> span_ns_{0};
 };
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxion_jax.bench import comparators, roundtrip
+from fluxion_jax.bench import comparators, roundtrip, selection
 from fluxion_jax.bench import selection_quality as quality
 from fluxion_jax.bench.capture import Captured
 from fluxion_jax.bench.cells import cell
@@ -56,15 +56,17 @@ def test_the_ceiling_reads_every_byte(size):
 
 @pytest.mark.native
 def test_a_tiny_run_has_every_figure(tmp_path):
-    settings = Settings(((16, 2),), (16, 128), repetitions=2, cache_bytes=1 << 21)
+    shapes = (16, 2), (16, 1)
+    settings = Settings(shapes, (16, 128), repetitions=2, cache_bytes=1 << 21, compared_shapes=1)
     report = run(settings, tmp_path)
     json.dumps(report, allow_nan=False)
     assert {r["granularity"] for r in report["rows"]} == {16, 128}
     for row in report["rows"]:
         assert row["attention_gb_s"]["median"] > 0
         assert row["scoring_of_ceiling"] > 0
-        assert "rest_us" in row
-    last = report["rows"][-1]
+        assert row["rest_us"]["repetitions"] == row["rest_first_us"]["repetitions"] == 2
+        assert ("attention_over_fastest" in row) == (row["group"] == 2 and row["threads"] > 1)
+    last = [row for row in report["rows"] if row["group"] == 2][-1]
     others = last["attention_comparators_gb_s"]
     assert {"jax", "jax with gather", "numpy with gather"} <= others.keys()
     fastest = max(others[name] for name in others if name.endswith("with gather"))
@@ -73,7 +75,7 @@ def test_a_tiny_run_has_every_figure(tmp_path):
     assert last["scoring_over_fastest"] > 0
     assert len(render(report).splitlines()) >= 3 + len(report["rows"])
     figure = host_figure(report, "title")
-    assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2, 2]
     drawn = [axes.lines[0].get_ydata()[-1] for axes in figure.axes]
     shares = last["attention_of_ceiling"], last["scoring_of_ceiling"]
     assert drawn == [*shares, last["selection_of_scoring"]["median"]]
@@ -102,6 +104,44 @@ def test_comparators_compute_the_same_and_start_cold():
     for dtype in (jnp.int32, jnp.float32):
         np.testing.assert_array_equal(comparators._jax_scores(q8, rows, dtype), want)
     assert len(comparators.scoring_times_s(q8, rows, 1, lambda: None)) >= 3
+
+
+def test_the_error_of_a_lost_fraction_is_that_of_leaving_one_out():
+    above, below = np.array([1.0, 4.0, 3.0]), np.array([2.0, 5.0, 3.0])
+    ratios = [7 / 8, 4 / 5, 5 / 7]
+    want = np.sqrt(2 * np.var(ratios))
+    assert selection.standard_error_of_ratio(above, below) == pytest.approx(want)
+    assert selection.standard_error_of_ratio(below, below) == 0
+    assert selection.standard_error_of_ratio(above[:1], below[:1]) == 0
+
+
+def test_the_report_on_selection_says_what_integers_lose():
+    totals = {
+        (16, 0.05, "head", method): [np.array([m, m + 0.5, 0.1]), np.array([m, m + 0.5, 0.1])]
+        for method, m in {"oracle": 0.4, "float": 0.3, "integer": 0.297, "mean": 0.2}.items()
+    }
+    rows = [selection._row(key, totals, 0.5) for key in totals]
+    integer = rows[2]
+    assert integer["lost_fraction"] == pytest.approx(0.01)
+    assert integer["lost_recall"] == pytest.approx(0.003 / 0.8)
+    assert integer["lost_standard_error"] == pytest.approx(0)
+    assert integer["oracle_share"] == pytest.approx(0.297 / 0.4)
+    assert "lost_fraction" not in rows[1]
+    report = {
+        "rows": rows,
+        "settings": {
+            "model": "m",
+            "context_tokens": 1,
+            "layers": 2,
+            "heads": 3,
+            "queries_per_head": 4,
+        },
+        "largest_lost_fraction": 0.01,
+        "largest_lost_recall": 0.00375,
+    }
+    text = selection.render(report)
+    assert "+1.000% ± 0.000%" in text
+    assert text.endswith("+1.000% of the selected mass, +0.375% of the recall")
 
 
 def layer() -> Captured:

@@ -59,7 +59,8 @@ def test_pinned_arrays_in_use_are_counted():
 def test_free_memory_is_the_least_of_system_and_control_group(monkeypatch, tmp_path):
     monkeypatch.setattr(env, "_CONTROL_GROUP", tmp_path)
     alone = env.free_bytes()
-    assert alone is not None and alone > 0
+    assert alone is not None
+    assert alone > 0
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("4096\n")
     assert env._memory()["limit_bytes"] is None

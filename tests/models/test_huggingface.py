@@ -180,7 +180,9 @@ def test_the_tokenizer_of_a_directory(checkpoint: Callable[[str], Path]) -> None
 
 
 def test_paths_and_dtypes_that_make_no_sense(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="or one of smollm2-135m, gemma3-270m, got 'nonsense'"):
+    with pytest.raises(
+        ConfigError, match="or one of recall-12m, smollm2-135m, gemma3-270m, got 'nonsense'"
+    ):
         load_model("nonsense")
     with pytest.raises(ConfigError, match="expected dtype 'float32' or 'bfloat16', got 'int8'"):
         load_model(tmp_path, dtype="int8")

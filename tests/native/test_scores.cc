@@ -39,10 +39,24 @@ void compare(const std::vector<int8_t>& q8, const std::vector<int8_t>& rows, int
     if (table == nullptr) continue;
     const auto scratch = guard(std::vector<uint8_t>(group * 2 * head_dim));
     const auto scores = guard(std::vector<int32_t>(group * stride, 12345));
-    table->score({queries->as<int8_t>(), summaries->as<int8_t>(), count,
-                  static_cast<int32_t>(group), static_cast<int32_t>(head_dim),
-                  scratch->as<uint8_t>(), scores->as<int32_t>(), stride});
+    const ScoreArgs args = {queries->as<int8_t>(),
+                            summaries->as<int8_t>(),
+                            count,
+                            static_cast<int32_t>(group),
+                            static_cast<int32_t>(head_dim),
+                            scratch->as<uint8_t>(),
+                            scores->as<int32_t>(),
+                            stride};
+    table->score(args);
     CHECK(std::equal(want.begin(), want.end(), scores->as<int32_t>()));
+    std::vector<int32_t> folded = want;
+    for (int64_t h = 1; h < group; ++h) {
+      for (int64_t r = 0; r < count; ++r) {
+        folded[r] = std::max(folded[r], want[h * stride + r]);
+      }
+    }
+    table->fold_heads(args);
+    CHECK(std::equal(folded.begin(), folded.end(), scores->as<int32_t>()));
     CHECK(scratch->intact() && scores->intact());
   }
 }

@@ -41,9 +41,9 @@ void compare(const std::vector<int32_t>& scores, int64_t ratio, int64_t host_blo
       const KernelTable* table = find_kernels(name);
       if (table == nullptr) continue;
       std::vector<int32_t> scratch;
-      std::vector<uint32_t> words(want.size(), 0);
-      select_top(*table, guarded->as<int32_t>(), units, wanted, ratio, host_blocks, words.data(),
-                 &scratch);
+      std::vector<uint32_t> words(want.size(), 0x5a5a5a5a);
+      select_top(*table, guarded->as<int32_t>(), units, wanted, ratio, host_blocks,
+                 wanted % 2 == 0 ? nullptr : guarded->as<int32_t>(), words.data(), &scratch);
       CHECK(words == want);
     }
   }
@@ -94,4 +94,24 @@ TEST(selection_of_many_units_whatever_a_sample_says) {
     compare(few, 1, units);
     compare(most, 1, units);
   }
+}
+
+TEST(selection_when_what_was_kept_misleads_the_second_sample) {
+  const int64_t units = 8192;
+  std::vector<int32_t> scores(units, -1000);
+  const auto sampled = [](int64_t i, int64_t count) {
+    return static_cast<int64_t>((i * 2654435769u & 0xffffffffu) * count >> 32);
+  };
+  // A twentieth is wanted. The first sample keeps about 2000, all that are positive.
+  for (int64_t u = 0; u < 2000; ++u) scores[4 * u + 1] = 1000 + static_cast<int32_t>(u);
+  for (int64_t i = 0; i < 128; ++i) scores[sampled(i, units)] = i < 15 ? 10 : -1000;
+  std::vector<int64_t> kept;
+  for (int64_t u = 0; u < units; ++u) {
+    if (scores[u] > 0) kept.push_back(u);
+  }
+  const int64_t count = static_cast<int64_t>(kept.size());
+  for (int64_t i = 0; i < 128; ++i) {
+    scores[kept[sampled(i, count)]] = (1 << 20) + static_cast<int32_t>(i);
+  }
+  compare(scores, 1, units);
 }

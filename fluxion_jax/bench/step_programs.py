@@ -1,0 +1,229 @@
+"""The programs that `fluxion bench step` times: real decode steps, and what they are compared with.
+
+Axes: B batch, N query heads, K KV heads, G = N // K, S tokens, H head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import pallas_kernels
+from fluxion_jax.attention import Execution
+from fluxion_jax.bench.random_arrays import random_array
+from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout, num_units
+from fluxion_jax.cache.preflight import require_memory
+from fluxion_jax.decode import LayerTotals, decode_chunk
+from fluxion_jax.models.config import ModelConfig
+from fluxion_jax.models.decoder import Decoder
+from fluxion_jax.policy import Policy, Split
+from fluxion_jax.rope import Rope
+from fluxion_jax.sampling import greedy
+
+# Steps of one timed call: enough that starting a program is a small part, and few enough that the
+# context hardly grows.
+CHUNK_STEPS = 8
+
+LLAMA_8B = ModelConfig(
+    "llama", 128256, 4096, 32, 32, 8, 128, 14336, 131072,
+    norm_eps=1e-5, rope=Rope(theta=500000.0), tied_embeddings=False,
+)  # fmt: skip
+QWEN_7B = ModelConfig(
+    "qwen2", 152064, 3584, 28, 28, 4, 128, 18944, 131072,
+    rope=Rope(theta=1000000.0), tied_embeddings=False, qkv_bias=True,
+)  # fmt: skip
+
+
+class Weights(NamedTuple):
+    """A model in two parts, as programs take it."""
+
+    graph: Any
+    params: Any
+    config: ModelConfig
+
+
+def random_weights(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Weights:
+    """Weights of a model's shape, every layer its own, made where they stay."""
+    abstract = nnx.eval_shape(lambda: Decoder.random(config, dtype=dtype))
+    graph, shapes = nnx.split(abstract)
+    leaves, tree = jax.tree.flatten(shapes)
+    made = [
+        # Norm scales are vectors; weights are small enough for 32 layers of residual sums.
+        jnp.ones(x.shape, x.dtype)
+        if len(x.shape) == 1
+        else _scaled(random_array(x.shape, x.dtype, "device", seed), x.shape[0] ** -0.5)
+        for seed, x in enumerate(leaves)
+    ]
+    return Weights(graph, jax.tree.unflatten(tree, made), config)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    return (x * factor).astype(x.dtype)
+
+
+def random_cache(
+    config: ModelConfig,
+    context_tokens: tuple[int, ...],
+    summaries: Any,
+    keep: HostKV | None = None,
+) -> HostKV:
+    """A bfloat16 cache of random keys and values, each row as long as it says.
+
+    Selections from it are as spread out as they can be: no block is better than its neighbours.
+
+    Args:
+      config: the model's sizes.
+      context_tokens: of each row; there is room for a few chunks more.
+      summaries: where they live.
+      keep: a cache of the same sizes whose keys and values are taken over; do not use it again.
+    """
+    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, summaries=summaries)
+    seeds = iter(range(10**6))
+    kept = iter((*keep.k, *keep.v) if keep else ())
+
+    def make(shape: tuple[int, ...], dtype: Any, kind: str) -> jax.Array:
+        old = next(kept, None)
+        return random_array(shape, dtype, kind, next(seeds)) if old is None else old
+
+    most = max(context_tokens) + 2 * CHUNK_STEPS
+    if keep is None:
+        require_memory(layout, len(context_tokens), most)
+    cache = HostKV.allocate_with(make, layout, len(context_tokens), most)
+    # Keys in [-1, 1): the scale under which int8 summaries of all values are theirs.
+    return cache.replace(
+        lengths=jnp.asarray(context_tokens, jnp.int32),
+        exponents=tuple(jnp.full_like(x, -6) for x in cache.exponents),
+    )
+
+
+class Timed(NamedTuple):
+    """Seconds of a step in each timed call, and the counts of all of them."""
+
+    step_s: list[float]
+    steps: int
+    totals: LayerTotals
+
+
+class Stepper:
+    """Decode steps of one model over one cache; each call starts from the same context."""
+
+    def __init__(self, weights: Weights, cache: HostKV, execution: Execution | None = None) -> None:
+        self.weights, self.cache = weights, cache
+        self.execution = execution or Execution(dense_below_tokens=0)
+        self.lengths = np.asarray(cache.lengths)
+        batch = cache.batch
+        self.inputs = (
+            jnp.zeros((batch,), jnp.int32),
+            jnp.zeros((batch,), bool),
+            jnp.full((batch, CHUNK_STEPS), -1, jnp.int32),
+            jnp.asarray(CHUNK_STEPS, jnp.int32),
+            jnp.full((1,), -1, jnp.int32),
+            jax.random.key(0),
+        )
+
+    def trace(self, policy: Policy, split: Split) -> Any:
+        """What `jax.jit(...).trace` returns for a call, to compile it elsewhere."""
+        return decode_chunk.trace(*self._arguments(policy, split))  # type: ignore[attr-defined]
+
+    def _arguments(self, policy: Policy, split: Split) -> tuple[Any, ...]:
+        graph, params, _ = self.weights
+        fixed = (policy, split, greedy(), self.execution)
+        return graph, params, self.cache, *self.inputs, *fixed
+
+    def call(self, policy: Policy, split: Split) -> tuple[float, LayerTotals]:
+        """Runs a chunk of steps; returns seconds per step and what they read."""
+        self.cache = self.cache.replace(lengths=jnp.asarray(self.lengths, jnp.int32))
+        jax.block_until_ready(self.cache.lengths)
+        start = time.perf_counter()
+        cache, steps = decode_chunk(*self._arguments(policy, split))
+        jax.block_until_ready(steps)
+        seconds = (time.perf_counter() - start) / CHUNK_STEPS
+        self.cache = cache
+        cache.check()
+        return seconds, jax.tree.map(np.asarray, steps.totals)
+
+    def timed(self, policy: Policy, split: Split, calls: int) -> Timed:
+        """Runs one call to warm up and then times some."""
+        self.call(policy, split)
+        seconds, totals = zip(*(self.call(policy, split) for _ in range(calls)), strict=True)
+        summed = jax.tree.map(lambda *xs: np.sum(np.stack(xs), axis=0), *totals)
+        return Timed(list(seconds), calls * CHUNK_STEPS, summed)
+
+
+def dense_program() -> Callable[..., jax.Array]:
+    """A decode step that attends to everything, without any cache of ours.
+
+    Returns:
+      A compiled function of `(graph, params, token, k, v)`, `k` and `v` tuples of `[B, K, S, H]`
+      for each layer, in device memory or pinned host memory. From the latter XLA copies a layer
+      while it computes with the layer before.
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        batch, heads, head_dim = q.shape
+        grouped = q.reshape(batch, k.shape[1], -1, head_dim)
+        scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * head_dim**-0.5, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bkgs,bksh->bkgh", weights, v, preferred_element_type=jnp.float32)
+        return out.reshape(batch, heads, head_dim).astype(q.dtype)
+
+    def step(graph: Any, params: Any, token: jax.Array, k: Any, v: Any) -> jax.Array:
+        model = nnx.merge(graph, params)
+        x = model._embed(token[:, None])
+        position = jnp.full((token.shape[0], 1), k[0].shape[2], jnp.int32)
+        for layer, layer_k, layer_v in zip(model.layers, k, v, strict=True):
+            attention = layer.attention
+            q, new_k, new_v = attention._project(layer.attention_norm(x), position)
+            here = (jax.device_put(y, jax.memory.Space.Device) for y in (layer_k, layer_v))
+            out = attend(q[:, 0], *here) + 0 * jnp.mean(new_k + new_v).astype(q.dtype)
+            x = layer.finish(x, attention.o(out.reshape(*x.shape[:2], -1)))
+        return jnp.argmax(model._logits(x)[:, 0], axis=-1).astype(jnp.int32)
+
+    return jax.jit(step, static_argnums=0)
+
+
+def time_calls(call: Callable[[], Any], calls: int) -> list[float]:
+    """Seconds of each call, after one to compile and warm up."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def selection_s(config: ModelConfig, context_tokens: int, batch: int, policy: Any) -> list[float]:
+    """Seconds of scoring and selection of one layer with summaries on the device, alone."""
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    blocks = -(-context_tokens // BLOCK_TOKENS // 8) * 8
+    shape = (batch, kv_heads, num_units(blocks), 2, head_dim)
+    summaries = random_array(shape, jnp.int8, "device")
+    granularity = jnp.full((batch, kv_heads), int(policy.granularity), jnp.int32)
+    shared = jnp.full((batch, kv_heads), bool(policy.per_group))
+    wanted = int(np.ceil(float(policy.budget_fraction) * context_tokens / granularity[0, 0]))
+    k_units = jnp.full((batch, heads), wanted, jnp.int32)
+    host_blocks = jnp.full((batch,), context_tokens // BLOCK_TOKENS, jnp.int32)
+    loops = 50
+
+    @jax.jit
+    def many(q8: jax.Array) -> jax.Array:
+        def once(_: int, q8: jax.Array) -> jax.Array:
+            scores = pallas_kernels.score_units(q8, summaries, granularity, host_blocks)
+            bits = pallas_kernels.select_units(scores, granularity, host_blocks, k_units, shared)
+            # Each needs the one before.
+            return q8 ^ (bits[..., :1] & 1).astype(jnp.int8)
+
+        return jax.lax.fori_loop(0, loops, once, q8)
+
+    q8 = random_array((batch, heads, head_dim), jnp.int8, "device", 7)
+    return [s / loops for s in time_calls(lambda: many(q8), 5)]

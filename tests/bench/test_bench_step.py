@@ -1,0 +1,100 @@
+"""The step benchmark at a tiny size: every figure is there, adds up, and is kept."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fluxion_jax.bench import machine, roundtrip, step
+from fluxion_jax.bench.step_programs import Stepper, random_cache, random_weights
+from fluxion_jax.bench.step_report import render
+from fluxion_jax.models.config import ModelConfig
+from fluxion_jax.policy import parse_policy, split_at
+
+pytestmark = pytest.mark.native
+TINY = step.Settings(
+    {"tiny": ModelConfig.tiny_llama()},
+    (step.Case("tiny", (2000, 1500), ("fixed:16:0.05", "fixed:32:0.1:group"), baselines=True),),
+    calls=2,
+    machine=machine.Settings(2**22, 2, None),
+    roundtrip=roundtrip.Settings((1, 2), 3),
+)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cells")
+    return folder, step.run(TINY, folder)
+
+
+def test_every_cell_has_its_figures(measured):
+    _, report = measured
+    json.dumps(report, allow_nan=False)
+    sparse = [r for r in report["rows"] if r["kind"] == "sparse"]
+    assert len(sparse) == 2 * 2 * 3
+    assert report["left_out"] == []
+    for row in sparse:
+        assert 0 < row["step_s"]["min"] <= row["step_s"]["median"] <= row["step_s"]["p99"]
+        parts = [row[f"{part}_s"] for part in ("floor", "handover", "selection", "bytes")]
+        assert row["model_s"] == pytest.approx(sum(parts))
+        assert row["of_model"] == pytest.approx(row["step_s"]["median"] / row["model_s"])
+        assert (row["selection_s"] > 0) == (row["summaries"] == "device")
+    assert [r["place"] for r in report["rows"] if r["kind"] == "full"] == ["pinned_host", "device"]
+    assert len(render(report).splitlines()) == 4 + len(report["rows"])
+
+
+def test_bytes_go_where_the_split_sends_them(measured):
+    _, report = measured
+    sparse = [r for r in report["rows"] if r["kind"] == "sparse"]
+    for row in sparse:
+        if row["split"] == "host":
+            assert row["host_bytes"] > 0
+            assert row["device_bytes"] == 0
+        if row["split"] == "device":
+            assert row["device_bytes"] > 0
+            assert row["host_bytes"] == 0
+    by_key = {(r["summaries"], r["policy"], r["split"]): r for r in sparse}
+    for policy in TINY.cases[0].policies:
+        host, device = (by_key["host", policy, side] for side in ("host", "device"))
+        # A selection per head is of the host's and the device's own bits, which are the same.
+        assert host["host_bytes"] == pytest.approx(device["device_bytes"], rel=0.05)
+        scanned = by_key["device", policy, "host"]["host_bytes"]
+        assert scanned < host["host_bytes"]
+
+
+def test_a_second_run_measures_nothing(measured):
+    folder, report = measured
+    said = []
+    again = step.run(TINY, folder, said.append)
+    assert said == []
+    assert again["rows"] == report["rows"]
+
+
+def test_a_spent_budget_leaves_cells_out(measured, tmp_path):
+    folder, _ = measured
+    for name in ("machine", "roundtrip"):
+        (tmp_path / f"step-{name}.json").write_text((folder / f"step-{name}.json").read_text())
+    report = step.run(TINY, tmp_path, budget_s=0.0)
+    assert report["rows"] == []
+    assert len(report["left_out"]) == 1 + 2 + 12 + 2
+    assert "not measured for lack of time" in render(report)
+
+
+def test_calls_start_from_the_same_context_with_weights_of_every_layer():
+    config = ModelConfig.tiny_llama()
+    weights = random_weights(config)
+    leaves = [
+        np.asarray(x)
+        for x in (weights.params["layers"][i]["attention"]["q"]["kernel"][...] for i in (0, 1))
+    ]
+    assert (leaves[0] != leaves[1]).any()
+    cache = random_cache(config, (700,), "host")
+    address = cache.k[0].unsafe_buffer_pointer()
+    stepper = Stepper(weights, cache)
+    for _ in range(2):
+        stepper.call(parse_policy("fixed:16:0.05"), split_at(1.0))
+        assert np.asarray(stepper.cache.lengths).tolist() == [708]
+    kept = random_cache(config, (700,), "device", stepper.cache)
+    assert kept.k[0].unsafe_buffer_pointer() == address

@@ -6,6 +6,7 @@ from fluxion_jax.attention import decode_attention as decode_attention
 from fluxion_jax.cache import HostKV as HostKV
 from fluxion_jax.cache import KVLayout as KVLayout
 from fluxion_jax.cache import cache_shardings as cache_shardings
+from fluxion_jax.calibration.calibrate import calibrate as calibrate
 from fluxion_jax.errors import CacheFullError as CacheFullError
 from fluxion_jax.errors import ConfigError as ConfigError
 from fluxion_jax.errors import FluxionError as FluxionError

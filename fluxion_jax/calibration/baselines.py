@@ -1,7 +1,7 @@
 """What a predictor has to beat: a constant, a table per head, and the label of the step before.
 
-Each is tuned on the same part of the data to the same under-budget rate as the predictor, and rated
-on the same held-out part. Axes: S steps, L global layers, N query heads, D granularities.
+Each is tuned on the same part of the data to the same rates as the predictor, and rated on the same
+held-out part. Axes: S steps, L global layers, N query heads, D granularities.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def rate_baselines(
     held_out: HeadSamples,
     tolerance_index: int,
     target: float,
+    missed: float,
 ) -> dict[str, dict[str, float]]:
     """Ratings of the baselines at one tolerance."""
     rated = {}
@@ -46,7 +47,7 @@ def rate_baselines(
             predictions.append((logit.reshape(-1), fraction.reshape(-1, fraction.shape[-1])))
         (tuned_logit, tuned), (logit, fraction) = predictions
         threshold, margin = choose_safety(
-            tuned_logit, tuned, *_flat(tuning, tolerance_index), target
+            tuned_logit, tuned, *_flat(tuning, tolerance_index), target, missed
         )
         given = with_safety(logit, fraction, threshold, margin)
         rated[name] = rate(given, *_flat(held_out, tolerance_index))._asdict()

@@ -49,6 +49,8 @@ class Settings:
       tolerances: of the output error; the range within which the tolerance may be set later.
       under_budget: share of heads and steps whose budget may fall short; 0.03 as a compromise of
         quality and bytes.
+      missed: share of the budgets that are not 0 that may fall short; binding at loose tolerances,
+        where few heads need more than the window and `under_budget` alone would let all be missed.
       training_steps: of the optimiser, in batches of 1,024 samples.
       seed: of weights and batches.
       ablate: also train without each family of features, and report what each one buys.
@@ -60,6 +62,7 @@ class Settings:
     steps: int = 8
     tolerances: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
     under_budget: float = 0.03
+    missed: float = 0.1
     training_steps: int = 2000
     seed: int = 0
     ablate: bool = False
@@ -75,8 +78,9 @@ class Settings:
                 raise ConfigError(
                     f"expected {name} from {least} to {most}, got {getattr(self, name)}; change it"
                 )
-        if not 0.0 < self.under_budget < 1.0:
-            raise ConfigError(f"expected under_budget in (0, 1), got {self.under_budget}")
+        for name in ("under_budget", "missed"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ConfigError(f"expected {name} in (0, 1), got {getattr(self, name)}")
         ascending = tuple(sorted(set(self.tolerances)))
         if len(ascending) < 2 or ascending[0] <= 0.0 or ascending != self.tolerances:
             raise ConfigError(
@@ -184,17 +188,19 @@ def fit(
         )
 
     predictor, losses = trained(flat)
-    safety = _choose(predictor, flat[1], limits, settings.under_budget)
+    safety = _choose(predictor, flat[1], limits, settings)
     rows = _rate(predictor, safety, flat[2], limits, "predictor")
     for e, tolerance in enumerate(samples.tolerances):
-        baselines = rate_baselines(train, tuning, held_out, e, settings.under_budget)
+        baselines = rate_baselines(
+            train, tuning, held_out, e, settings.under_budget, settings.missed
+        )
         rows += [{"method": m, "tolerance": tolerance, **r} for m, r in baselines.items()]
     ablation = []
     for family in FAMILIES if settings.ablate else ():
         say(f"training without {family}")
         parts = [without(part, family) for part in flat]
         other, _ = trained(parts)
-        other_safety = _choose(other, parts[1], limits, settings.under_budget)
+        other_safety = _choose(other, parts[1], limits, settings)
         ablation += _rate(other, other_safety, parts[2], limits, family)
     report = {
         "samples": {
@@ -229,12 +235,21 @@ def _choose(
     predictor: HeadPredictor,
     data: FlatSamples,
     tolerances: npt.NDArray[np.float32],
-    target: float,
+    settings: Settings,
 ) -> Safety:
     chosen = []
     for e, tolerance in enumerate(tolerances):
         logit, fraction = predict(predictor, data, float(tolerance))
-        chosen.append(choose_safety(logit, fraction, data.needed[:, e], data.host_tokens, target))
+        chosen.append(
+            choose_safety(
+                logit,
+                fraction,
+                data.needed[:, e],
+                data.host_tokens,
+                settings.under_budget,
+                settings.missed,
+            )
+        )
     thresholds, margins = (np.asarray(x, np.float32) for x in zip(*chosen, strict=True))
     return Safety(tolerances, thresholds, margins)
 

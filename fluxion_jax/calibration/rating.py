@@ -30,6 +30,8 @@ class Rating(NamedTuple):
     Attributes:
       accuracy: share of samples whose class, streaming or retrieval, is right.
       under_budget: share of samples and granularities whose budget is too small.
+      missed: the same among those whose budget is not 0; a loose tolerance leaves few of them, and
+        a rate over all heads would let them all be missed.
       over_provisioning: budgets given over budgets needed, sums.
       given_fraction: mean budget as a share of the host's tokens.
       needed_fraction: likewise of what was needed.
@@ -37,6 +39,7 @@ class Rating(NamedTuple):
 
     accuracy: float
     under_budget: float
+    missed: float
     over_provisioning: float
     given_fraction: float
     needed_fraction: float
@@ -58,6 +61,7 @@ def rate(given: Array, needed: Array, host_tokens: npt.NDArray[np.int32]) -> Rat
     return Rating(
         accuracy=float((np.isneginf(given[:, 0]) == np.isneginf(needed[:, 0])).mean()),
         under_budget=float((given_tokens < needed_tokens).mean()),
+        missed=float((given_tokens < needed_tokens).sum() / max((needed_tokens > 0).sum(), 1)),
         over_provisioning=float(given_tokens.sum() / max(needed_tokens.sum(), 1.0)),
         given_fraction=float((given_tokens / host).mean()),
         needed_fraction=float((needed_tokens / host).mean()),
@@ -75,8 +79,9 @@ def choose_safety(
     needed: Array,
     host_tokens: npt.NDArray[np.int32],
     target: float,
+    missed: float,
 ) -> tuple[float, float]:
-    """The threshold and margin that give the least under a target under-budget rate.
+    """The threshold and margin that give the least and let few budgets fall short.
 
     Args:
       logit: float `[S]`, higher for streaming.
@@ -84,6 +89,7 @@ def choose_safety(
       needed: float `[S, D]`.
       host_tokens: int32 `[S]`.
       target: at most this share may fall short.
+      missed: at most this share of the budgets that are not 0 may fall short.
 
     Returns:
       `(threshold, margin)`. If no margin suffices, nothing streams and the margin is largest.
@@ -97,7 +103,7 @@ def choose_safety(
     retrieves = needed_tokens > 0
     missing = np.where(retrieves, least - log2_fraction, -np.inf)
     order = np.argsort(-logit, kind="stable")
-    allowed = int(target * needed.size)
+    allowed = int(min(target * needed.size, missed * retrieves.sum()))
     best, found = np.inf, (float(logit.max()) + 1.0, _MOST_MARGIN)
     for quantile in _QUANTILES:
         streaming = round(quantile * len(logit))

@@ -21,13 +21,13 @@ def render(report: dict[str, Any]) -> str:
         f"calibrated on {samples['train']} samples, safety chosen on {samples['tuning']}, "
         f"rated on {samples['held_out']} of other texts",
         "",
-        f"{'tolerance':>9}  {'method':<24}  {'class':>6}  {'short':>6}  {'given':>7}  {'needed':>7}"
-        f"  {'given/needed':>12}",
+        f"{'tolerance':>9}  {'method':<24}  {'class':>6}  {'short':>6}  {'missed':>6}  "
+        f"{'given':>7}  {'needed':>7}  {'given/needed':>12}",
     ]
     for row in sorted(report["rows"], key=lambda r: r["tolerance"]):
         lines.append(
             f"{row['tolerance']:>9g}  {METHODS[row['method']]:<24}  {row['accuracy']:>6.1%}  "
-            f"{row['under_budget']:>6.1%}  {row['given_fraction']:>7.2%}  "
+            f"{row['under_budget']:>6.1%}  {row['missed']:>6.1%}  {row['given_fraction']:>7.2%}  "
             f"{row['needed_fraction']:>7.2%}  {row['over_provisioning']:>12.2f}"
         )
     if report["ablation"]:
@@ -41,9 +41,9 @@ def render(report: dict[str, Any]) -> str:
             lines.append(f"{family:<24}  " + "  ".join(cells))
     lines += [
         "",
-        "class: streaming or retrieval told right; short: budgets below the smallest that keeps to "
-        "the",
-        "tolerance; given, needed: mean budget as a share of the host's tokens",
+        "class: streaming or retrieval told right; short: budgets below the smallest that keeps to",
+        "the tolerance; missed: the same among heads that need more than the window; given, needed:",
+        "mean budget as a share of the host's tokens",
     ]
     return "\n".join(lines)
 

@@ -27,6 +27,7 @@ def test_a_rating_counts_heads_that_fall_short():
     given = np.concatenate([needed[:1], needed[1:2] - [[1, 0, 0, 0]], streaming, needed[:1]])
     rating = rate(given, needed, hosts(4))
     assert rating.under_budget == 1 / 16
+    assert rating.missed == 1 / 8
     assert rating.accuracy == 3 / 4
     assert rating.over_provisioning == pytest.approx((240 + 288 + 240) / (240 + 320))
     assert rating.needed_fraction == pytest.approx(560 / 16 / HOST)
@@ -47,7 +48,7 @@ def test_the_safety_keeps_the_rate_and_gives_no_more_than_needed(target):
     logit = np.where(streams, 2.0, -2.0) + rng.standard_normal(count)
     predicted = need + 0.5 * rng.standard_normal((count, 1))
 
-    threshold, margin = choose_safety(logit, predicted, needed, hosts(count), target)
+    threshold, margin = choose_safety(logit, predicted, needed, hosts(count), target, 1.0)
     rating = rate(with_safety(logit, predicted, threshold, margin), needed, hosts(count))
     assert rating.under_budget <= target
     best = rating.given_fraction
@@ -64,6 +65,21 @@ def test_the_safety_keeps_the_rate_and_gives_no_more_than_needed(target):
 def test_where_nothing_helps_nothing_streams():
     needed = np.zeros((3, 4))
     predicted = np.full((3, 4), -40.0)
-    threshold, margin = choose_safety(np.arange(3.0), predicted, needed, hosts(3), 0.0)
+    threshold, margin = choose_safety(np.arange(3.0), predicted, needed, hosts(3), 0.0, 1.0)
     assert threshold > 2.0
     assert margin == 12.0
+
+
+def test_where_few_heads_need_anything_most_of_them_get_it():
+    rng = np.random.default_rng(1)
+    retrieves = np.arange(2000) % 50 == 0
+    needed = np.where(retrieves[:, None], -2.0, -np.inf) * np.ones(4)
+    logit = np.where(retrieves, -1.0, 1.0) + rng.standard_normal(2000)
+    predicted = np.full((2000, 4), -2.0)
+    rated = []
+    for missed in (1.0, 0.1):
+        safety = choose_safety(logit, predicted, needed, hosts(2000), 0.03, missed)
+        rated.append(rate(with_safety(logit, predicted, *safety), needed, hosts(2000)))
+    assert rated[0].missed == 1.0
+    assert rated[1].missed <= 0.1
+    assert rated[1].given_fraction > rated[0].given_fraction

@@ -62,7 +62,7 @@ class Settings:
     steps: int = 8
     tolerances: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
     under_budget: float = 0.03
-    missed: float = 0.1
+    missed: float = 0.25
     training_steps: int = 2000
     seed: int = 0
     ablate: bool = False

@@ -42,7 +42,7 @@ def render(report: dict[str, Any]) -> str:
     lines += [
         "",
         "class: streaming or retrieval told right; short: budgets below the smallest that keeps to",
-        "the tolerance; missed: the same among heads that need more than the window; given, needed:",
+        "the tolerance; missed: the same of heads that need more than the window; given, needed:",
         "mean budget as a share of the host's tokens",
     ]
     return "\n".join(lines)

@@ -115,7 +115,7 @@ def test_summaries_on_the_device_are_not_host_bytes():
     nothing = np.zeros(LAYERS)
     stats.add(
         LayerTotals(
-            np.asarray([3, 0]), np.asarray([0, 4]), np.asarray([5, 5]), nothing,
+            np.asarray([3, 0]), np.asarray([0, 4]), np.asarray([5, 5]), nothing, nothing,
             np.zeros((LAYERS, 4)), np.asarray(20), nothing + np.nan, nothing + np.nan,
         ),
         num_steps=2,
@@ -130,7 +130,7 @@ def test_measures_are_means_over_all_steps():
     for steps, recall in ((32, 0.5), (8, 1.0)):
         summed = np.full(LAYERS, recall * steps)
         totals = LayerTotals(
-            nothing, nothing, nothing, nothing, np.zeros((LAYERS, 4)), 0, summed, summed
+            nothing, nothing, nothing, nothing, nothing, np.zeros((LAYERS, 4)), 0, summed, summed
         )
         stats.add(totals, num_steps=steps)
     np.testing.assert_allclose(stats.recall, 0.6)

@@ -97,7 +97,7 @@ def test_names_of_splits(tmp_path):
     path = tmp_path / "bench-machine.json"
     path.write_text(json.dumps({"cost_model": {"host_bytes_per_s": 5e9, "host_fixed_s": 0}}))
     assert parse_split(f"model:{path}").cost == CostModel(host_bytes_per_s=5e9, host_fixed_s=0.0)
-    with pytest.raises(fx.ConfigError, match="'model:FILE' or a host fraction"):
+    with pytest.raises(fx.ConfigError, match="'adaptive:FILE' or a host fraction"):
         parse_split("models")
     path.write_text(json.dumps({"cost_model": {"speed": 3}}))
     with pytest.raises(fx.ConfigError, match="write one with fluxion bench machine"):

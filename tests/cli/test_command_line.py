@@ -139,7 +139,7 @@ def test_generate_with_the_chat_format(capsys, model, prompt):
     [
         (("--policy", "fixed:17:0.05"), "a granularity of (16, 32, 64, 128) tokens, got 17"),
         (("--policy", "best"), "'fixed:GRANULARITY:FRACTION'"),
-        (("--split", "cpu"), "split 'host', 'device' or a host fraction in [0, 1], got 'cpu'"),
+        (("--split", "cpu"), "'adaptive', 'adaptive:FILE' or a host fraction in [0, 1], got 'cpu'"),
         (("--max-new-tokens", "0"), "max_new_tokens >= 1, got 0"),
         (("--temperature", "-1"), "temperature > 0, got -1.0"),
         (("--temperature", "1", "--top-p", "2"), "top-p in (0, 1], got 2.0"),

@@ -142,7 +142,10 @@ def test_tokens_that_cannot_be_scored(model, intact, tokens, message):
         ({"split": 1.5}, r"host fraction in \[0, 1\], got 1.5"),
         ({"split": -0.1}, r"host fraction in \[0, 1\], got -0.1"),
         ({"split": "nan"}, r"host fraction in \[0, 1\], got nan"),
-        ({"split": "cpu"}, r"'host', 'device' or a host fraction in \[0, 1\], got 'cpu'"),
+        (
+            {"split": "cpu"},
+            r"'adaptive', 'adaptive:FILE' or a host fraction in \[0, 1\], got 'cpu'",
+        ),
         ({"policy": 5}, "policy name or an object with a plan method, got int"),
     ],
 )

@@ -20,9 +20,10 @@ from fluxion_jax.bench.stamp import stamp
 from fluxion_jax.bench.statistics import summarise
 from fluxion_jax.bench.step_programs import LLAMA_8B, Weights, random_cache, random_weights
 from fluxion_jax.cache.layout import BLOCK_TOKENS
-from fluxion_jax.chunk_attention import TILE_BLOCKS, attend, merge
+from fluxion_jax.chunk_attention import TILE_BLOCKS, attend
 from fluxion_jax.decode import prefill_chunk
 from fluxion_jax.models.config import ModelConfig
+from fluxion_jax.state import merge
 
 PLACES = ("host", "device")
 

@@ -20,9 +20,10 @@ from fluxion_jax.bench.stamp import stamp
 from fluxion_jax.bench.statistics import summarise
 from fluxion_jax.bench.step_programs import LLAMA_8B, Weights, random_cache, random_weights
 from fluxion_jax.cache.layout import BLOCK_TOKENS
-from fluxion_jax.chunk_attention import TILE_BLOCKS, attend, merge
+from fluxion_jax.chunk_attention import TILE_BLOCKS, attend
 from fluxion_jax.decode import prefill_chunk
 from fluxion_jax.models.config import ModelConfig
+from fluxion_jax.state import merge
 
 PLACES = ("host", "device")
 
@@ -149,12 +150,13 @@ def _resident_chunk(
     x = model._embed(tokens)
     step = jnp.arange(tokens.shape[1])
     causal = (step[None, :] <= step[:, None])[None]
-    new_k, new_v = [], []
+    new_k: list[jax.Array] = []
+    new_v: list[jax.Array] = []
     for layer, layer_k, layer_v in zip(model.layers, k, v, strict=True):
         attention = layer.attention
         q, *kv = attention._project(layer.attention_norm(x), (start + step)[None])
         chunk = [jnp.swapaxes(y, 1, 2).astype(layer_k.dtype) for y in kv]
-        state = attend(q, *chunk, causal, attention.scale)
+        state = attend(q, chunk[0], chunk[1], causal, attention.scale)
         state = _attend_resident(q, layer_k, layer_v, start, attention.scale, state)
         x = layer.finish(x, attention.o(state[0].astype(x.dtype).reshape(*x.shape[:2], -1)))
         for held, old, new in zip((new_k, new_v), (layer_k, layer_v), chunk, strict=True):

@@ -7,6 +7,8 @@ from typing import Any
 from fluxion_jax.models.config import ModelConfig
 from host_ops import TIMES
 
+_LEAST_OF_FLOOR = 0.05
+
 
 def costs(
     row: dict[str, Any],
@@ -71,12 +73,15 @@ def render(report: dict[str, Any]) -> str:
         times = dict(zip(TIMES, r["host_times_s"], strict=True))
         total = r["host_bytes"] + r["device_bytes"]
         step = r["step_s"]
-        sparse_s = max(step["median"] - r["floor_s"], 1e-9)
+        beyond_floor_s = step["median"] - r["floor_s"]
+        # Next to a floor that is as large, what is left is noise and not a time.
+        known = beyond_floor_s > _LEAST_OF_FLOOR * r["floor_s"]
+        rate = f"{total / beyond_floor_s / 1e9:.1f}" if known else "-"
         lines.append(
             f"{r['case']:24s} {r['summaries']:6s} {r['policy']:20s} {r['split']:6s} "
             f"{1e3 * step['median']:6.2f} {1e3 * step['p99']:6.2f} {1e3 * r['floor_s']:6.2f} "
             f"{1e3 * r['model_s']:6.2f} {r['of_model']:9.2f} {r['host_bytes'] / 1e6:8.1f} "
-            f"{r['device_bytes'] / 1e6:8.1f} {total / sparse_s / 1e9:6.1f} "
+            f"{r['device_bytes'] / 1e6:8.1f} {rate:>6s} "
             f"{1e6 * r['overhead_layer_s']:7.1f} {1e6 * times['waited'] / layers:7.1f} "
             f"{1e6 * times['own'] / layers:6.1f}"
         )

@@ -64,6 +64,19 @@ def test_bytes_go_where_the_split_sends_them(measured):
         assert scanned < host["host_bytes"]
 
 
+def test_no_rate_is_shown_where_the_floor_hides_it(measured):
+    _, report = measured
+    row = next(r for r in report["rows"] if r["kind"] == "sparse")
+    floor_s = row["floor_s"]
+    shown = []
+    for factor in (0.9, 1.04, 2.0):
+        step_s = {**row["step_s"], "median": factor * floor_s}
+        text = render({"rows": [{**row, "step_s": step_s}], "left_out": []})
+        shown.append(text.splitlines()[-1].split()[-4])
+    total = row["host_bytes"] + row["device_bytes"]
+    assert shown == ["-", "-", f"{total / floor_s / 1e9:.1f}"]
+
+
 def test_a_second_run_measures_nothing(measured):
     folder, report = measured
     said = []

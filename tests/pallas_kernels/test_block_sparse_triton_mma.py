@@ -12,7 +12,12 @@ import pytest
 
 from pallas_kernels import UnsupportedImplementationError, block_sparse_attention
 from pallas_kernels.block_list_triton import block_table_triton
-from pallas_kernels.block_sparse_triton_mma import Tiling, block_sparse_attention_triton_mma
+from pallas_kernels.block_sparse_triton_mma import (
+    Tiling,
+    attend_to_table,
+    block_sparse_attention_triton_mma,
+)
+from pallas_kernels.block_table import block_table
 from tests.pallas_kernels import cases, lowering
 
 # Few programs, so that a share is several tiles long and its last tile is not full.
@@ -65,6 +70,21 @@ def test_nan_surfaces_where_it_is_selected_and_nowhere_else(attend):
         return attend(q, k.astype(jnp.bfloat16), v.astype(jnp.bfloat16), bitmap, scale=scale)
 
     cases.check_nan(in_bfloat16)
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+def test_entries_after_the_last_of_a_table_mean_nothing(interpret):
+    def attend(q, k, v, bitmap, *, scale):
+        num_blocks = k.shape[2]
+        table = block_table(bitmap, k.shape[1], num_blocks, tile_blocks=1)
+        undefined = jnp.arange(num_blocks) >= table.total[:, None]
+        table = table._replace(heads=jnp.where(undefined, -1, table.heads))
+        return attend_to_table(
+            q, k, v, table, scale=scale, tiling=Tiling(programs=9), interpret=interpret
+        )
+
+    case = cases.random_case(num_kv_heads=1, group=2, dtype="bfloat16", num_blocks=72)
+    cases.check(jax.jit(attend, static_argnames="scale"), case)
 
 
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])

@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton as pltriton
 from pallas_kernels.block_list_triton import block_table_triton
 from pallas_kernels.block_table import MAX_GROUP, BlockTable
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
+from pallas_kernels.merge_shares_triton import load_padded, merge_shares
 from pallas_kernels.registry import UnsupportedImplementationError
 from pallas_kernels.shares import shares
 
@@ -48,9 +49,6 @@ TILING = Tiling()
 
 MIN_HEADS = 16
 """Columns of the narrowest matrix product that Triton takes."""
-
-MAX_MERGED_SHARES = 64
-"""Shares that the merge takes at a time: those of eight tasks at once, if registers allow."""
 
 
 def block_sparse_attention_triton_mma(
@@ -132,7 +130,7 @@ def attend_to_table(
         functools.partial(_attend_kernel, tiling=tiling, num_kv_heads=num_kv_heads, scale=scale),
         grid=(programs,),
         out_shape=[
-            jax.ShapeDtypeStruct((programs, group, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((programs, head_dim, group), jnp.float32),
             jax.ShapeDtypeStruct((programs, group), jnp.float32),
         ],
         compiler_params=pltriton.CompilerParams(
@@ -141,22 +139,8 @@ def attend_to_table(
         interpret=interpret,
         name="block_sparse_attention",
     )(q.reshape(tasks, group, head_dim), k, v, table.block, table.heads, table.total)
-    out, lse = pl.pallas_call(
-        functools.partial(
-            _merge_kernel,
-            tiling=tiling,
-            tile_blocks=_tile_blocks(tiling, k),
-            merged_shares=min(MAX_MERGED_SHARES, pl.next_power_of_2(pl.cdiv(programs, tasks))),
-        ),
-        grid=(tasks, group),
-        out_shape=[
-            jax.ShapeDtypeStruct((tasks, group, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((tasks, group), jnp.float32),
-        ],
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="merge_shares",
-    )(out, lse, table.total)
+    tile_blocks = _tile_blocks(tiling, k)
+    out, lse = merge_shares(out, lse, table.total, group, tiling.programs, tile_blocks, interpret)
     return out.reshape(q.shape), lse.reshape(batch, num_heads)
 
 
@@ -189,7 +173,7 @@ def _attend_kernel(
 ) -> None:
     """One share of one task's blocks; a program without a share writes nothing."""
     tasks, group, _ = q_ref.shape
-    total = _load_padded(total_ref)
+    total = load_padded(total_ref)
     cut = shares(total, tiling.programs, _tile_blocks(tiling, k_ref))
     program = pl.program_id(0)
     task = jnp.sum((cut.end <= program).astype(jnp.int32))
@@ -297,7 +281,7 @@ def _attend_share(
         mask=(column < group) & ((wanted >> column) & 1 != 0),
     )
     pltriton.store(
-        out_ref.at[(jnp.full(shape, share.program), head, channel)],
+        out_ref.at[(jnp.full(shape, share.program), channel, head)],
         weighted / divisor[None, :],
         mask=(head < group) & ((wanted >> head) & 1 != 0),
     )
@@ -319,57 +303,3 @@ def _cut(x: jax.Array, parts: int) -> list[jax.Array]:
         cut.append(part.astype(jnp.bfloat16))
         x -= part
     return cut[::-1]
-
-
-def _merge_kernel(
-    out_ref: Any,
-    lse_ref: Any,
-    total_ref: Any,
-    merged_ref: Any,
-    merged_lse_ref: Any,
-    *,
-    tiling: Tiling,
-    tile_blocks: int,
-    merged_shares: int,
-) -> None:
-    """The shares of one query head; those of a task lie next to each other."""
-    task, head = pl.program_id(0), pl.program_id(1)
-    head_dim = out_ref.shape[-1]
-    total = _load_padded(total_ref)
-    cut = shares(total, tiling.programs, tile_blocks)
-    own = jnp.arange(total.shape[0]) == task
-    end = jnp.sum(jnp.where(own, cut.end, 0))
-    first = end - jnp.sum(jnp.where(own, cut.programs, 0))
-    shape = (merged_shares, head_dim)
-    channel = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-
-    def merge(step: jax.Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
-        largest, denominator, weighted = sums
-        share = first + step * merged_shares + jnp.arange(merged_shares)
-        lse = pltriton.load(lse_ref.at[share, head], mask=share < end, other=-jnp.inf)
-        index = (jnp.broadcast_to(share[:, None], shape), jnp.full(shape, head), channel)
-        in_task = jnp.broadcast_to((share < end)[:, None], shape)
-        out = pltriton.load(out_ref.at[index], mask=in_task, other=0.0)
-        new_largest = jnp.maximum(largest, jnp.max(lse))
-        finite = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
-        weights = jnp.exp(lse - finite)
-        decay = jnp.exp(largest - finite)
-        return (
-            new_largest,
-            denominator * decay + jnp.sum(weights),
-            weighted * decay + jnp.sum(weights[:, None] * out, axis=0),
-        )
-
-    start = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((head_dim,), jnp.float32))
-    steps = (end - first + merged_shares - 1) // merged_shares
-    largest, denominator, weighted = jax.lax.fori_loop(0, steps, merge, start)
-    divisor = jnp.where(denominator == 0.0, 1.0, denominator)
-    merged_ref[task, head] = weighted / divisor
-    merged_lse_ref[task, head] = jnp.where(denominator == 0.0, -jnp.inf, largest + jnp.log(divisor))
-
-
-def _load_padded(ref: Any) -> jax.Array:
-    """A vector, padded with zeros to the power of two that Triton needs."""
-    size = ref.shape[0]
-    index = jnp.arange(pl.next_power_of_2(size))
-    return pltriton.load(ref.at[index], mask=index < size, other=0)

@@ -13,7 +13,7 @@ from tests.pallas_kernels import cases
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ["mosaic", "triton", "triton_mma"]
+KERNELS = ["mosaic", "triton", "triton_mma", "wgmma"]
 ATTEND = jax.jit(block_sparse_attention, static_argnames=("scale", "implementation"))
 
 

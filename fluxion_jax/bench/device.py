@@ -212,6 +212,9 @@ def _programs(kernel: Kernel, calls: int, num_blocks: int) -> tuple[Any, Any, An
         return kernel.prepare(bitmap, KV_HEADS, num_blocks)
 
     def looped(attend: Callable[..., jax.Array]) -> Any:
+        # Lowered once, however often the loop calls it.
+        attend = jax.jit(attend)
+
         def program(q: jax.Array, k: jax.Array, v: jax.Array, inputs: Any) -> jax.Array:
             def call_all(_: jax.Array, q: jax.Array) -> jax.Array:
                 for selection in inputs:

@@ -15,8 +15,8 @@ from pallas_kernels.compat import mosaic_interpreter
 from tests.pallas_kernels import cases, lowering
 
 INTERPRETER = mosaic_interpreter()
-# Few programs, so that a share is several tiles long and its last tile is not full.
-FEW_PROGRAMS = Tiling(programs=5, stages=2)
+# Few programs, so that a share takes more tiles than fit at once and its last is not full.
+FEW_PROGRAMS = Tiling(programs=3, stages=3)
 INTERPRETED = jax.jit(
     functools.partial(block_sparse_attention_wgmma, tiling=FEW_PROGRAMS, interpret=INTERPRETER),
     static_argnames="scale",

@@ -34,8 +34,8 @@ from pallas_kernels.compat import target_platform
 State = tuple[jax.Array, jax.Array]
 
 _HOST_NAMES = ("native", "xla", "numpy")
-_DEVICE_NAMES = ("xla", "triton", "mosaic")
-_OVER_HOST_MEMORY = ("triton", "mosaic")
+_OVER_HOST_MEMORY = ("triton", "mosaic", "triton_mma", "wgmma")
+_DEVICE_NAMES = ("xla", *_OVER_HOST_MEMORY)
 # The native kernels keep the heads that want a block in the bits of one word.
 _MAX_GROUP = 64
 
@@ -48,8 +48,8 @@ class Execution:
       host: host operations to use: None for the best available, a name or a sequence of names out
         of `"native"`, `"xla"`, `"numpy"`.
       device: kernels for the device's share of the blocks: None, or out of `"xla"`, `"triton"`,
-        `"mosaic"`; on a GPU `"xla"` cannot read the cache. The resident window always takes the
-        best there is.
+        `"mosaic"`, and for bfloat16 `"triton_mma"`, `"wgmma"`; on a GPU `"xla"` cannot read the
+        cache. The resident window always takes the best there is.
       dense_below_tokens: sequences shorter than this read everything; 1024 because the resident
         window alone is a third of that, so that there is nothing to gain from selecting.
       measure: also attend to everything and report recall and output error of each head; costs as

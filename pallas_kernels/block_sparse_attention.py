@@ -44,8 +44,9 @@ def block_sparse_attention(
       v: likewise.
       bitmap: uint32 `[B, N, W]`, the selected blocks; bits from P on must be zero.
       scale: multiplies `q . k`, usually `H ** -0.5`.
-      implementation: "mosaic" and "triton" run on a GPU and may read `k` and `v` from pinned host
-        memory, "xla" runs everywhere on device memory; None for the best available.
+      implementation: "triton", "mosaic" and, for bfloat16 on tensor cores, "triton_mma" and
+        "wgmma" (Hopper) run on a GPU and may read `k` and `v` from pinned host memory, "xla" runs
+        everywhere on device memory; None for the best available.
 
     Returns:
       `out` float32 `[B, N, H]` and `lse` float32 `[B, N]` (natural log); 0 and `-inf` where nothing
@@ -57,7 +58,13 @@ def block_sparse_attention(
     """
     _check(q, k, v, bitmap)
     # On an H100 both read pinned memory equally fast, but Triton is faster over device memory.
-    candidates = {"triton": _triton, "mosaic": _mosaic, "xla": _block_sparse_attention_xla}
+    candidates = {
+        "triton": _triton,
+        "mosaic": _mosaic,
+        "triton_mma": _triton_mma,
+        "wgmma": _wgmma,
+        "xla": _block_sparse_attention_xla,
+    }
     return dispatch(  # type: ignore[no-any-return]
         "block_sparse_attention", implementation, candidates, q, k, v, bitmap, scale=scale
     )
@@ -171,3 +178,19 @@ def _mosaic(
     from pallas_kernels.block_sparse_mosaic import block_sparse_attention_mosaic
 
     return block_sparse_attention_mosaic(q, k, v, bitmap, scale=scale)
+
+
+def _triton_mma(
+    q: jax.Array, k: jax.Array, v: jax.Array, bitmap: jax.Array, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels.block_sparse_triton_mma import block_sparse_attention_triton_mma
+
+    return block_sparse_attention_triton_mma(q, k, v, bitmap, scale=scale)
+
+
+def _wgmma(
+    q: jax.Array, k: jax.Array, v: jax.Array, bitmap: jax.Array, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels.block_sparse_wgmma import block_sparse_attention_wgmma
+
+    return block_sparse_attention_wgmma(q, k, v, bitmap, scale=scale)

@@ -87,6 +87,20 @@ def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     return mosaic_gpu.load(ref, **index, layout=layout, optimized=False)
 
 
+def mosaic_store(ref: Any, value: jax.Array) -> None:
+    """Stores to a whole reference of global memory, in whatever layout the value is.
+
+    Where JAX (0.12) has an explicit store, an assignment refuses rows of less than 128 bytes.
+    """
+    from jax.experimental.pallas import mosaic_gpu
+
+    store = getattr(mosaic_gpu, "store", None)
+    if store is None:
+        ref[...] = value
+    else:
+        store(ref, value, optimized=False)
+
+
 def mosaic_interpreter() -> Any:
     """Returns what makes a Mosaic kernel run without a GPU, or None where JAX (0.10) cannot."""
     from jax.experimental.pallas import mosaic_gpu

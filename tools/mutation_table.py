@@ -30,6 +30,7 @@ STEP = (
 )
 
 SCORING_KERNEL = ("tests/pallas_kernels/test_scoring_triton.py::test_scores_equal_the_oracle",)
+TENSOR_CORES = "tests/pallas_kernels/test_block_sparse_triton_mma.py::test_"
 SELECTION_KERNEL = ("tests/pallas_kernels/test_scoring_and_selection.py",)
 COST_MODEL = ("tests/attention/test_cost_model.py",)
 SELECTOR = ("tests/policy/test_selector.py",)
@@ -39,6 +40,42 @@ SCHEDULER = (
 FEATURES = ("tests/policy/test_features.py::test_features_equal_an_independent_reference",)
 
 MUTATIONS = (
+    # Block-sparse attention on tensor cores.
+    Mutation(
+        "tensor cores: queries in two parts",
+        "pallas_kernels/block_sparse_triton_mma.py",
+        "_cut(q.astype(jnp.float32) * scale, parts=3)",
+        "_cut(q.astype(jnp.float32) * scale, parts=2)",
+        (TENSOR_CORES + "matches_the_oracle[4-128-interpreted]",),
+    ),
+    Mutation(
+        "tensor cores: what is not finite is left as it is",
+        "pallas_kernels/block_sparse_triton_mma.py",
+        "@pl.when(jnp.logical_not(finite))",
+        "@pl.when(finite & False)",
+        (TENSOR_CORES + "nan_surfaces_where_it_is_selected_and_nowhere_else[interpreted]",),
+    ),
+    Mutation(
+        "tensor cores: entries after the last count",
+        "pallas_kernels/block_sparse_triton_mma.py",
+        "in_share = entry < share.end",
+        "in_share = entry >= 0",
+        (TENSOR_CORES + "entries_after_the_last_of_a_table_mean_nothing[True]",),
+    ),
+    Mutation(
+        "block list: the bits of a chunk start at its first word's rank",
+        "pallas_kernels/block_list_triton.py",
+        "jnp.where(every < chunk * CHUNK_WORDS, in_word, 0)",
+        "jnp.where(every <= chunk * CHUNK_WORDS, in_word, 0)",
+        (TENSOR_CORES + "the_table_lists_every_selected_block_once_in_order[True]",),
+    ),
+    Mutation(
+        "shares: a task's last blocks are dropped",
+        "pallas_kernels/shares.py",
+        "of_task = (total + blocks - 1) // blocks",
+        "of_task = total // blocks",
+        ("tests/pallas_kernels/test_shares.py",),
+    ),
     # Kernels of the selection, and the split by a cost model.
     Mutation(
         "scoring kernel: low bounds for positive queries",

@@ -28,6 +28,8 @@ SELECTIONS = 4
 """Random selections that the calls of a program take in turn, so that none finds its blocks in the
 cache of the GPU."""
 
+DEVICE_CALLS = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -39,7 +41,8 @@ class Settings:
       granularities: tokens of a unit.
       cache_bytes: K and V of the cache.
       read_bytes: K and V that one call reads.
-      calls: of the kernel in one program.
+      calls: of the kernel in one program over pinned memory, at least; over device memory, where
+        a call is that much shorter beside the start of a program, `DEVICE_CALLS` times as many.
       repetitions: of each figure.
     """
 
@@ -112,6 +115,8 @@ class _Bench:
 
     def __init__(self, place: str, settings: Settings) -> None:
         self.place, self.settings = place, settings
+        times = DEVICE_CALLS if place == "device" else 1
+        self.calls = -(-settings.calls * times // SELECTIONS) * SELECTIONS
         self.block_bytes = 2 * 2 * BLOCK_TOKENS * HEAD_DIM
         self.blocks = settings.cache_bytes // (KV_HEADS * self.block_bytes)
         shape = (1, KV_HEADS, self.blocks, BLOCK_TOKENS, HEAD_DIM)
@@ -127,13 +132,14 @@ class _Bench:
 
     def measure(self, name: str, granularity: int) -> dict[str, Any]:
         settings, kernel = self.settings, KERNELS[name]
-        bitmaps = jnp.asarray(np.stack([self._bitmap(s, granularity) for s in range(SELECTIONS)]))
+        bitmaps = [self._bitmap(seed, granularity) for seed in range(SELECTIONS)]
         if name not in self.programs:
-            self.programs[name] = _programs(kernel, settings.calls, self.blocks)
+            self.programs[name] = _programs(kernel, self.calls, self.blocks)
         prepare, whole, alone = self.programs[name]
-        bytes_read = int(np.bitwise_count(np.asarray(bitmaps[:, :, ::GROUP])).sum())
-        bytes_read = bytes_read * self.block_bytes // SELECTIONS
-        prepared = jax.block_until_ready(prepare(bitmaps))
+        blocks_read = sum(int(np.bitwise_count(b[:, ::GROUP]).sum()) for b in bitmaps)
+        bytes_read = blocks_read * self.block_bytes // SELECTIONS
+        bitmaps = jax.device_put(bitmaps)
+        prepared = jax.block_until_ready([prepare(bitmap) for bitmap in bitmaps])
         calls: dict[str, list[float]] = {"whole": [], "alone": []}
         ceilings = []
         for repetition in range(settings.repetitions + 1):
@@ -145,7 +151,7 @@ class _Bench:
             if repetition:
                 ceilings.append(top)
                 for kind, values in calls.items():
-                    values.append(seconds[kind] / settings.calls)
+                    values.append(seconds[kind] / self.calls)
         rate = {kind: [bytes_read / s / 1e9 for s in values] for kind, values in calls.items()}
         return {
             "place": self.place,
@@ -196,19 +202,29 @@ def _random_array(shape: tuple[int, ...], seed: int, place: str) -> jax.Array:
 
 
 def _programs(kernel: Kernel, calls: int, num_blocks: int) -> tuple[Any, Any, Any]:
-    """Preparation of many selections, and loops of calls with it and without it."""
+    """Preparation of many selections, and loops of calls with it and without it.
+
+    A loop goes through all selections in turn, as a program goes through layers: neither a slice
+    of its inputs nor a start of a small program comes between the calls.
+    """
 
     def prepare(bitmap: jax.Array) -> Any:
         return kernel.prepare(bitmap, KV_HEADS, num_blocks)
 
     def looped(attend: Callable[..., jax.Array]) -> Any:
-        def program(q: jax.Array, k: jax.Array, v: jax.Array, inputs: Any) -> jax.Array:
-            def call(i: jax.Array, q: jax.Array) -> jax.Array:
-                chosen = jax.tree.map(lambda x: x[i % SELECTIONS], inputs)
-                # Each call needs the one before, but the queries hardly change.
-                return q + 1e-30 * attend(q, k, v, chosen)
+        # Lowered once, however often the loop calls it.
+        attend = jax.jit(attend)
 
-            return jax.lax.fori_loop(0, calls, call, q)
+        def program(q: jax.Array, k: jax.Array, v: jax.Array, inputs: Any) -> jax.Array:
+            def call_all(_: jax.Array, q: jax.Array) -> jax.Array:
+                for selection in inputs:
+                    # Nothing of a call may be done for all rounds at once, or before its turn.
+                    q, chosen = jax.lax.optimization_barrier((q, selection))
+                    # Each call needs the one before, but the queries hardly change.
+                    q = q + 1e-30 * attend(q, k, v, chosen)
+                return q
+
+            return jax.lax.fori_loop(0, calls // SELECTIONS, call_all, q)
 
         return jax.jit(program)
 
@@ -218,7 +234,7 @@ def _programs(kernel: Kernel, calls: int, num_blocks: int) -> tuple[Any, Any, An
     alone = functools.partial(kernel.attend, scale=HEAD_DIM**-0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return jax.jit(jax.vmap(prepare)), looped(whole), looped(alone)
+        return jax.jit(prepare), looped(whole), looped(alone)
 
 
 def render(report: dict[str, Any]) -> str:

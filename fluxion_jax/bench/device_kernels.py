@@ -45,6 +45,30 @@ def _triton(tile_blocks: int, num_warps: int, programs: int) -> Kernel:
     return Kernel(functools.partial(block_table, tile_blocks=tile_blocks), attend)
 
 
+def _triton_mma(tile_tokens: int, num_warps: int, programs: int, num_stages: int) -> Kernel:
+    from pallas_kernels.block_list_triton import block_table_triton
+    from pallas_kernels.block_sparse_triton_mma import Tiling, attend_to_table
+
+    tiling = Tiling(tile_tokens, num_warps, programs, num_stages)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, table: Any, scale: float) -> jax.Array:
+        return attend_to_table(q, k, v, table, scale=scale, tiling=tiling)[0]
+
+    return Kernel(block_table_triton, attend)
+
+
+def _wgmma(programs: int, stages: int) -> Kernel:
+    from pallas_kernels.block_list_triton import block_table_triton
+    from pallas_kernels.block_sparse_wgmma import Tiling, attend_to_table
+
+    tiling = Tiling(programs, stages)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, table: Any, scale: float) -> jax.Array:
+        return attend_to_table(q, k, v, table, scale=scale, tiling=tiling)[0]
+
+    return Kernel(block_table_triton, attend)
+
+
 def _mosaic(programs: int) -> Kernel:
     from pallas_kernels.block_sparse_mosaic import TILE_TOKENS, attend_to_table
 
@@ -86,12 +110,22 @@ KERNELS = {
     "xla": _xla(),
     "triton": _triton(4, 4, 512),
     "mosaic": _mosaic(512),
+    "triton_mma": _triton_mma(64, 4, 264, 4),
+    "wgmma": _wgmma(264, 3),
     "in-tree paged": _paged(),
     "triton 8x1 512": _triton(8, 1, 512),
     "triton 4x4 1024": _triton(4, 4, 1024),
     "triton 2x4 1024": _triton(2, 4, 1024),
     "triton 4x2 1024": _triton(4, 2, 1024),
     "triton 4x1 2048": _triton(4, 1, 2048),
+    "triton_mma 64x4 132 6": _triton_mma(64, 4, 132, 6),
+    "triton_mma 64x4 528 4": _triton_mma(64, 4, 528, 4),
+    "triton_mma 64x8 264 4": _triton_mma(64, 8, 264, 4),
+    "triton_mma 128x8 132 4": _triton_mma(128, 8, 132, 4),
+    "triton_mma 32x4 528 4": _triton_mma(32, 4, 528, 4),
+    "wgmma 132 6": _wgmma(132, 6),
+    "wgmma 264 2": _wgmma(264, 2),
+    "wgmma 396 2": _wgmma(396, 2),
     "mosaic 256": _mosaic(256),
     "mosaic 1024": _mosaic(1024),
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -187,6 +188,38 @@ class HostKV:
         from fluxion_jax.cache.append import append_all
 
         return append_all(cache, tuple(map(jnp.asarray, k)), tuple(map(jnp.asarray, v)), counts)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the sequences to a file that `load` reads, bit for bit, with checksums.
+
+        The file takes the place of an older one only when it is complete: a process that dies
+        while saving loses nothing, and leaves at most a file `.NAME.*.partial` to be deleted.
+
+        Args:
+          path: the file; its folder must exist.
+
+        Raises:
+          ConfigError: a program has consumed this object, or `path` is a folder.
+          OSError: the file cannot be written.
+        """
+        from fluxion_jax.cache.saving import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> HostKV:
+        """Allocates a cache of the saved layout, batch and capacity, and reads its sequences.
+
+        Args:
+          path: a file that `save` wrote.
+
+        Raises:
+          ConfigError: there is no such file.
+          IntegrityError: the file is truncated, damaged, or something else.
+        """
+        from fluxion_jax.cache.saving import load
+
+        return load(path)
 
     def require_room(self, count: np.ndarray | int) -> None:
         """Raises CacheFullError unless each active row has room for `count` more tokens."""

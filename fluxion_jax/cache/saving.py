@@ -25,14 +25,9 @@ import numpy as np
 
 import host_ops
 from fluxion_jax.cache.host_kv import HostKV
-from fluxion_jax.cache.layout import (
-    BLOCK_TOKENS,
-    GRANULARITIES_TOKENS,
-    KVLayout,
-    host_tokens,
-    num_units,
-)
-from fluxion_jax.errors import ConfigError, IntegrityError
+from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, KVLayout, host_tokens
+from fluxion_jax.cache.placement import BY_HEAD
+from fluxion_jax.errors import ConfigError, IntegrityError, UnsupportedError
 
 _MAGIC = b"fluxion kv cache"
 _FORMAT = 1
@@ -40,9 +35,6 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 _SIZE_BYTES = 8
 # Far above any manifest, so that a damaged size is not taken for one.
 _LARGEST_MANIFEST_BYTES = 1 << 26
-_BLOCKED = ("k", "v", "summaries")
-_PER_LAYER = (*_BLOCKED, "exponents", "window_k", "window_v", "sliding_k", "sliding_v")
-_PER_BATCH = ("lengths", "active", "status")
 
 
 def save(cache: HostKV, path: str | Path) -> None:
@@ -52,6 +44,11 @@ def save(cache: HostKV, path: str | Path) -> None:
         raise ConfigError(
             "expected a cache that holds its buffers, got one that a program has consumed; save "
             "the cache which that program returned"
+        )
+    if not all(x.is_fully_addressable for x in leaves):
+        raise UnsupportedError(
+            "expected a cache whose devices all belong to this process, got one of several "
+            "processes; save needs a cache of one process"
         )
     jax.block_until_ready(leaves)
     target = Path(path).expanduser()
@@ -75,14 +72,16 @@ def save(cache: HostKV, path: str | Path) -> None:
             parts = _parts(section, cache)
             digest = hashlib.sha256(section.name.encode())
             for index in section.indices():
-                piece = np.ascontiguousarray(parts[index[0]][index[1:]]).reshape(-1)
+                piece = np.ascontiguousarray(parts[index[0]][0][index[1:]]).reshape(-1)
                 raw = piece.view(np.uint8).data
                 digest.update(raw)
                 file.write(raw)
             file.write(digest.digest())
 
 
-def load(path: str | Path) -> HostKV:
+def load(
+    path: str | Path, *, mesh: jax.sharding.Mesh | None = None, axis: str | None = None
+) -> HostKV:
     """See `HostKV.load`."""
     source = Path(path).expanduser()
     if not source.is_file():
@@ -102,9 +101,9 @@ def load(path: str | Path) -> HostKV:
                 f"expected {expected} bytes in {source}, got {size}; it is truncated or was "
                 "written by another version, save the cache again"
             )
-        cache = HostKV.allocate(layout, len(lengths), max_tokens)
+        cache = HostKV.allocate(layout, len(lengths), max_tokens, mesh=mesh, axis=axis)
         jax.block_until_ready(jax.tree.leaves(cache))
-        values: dict[str, Any] = {name: [] for name in _PER_LAYER}
+        values: dict[str, Any] = {name: [] for name in BY_HEAD}
         for section in sections:
             parts = _parts(section, cache, fresh=True)
             digest = hashlib.sha256(section.name.encode())
@@ -113,7 +112,8 @@ def load(path: str | Path) -> HostKV:
                 raw = piece.reshape(-1).view(np.uint8).data
                 file.readinto(raw)
                 digest.update(raw)
-                parts[index[0]][index[1:]] = piece
+                for part in parts[index[0]]:
+                    part[index[1:]] = piece
             if file.read(_DIGEST_BYTES) != digest.digest():
                 raise IntegrityError(
                     f"expected {section.name} of {source} as it was saved, got other bytes; the "
@@ -173,27 +173,16 @@ class _Section:
 
 
 def _sections(layout: KVLayout, max_tokens: int, lengths: list[int]) -> Iterator[_Section]:
-    batch, heads, size = len(lengths), layout.num_kv_heads, layout.head_dim
-    capacity = layout.host_blocks(max_tokens)
+    batch, capacity = len(lengths), layout.host_blocks(max_tokens)
     used = max(host_tokens(layout, n) for n in lengths) // BLOCK_TOKENS
-    window = (batch, heads, layout.window_tokens, size)
-    ring = (batch, heads, min(layout.sliding_window or 0, max_tokens), size)
-    blocks = (batch, heads, capacity, BLOCK_TOKENS, size)
-    units = (batch, heads, num_units(capacity), 2, size)
-    kinds: dict[str, tuple[tuple[int, ...], Any, Any]] = {
-        "k": (blocks, layout.jax_dtype, slice(0, used)),
-        "v": (blocks, layout.jax_dtype, slice(0, used)),
-        "summaries": (units, np.int8, _summary_rows(capacity, used)),
-        "exponents": ((batch, heads, size), np.int32, None),
-        "window_k": (window, layout.jax_dtype, None),
-        "window_v": (window, layout.jax_dtype, None),
-        "sliding_k": (ring, layout.jax_dtype, None),
-        "sliding_v": (ring, layout.jax_dtype, None),
+    rows: dict[str, Any] = {
+        "k": slice(0, used),
+        "v": slice(0, used),
+        "summaries": _summary_rows(capacity, used),
     }
-    for field, kind in kinds.items():
-        sliding = field.startswith("sliding")
-        for layer in range(len(layout.sliding_layers if sliding else layout.global_layers)):
-            yield _Section(field, layer, *kind)
+    for field, (layers, shape, dtype) in layout.array_shapes(batch, max_tokens).items():
+        for layer in range(layers):
+            yield _Section(field, layer, shape, dtype, rows.get(field))
     yield _Section("lengths", None, (batch,), np.int32, None)
     yield _Section("active", None, (batch,), np.bool_, None)
     yield _Section("status", None, (1,), np.int32, None)
@@ -209,31 +198,43 @@ def _summary_rows(capacity: int, used: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _parts(section: _Section, cache: HostKV, *, fresh: bool = False) -> list[np.ndarray]:
-    """NumPy arrays that the section's pieces index: one per KV head, or the whole array.
+def _parts(section: _Section, cache: HostKV, *, fresh: bool = False) -> list[list[np.ndarray]]:
+    """NumPy arrays that the section's pieces index, one per KV head or one for the whole array.
 
-    What lies in host memory is a view; the rest is a copy, or zeros where it is to be filled.
+    What lies in host memory is a view; the rest is a copy, or zeros where it is to be filled. Each
+    comes as often as devices of a mesh repeat it; all of these are to be filled.
     """
-    array = getattr(cache, section.field)
-    array = array if section.layer is None else array[section.layer]
-    if array.sharding.memory_kind == "pinned_host":
-        whole = host_ops.host_view(array)
-    else:
+    array = _field(section, cache)
+    if array.sharding.memory_kind != "pinned_host":
         whole = np.zeros(section.shape, section.dtype) if fresh else np.array(array)
-    if section.rows is None:
-        return [whole]
-    return [whole[:, head] for head in range(section.shape[1])]
+        if section.rows is None:
+            return [[whole]]
+        return [[whole[:, head]] for head in range(section.shape[1])]
+    heads: list[list[np.ndarray]] = [[] for _ in range(section.shape[1])]
+    for shard in array.addressable_shards:
+        view = host_ops.host_view(shard.data)
+        first = shard.index[1].start or 0
+        for head in range(view.shape[1]):
+            heads[first + head].append(view[:, head])
+    return heads
 
 
-def _array(section: _Section, cache: HostKV, parts: list[np.ndarray]) -> jax.Array:
+def _array(section: _Section, cache: HostKV, parts: list[list[np.ndarray]]) -> jax.Array:
     """The array that the filled parts make up; what lies in host memory was filled in place."""
-    array = getattr(cache, section.field)
-    array = array if section.layer is None else array[section.layer]
+    array = _field(section, cache)
     if array.sharding.memory_kind == "pinned_host":
-        return array  # type: ignore[no-any-return]
-    whole = parts[0] if section.rows is None else np.stack(parts, axis=1)
+        return array
+    filled = [part[0] for part in parts]
+    whole = filled[0] if section.rows is None else np.stack(filled, axis=1)
+    if cache.placement is not None:
+        return jax.device_put(whole, array.sharding)
     # A copy always: JAX on the CPU would otherwise adopt NumPy's memory.
     return jnp.array(whole)
+
+
+def _field(section: _Section, cache: HostKV) -> jax.Array:
+    array = getattr(cache, section.field)
+    return array if section.layer is None else array[section.layer]  # type: ignore[no-any-return]
 
 
 def _read_manifest(file: BinaryIO, source: Path) -> dict[str, Any]:

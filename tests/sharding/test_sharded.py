@@ -1,0 +1,77 @@
+"""KV heads over several devices: the answers of one device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+pytestmark = pytest.mark.slow
+
+
+def start(script: str, *arguments: object, devices: int) -> subprocess.Popen[str]:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, HERE / script, *map(str, arguments)],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 300) -> Any:
+    try:
+        out, errors = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-4000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return finish(start("one_process.py", devices=8))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_any_number_of_devices_gives_the_answers_of_one(found: Any, size: int) -> None:
+    here = found["sizes"][str(size)]
+    assert (here["devices"], here["heads"], here["kind"]) == (size, 8 // size, "pinned_host")
+    # What is read does not depend on the devices; sums over keys are the same up to rounding.
+    assert (here["selection"], here["blocks"]) == (0, 0)
+    assert here["prefill"] < 2e-6
+    assert here["decode"] < 2e-6
+
+
+def test_a_cache_moves_between_numbers_of_devices(found: Any) -> None:
+    assert [x["devices"] for x in found["moved"]] == [1, 2, 8]
+    assert found["same"] == [True, True]
+    assert found["forked"] is True
+    assert found["lengths"] == [0, 111]
+
+
+def test_generate_is_the_same_on_a_mesh(found: Any) -> None:
+    assert found["generation"]["same_tokens"] is True
+    assert found["generation"]["log_probs"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [
+        (0, "ConfigError: expected the number of KV heads to be a multiple of the 3 devices"),
+        (1, "ConfigError: expected axis to be one of the mesh's ('heads',), got 'layers'"),
+        (2, "ConfigError: expected a mesh with the axis 'heads', got none"),
+        (3, "UnsupportedError: expected measure=False for a cache on several devices"),
+        (4, "FluxionError: a step failed (status 16): expected the host cache to be updated in"),
+    ],
+)
+def test_errors(found: Any, index: int, text: str) -> None:
+    assert found["errors"][index].startswith(text)

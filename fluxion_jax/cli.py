@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_heads(commands)
     _add_bench(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -181,6 +182,39 @@ def _add_bench(commands: Any) -> None:
     selection.add_argument("--queries", type=int, default=64, metavar="N", help="of each head")
     _add_common(selection)
     selection.set_defaults(run=_bench_selection)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser("plan", help="what would lie where, and what a token may cost")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="8b, 70b, qwen3-8b, mistral-7b, or see fluxion generate --help",
+    )
+    parser.add_argument("--context", required=True, type=int, metavar="S", help="tokens")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences; default 1")
+    parser.add_argument("--policy", default="fixed:16:0.05", help="full, or such as fixed:16:0.05")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--summaries", default="host", choices=("host", "device"))
+    parser.add_argument("--machine", default="h100", help="h100, or a JSON file of its constants")
+    _add_common(parser)
+    parser.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from fluxion_jax import planning
+
+    found = planning.plan(
+        arguments.model,
+        context_tokens=arguments.context,
+        batch=arguments.batch,
+        policy=arguments.policy,
+        dtype=arguments.dtype,
+        summaries=arguments.summaries,
+        machine=planning.Machine.load(arguments.machine),
+    )
+    _emit(arguments, found.to_dict(), str(found), "plan.json")
+    return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:

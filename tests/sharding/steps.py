@@ -10,7 +10,7 @@ import numpy as np
 
 import fluxion_jax as fx
 from fluxion_jax.chunk_attention import prefill_attention
-from fluxion_jax.policy import Plan, split_at
+from fluxion_jax.policy import Plan, one_sided, split_at
 from fluxion_jax.sliding import sliding_decode_attention, sliding_prefill_attention
 
 BATCH, KV_HEADS, GROUP, HEAD_DIM, WINDOW = 2, 8, 2, 8, 24
@@ -98,7 +98,7 @@ def run_global(mesh: Any) -> tuple[dict[str, np.ndarray], fx.HostKV]:
     for _ in range(STEPS):
         q = draw(BATCH, HEADS, HEAD_DIM)
         new_k, new_v = (draw(BATCH, KV_HEADS, HEAD_DIM) for _ in "kv")
-        out, stats, cache = _decode_global(cache, q, new_k, new_v, ByHead(), split_at(1.0))
+        out, stats, cache = _decode_global(cache, q, new_k, new_v, ByHead(), one_sided("host"))
         outs.append(np.array(out))
         selections.append(np.array(stats.selection))
     cache.check()

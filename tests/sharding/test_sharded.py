@@ -1,15 +1,19 @@
-"""KV heads over several devices: the answers of one device."""
+"""KV heads over several devices, and over two processes: the answers of one device."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from tests.sharding import steps
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -17,7 +21,11 @@ pytestmark = pytest.mark.slow
 
 
 def start(script: str, *arguments: object, devices: int) -> subprocess.Popen[str]:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    # Every process compiles for itself; what is compiled fast says as much.
+    fast = "--xla_backend_optimization_level=0"
+    flags = (
+        f"{os.environ.get('XLA_FLAGS', '')} {fast} --xla_force_host_platform_device_count={devices}"
+    )
     return subprocess.Popen(
         [sys.executable, HERE / script, *map(str, arguments)],
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
@@ -75,3 +83,20 @@ def test_generate_is_the_same_on_a_mesh(found: Any) -> None:
 )
 def test_errors(found: Any, index: int, text: str) -> None:
     assert found["errors"][index].startswith(text)
+
+
+def test_two_processes_give_the_answers_of_one_device(tmp_path: Path) -> None:
+    expected, _ = steps.run_global(None)
+    np.savez(tmp_path / "one.npz", **expected)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = [(address, rank, tmp_path / "one.npz") for rank in range(2)]
+    processes = [start("two_processes.py", *each, devices=2) for each in arguments]
+    for rank, process in enumerate(processes):
+        here = finish(process)
+        assert (here["rank"], here["devices"], here["local"]) == (rank, 4, 2)
+        assert here["same_selection"] is True
+        assert here["out"] < 2e-6
+        assert here["fork"].startswith("UnsupportedError: expected a cache whose devices all")
+        assert here["save"].startswith("UnsupportedError: expected a cache whose devices all")

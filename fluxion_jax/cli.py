@@ -79,6 +79,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus, used above 0 only")
+    parser.add_argument("--top-k", type=int, metavar="K", help="likeliest tokens to draw from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--split", help="host (default), device, model, model:FILE, or the host's share, 0 to 1"
@@ -233,7 +234,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     policy, split = parse_policy(arguments.policy), parse_split(arguments.split)
     sampling = (
-        top_p(arguments.top_p, temperature=arguments.temperature)
+        top_p(arguments.top_p, temperature=arguments.temperature, top_k=arguments.top_k)
         if arguments.temperature
         else greedy()
     )

@@ -462,7 +462,7 @@ def cache_shardings(cache: HostKV) -> HostKV:
     """The shardings of a cache's buffers, for `out_shardings` of a jitted function.
 
     Args:
-      cache: a cache of arrays, tracers or `jax.ShapeDtypeStruct`s.
+      cache: a cache of arrays, of tracers or of objects like `jax.ShapeDtypeStruct`.
 
     Returns:
       A HostKV whose leaves are shardings on the cache's devices, in pinned host memory for what

@@ -72,11 +72,17 @@ def generation() -> dict[str, object]:
 
 
 def main() -> None:
-    expected, _ = steps.run(None)
     found: dict[str, object] = {"sizes": {}}
+    one, _ = steps.run_global(None)
     for size in (1, 2, 4, 8):
-        seen, cache = steps.run(mesh(size))
-        found["sizes"][size] = steps.differences(seen, expected) | places(cache)
+        seen, cache = steps.run_global(mesh(size))
+        found["sizes"][size] = places(cache) | {
+            "out": float(np.abs(seen["out"] - one["out"]).max()),
+            "same_selection": bool(np.array_equal(seen["selection"], one["selection"])),
+        }
+    expected, _ = steps.run(None)
+    seen, cache = steps.run(mesh(4))
+    found["everything"] = steps.differences(seen, expected)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
         cache.save(path)

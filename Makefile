@@ -4,6 +4,7 @@
 #   make test      the test suite
 #   make lint      formatting, lint and types
 #   make bench     the host kernels against this machine's memory, into benchmarks/results/
+#   make docs      the documentation as web pages, into build/docs/
 #
 # Variables: PYTHON (the interpreter, 3.11 or newer), VENV (where the environment goes),
 # ARGS (passed on, as in `make demo ARGS="--model gemma3-270m"`).
@@ -19,10 +20,10 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench native clean
+.PHONY: help demo test lint format bench docs native clean
 
 help:
-	@sed -n 's/^# \{0,1\}//; 3,6p; 6q' Makefile
+	@sed -n 's/^# \{0,1\}//; 3,7p; 7q' Makefile
 
 demo: $(VENV)/.made-demo native
 	$(BIN)/fluxion demo $(ARGS)
@@ -41,6 +42,9 @@ format: $(VENV)/.made-lint
 
 bench: $(VENV)/.made-demo native
 	$(BIN)/fluxion bench host --output benchmarks/results $(ARGS)
+
+docs: $(VENV)/.made-docs native
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 # Builds in place, and again only what changed. Without a compiler it says so and goes on: the
 # package then runs on its JAX and NumPy code.
@@ -73,6 +77,6 @@ $(VENV)/.made-demo $(VENV)/.made-test: $(VENV)/.made-%: $(VENV)/.made-base $(VEN
 	$(PIP) install --no-build-isolation --editable '.[$*]'
 	@touch $@
 
-$(VENV)/.made-lint: $(VENV)/.made-base
-	$(PIP) install --no-build-isolation --editable '.[lint]'
+$(VENV)/.made-lint $(VENV)/.made-docs: $(VENV)/.made-%: $(VENV)/.made-base
+	$(PIP) install --no-build-isolation --editable '.[$*]'
 	@touch $@

@@ -28,6 +28,7 @@ from fluxion_jax.jitting import jit
 from fluxion_jax.policy.protocol import Features, Plan, Policy
 from fluxion_jax.policy.scheduler import observe
 from fluxion_jax.policy.split import Split
+from fluxion_jax.sharded import AllHeads, on_shards
 from fluxion_jax.status import STATUS_PLAN
 from pallas_kernels.compat import target_platform
 
@@ -36,6 +37,9 @@ State = tuple[jax.Array, jax.Array]
 _HOST_NAMES = ("native", "xla", "numpy")
 _OVER_HOST_MEMORY = ("triton", "mosaic", "triton_mma", "wgmma")
 _DEVICE_NAMES = ("xla", *_OVER_HOST_MEMORY)
+# Where the arrays of LayerStats have their heads; None where they have none or are absent.
+_HEAD_AXES_OF_STATS = (1, 1, 1, 1, None, 1, 1, None, None, 1, 2, None, None)
+_SUMMED_TIMES = ("busy", "scored", "selected", "attended")
 # The native kernels keep the heads that want a block in the bits of one word.
 _MAX_GROUP = 64
 
@@ -166,6 +170,10 @@ def decode_attention(
             execution=execution,
             return_selection=return_selection,
         )
+    if cache.placement is not None:
+        return _decode_attention_sharded(
+            q, k_new, v_new, cache, layer, policy, scale, split, execution, return_selection
+        )
     index = cache.layout.global_index(layer)
     dtype, q = q.dtype, q.astype(jnp.float32)
     active = cache.has_room(1)
@@ -234,6 +242,56 @@ def decode_attention(
 _decode_attention_compiled = jit(
     decode_attention, static_argnames=("layer", "scale", "execution", "return_selection")
 )
+
+
+def _decode_attention_sharded(
+    q: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    cache: HostKV,
+    layer: int,
+    policy: Policy,
+    scale: float,
+    split: Split,
+    execution: Execution,
+    return_selection: bool,
+) -> tuple[jax.Array, HostKV, LayerStats]:
+    """The same on every device of a mesh, for the heads that it has."""
+    placement = cache.placement
+    assert placement is not None
+    if execution.measure:
+        raise UnsupportedError(
+            "expected measure=False for a cache on several devices, got True: errors are relative "
+            "to the largest output of all heads; measure with a cache on one device"
+        )
+
+    def attend(cache: HostKV, by_head: Any, others: Any) -> tuple[Any, HostKV]:
+        (q, k_new, v_new), (policy, split) = by_head, others
+        out, cache, stats = decode_attention(
+            q,
+            k_new,
+            v_new,
+            cache,
+            layer,
+            AllHeads(policy, placement.axis),
+            scale=scale,
+            split=split,
+            execution=execution,
+            return_selection=return_selection,
+        )
+        times = stats.host_times_s
+        # Threads of all devices add up; waiting takes as long as it takes where it takes longest.
+        summed = jnp.asarray([name in _SUMMED_TIMES for name in host_ops.TIMES])
+        longest = jax.lax.pmax(times, placement.axis)
+        times = jnp.where(summed, jax.lax.psum(times, placement.axis), longest)
+        clipped = jax.lax.psum(stats.clipped, placement.axis)
+        return (out, stats._replace(host_times_s=times, clipped=clipped)), cache
+
+    axes: Any = LayerStats(*_HEAD_AXES_OF_STATS)  # type: ignore[arg-type]
+    (out, stats), cache = on_shards(
+        attend, cache, (q, k_new, v_new), (policy, split), head_axis=1, results=(1, axes)
+    )
+    return out, cache, stats
 
 
 class _DeviceShare(NamedTuple):

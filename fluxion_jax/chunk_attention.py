@@ -8,6 +8,8 @@ G = N // K, S keys, H head size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,7 @@ from fluxion_jax.cache.append import append_chunk, with_layer
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
 from fluxion_jax.cache.window import leaving_blocks, num_leaving, window_mask
+from fluxion_jax.sharded import on_shards
 from fluxion_jax.state import AttentionState, merge
 
 # A tile of 1,024 tokens: big enough for the matrix units, and small beside any model's weights.
@@ -51,6 +54,15 @@ def prefill_attention(
       `(out, cache)`: out `[B, T, N, H]` in q's dtype (unspecified behind `count`); the cache with
       this layer's chunk, which counts once `cache.advance(count)` was called.
     """
+    if cache.placement is not None:
+
+        def share(cache: HostKV, by_head: Any, count: Any) -> tuple[Any, HostKV]:
+            q, k, v = by_head
+            return prefill_attention(
+                q, k, v, count, cache, layer, scale=scale, implementation=implementation
+            )
+
+        return on_shards(share, cache, (q, k, v), count, head_axis=2, results=2)
     index = cache.layout.global_index(layer)
     count = jnp.where(cache.has_room(count), count, 0)
     # What later steps will read is what this chunk must see: values rounded to the cache's dtype.

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_heads(commands)
     _add_calibrate(commands)
     _add_bench(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -79,6 +80,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus, used above 0 only")
+    parser.add_argument("--top-k", type=int, metavar="K", help="likeliest tokens to draw from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--split", help="host (default), device, model, adaptive, or the host's share, 0 to 1"
@@ -216,6 +218,39 @@ def _add_bench(commands: Any) -> None:
     selection.set_defaults(run=_bench_selection)
 
 
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser("plan", help="what would lie where, and what a token may cost")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="8b, 70b, qwen3-8b, mistral-7b, or see fluxion generate --help",
+    )
+    parser.add_argument("--context", required=True, type=int, metavar="S", help="tokens")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences; default 1")
+    parser.add_argument("--policy", default="fixed:16:0.05", help="full, or such as fixed:16:0.05")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--summaries", default="host", choices=("host", "device"))
+    parser.add_argument("--machine", default="h100", help="h100, or a JSON file of its constants")
+    _add_common(parser)
+    parser.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from fluxion_jax import planning
+
+    found = planning.plan(
+        arguments.model,
+        context_tokens=arguments.context,
+        batch=arguments.batch,
+        policy=arguments.policy,
+        dtype=arguments.dtype,
+        summaries=arguments.summaries,
+        machine=planning.Machine.load(arguments.machine),
+    )
+    _emit(arguments, found.to_dict(), str(found), "plan.json")
+    return 0
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from fluxion_jax import env
 
@@ -233,7 +268,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     check_policy(arguments.policy)
     split = parse_split(arguments.split)
     sampling = (
-        top_p(arguments.top_p, temperature=arguments.temperature)
+        top_p(arguments.top_p, temperature=arguments.temperature, top_k=arguments.top_k)
         if arguments.temperature
         else greedy()
     )

@@ -14,8 +14,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from fluxion_jax.cache.host_kv import HostKV, cache_shardings, memory_sharding
+from fluxion_jax.cache.host_kv import HostKV, cache_shardings
+from fluxion_jax.cache.placement import Placement, array_sharding
 from fluxion_jax.compilations import compilations
 from fluxion_jax.errors import ConfigError
 
@@ -114,12 +116,33 @@ def _check_arrays(dynamic: dict[str, Any]) -> None:
                 )
 
 
-def _shardings(tree: Any) -> Any:
-    """Device memory for every leaf, but pinned host memory for what a cache keeps there."""
-    on_device = memory_sharding("device")
-    return jax.tree.map(
-        lambda x: cache_shardings(x) if _is_cache(x) else on_device, tree, is_leaf=_is_cache
-    )
+def _shardings(tree: Any, placement: Placement | None) -> Any:
+    """Where every leaf lies: a cache where it says, the rest in device memory.
+
+    Beside a cache on several devices an array keeps the mesh that it is on; what is on none is
+    repeated on all of them, and so are results.
+    """
+    whole = array_sharding(placement, PartitionSpec())
+
+    def place(x: Any) -> Any:
+        if _is_cache(x):
+            return cache_shardings(x)
+        sharding = getattr(x, "sharding", None)
+        if placement is None or not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+            return whole
+        return NamedSharding(placement.mesh, sharding.spec)
+
+    return jax.tree.map(place, tree, is_leaf=_is_cache)
+
+
+def _placement(dynamic: dict[str, Any]) -> Placement | None:
+    caches = [x for x in jax.tree.leaves(dynamic, is_leaf=_is_cache) if _is_cache(x)]
+    placements = {cache.placement for cache in caches}
+    if len(placements) > 1:
+        raise ConfigError(
+            f"expected caches on the same devices, got {placements}; allocate them with one mesh"
+        )
+    return next(iter(placements), None)
 
 
 def _call_by_name(
@@ -139,6 +162,7 @@ class _Program:
         results: Any,
     ) -> None:
         self._donated = donated
+        placement = _placement(arguments)
         self.compilations = 0
 
         def split_call(donated: dict[str, Any], kept: dict[str, Any]) -> Any:
@@ -149,8 +173,8 @@ class _Program:
         self._compiled = jax.jit(
             split_call,
             donate_argnums=0,
-            in_shardings=self._divide(_shardings(arguments)),
-            out_shardings=_shardings(results),
+            in_shardings=self._divide(_shardings(arguments, placement)),
+            out_shardings=_shardings(results, placement),
         )
 
     def _divide(self, dynamic: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

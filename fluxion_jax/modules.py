@@ -6,6 +6,7 @@ oracle. `prefill` and `decode` keep keys and values in a host-resident cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.split import Split
 from fluxion_jax.rope import Rope
 from fluxion_jax.sliding import sliding_decode_attention, sliding_prefill_attention
+
+Rotation = Callable[[jax.Array, jax.Array], jax.Array]
 
 _QUERY_TILE_TOKENS = 512
 _PLAIN_ROPE = Rope()
@@ -64,7 +67,7 @@ class Attention(nnx.Module):
         head_dim: int,
         *,
         rngs: nnx.Rngs,
-        rope: Rope | None = _PLAIN_ROPE,
+        rope: Rope | Rotation | None = _PLAIN_ROPE,
         scale: float | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
@@ -80,7 +83,8 @@ class Attention(nnx.Module):
           num_kv_heads: KV heads K, a divisor of N.
           head_dim: head size H, even.
           rngs: source of the initial parameters.
-          rope: rotary embedding of queries and keys; None for none.
+          rope: rotary embedding of queries and keys; None for none; or your own, a function
+            `(x [B, T, heads, H], positions int32 [B, T]) -> [B, T, heads, H]`.
           scale: factor of the scores; None means `H ** -0.5`.
           qkv_bias: biases on the query, key and value projections (Qwen2).
           out_bias: bias on the output projection.
@@ -247,7 +251,8 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
-            q, k = self.rope.rotate(q, positions), self.rope.rotate(k, positions)
+            rotate = self.rope.rotate if isinstance(self.rope, Rope) else self.rope
+            q, k = rotate(q, positions), rotate(k, positions)
         return q, k, v
 
 

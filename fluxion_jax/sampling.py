@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +11,38 @@ import numpy as np
 
 from fluxion_jax.errors import ConfigError
 
+# More than any vocabulary.
+_EVERY_TOKEN = np.asarray(np.iinfo(np.int32).max, np.int32)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Temperature and nucleus; build it with `greedy` or `top_p`.
+    """Temperature, nucleus and count; build it with `greedy` or `top_p`.
 
     Attributes:
       temperature: float32 scalar; 0 takes the most likely token.
       top_p: float32 scalar, probability mass of the nucleus, in (0, 1].
+      top_k: int32 scalar, how many of the likeliest tokens may be drawn at all.
     """
 
     temperature: jax.Array | np.ndarray
     top_p: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
 
 
 def greedy() -> Sampling:
     """Always the most likely token, ties to the lowest id."""
-    return Sampling(np.asarray(0.0, np.float32), np.asarray(1.0, np.float32))
+    return Sampling(np.asarray(0.0, np.float32), np.asarray(1.0, np.float32), _EVERY_TOKEN)
 
 
-def top_p(p: float = 0.9, *, temperature: float = 1.0) -> Sampling:
+def top_p(p: float = 0.9, *, temperature: float = 1.0, top_k: int | None = None) -> Sampling:
     """Draws from the smallest set of tokens whose probability reaches `p`.
 
     Args:
-      p: mass of the nucleus in (0, 1]; 0.9 is the customary default.
+      p: mass of the nucleus in (0, 1]; 0.9 is the customary default, 1 takes all.
+      top_k: draw from so many of the likeliest tokens only; the nucleus is then one of these,
+        by their probabilities among themselves. None for all.
       temperature: divides the logits; above 0.
 
     Raises:
@@ -44,7 +52,11 @@ def top_p(p: float = 0.9, *, temperature: float = 1.0) -> Sampling:
         raise ConfigError(f"expected top-p in (0, 1], got {p}")
     if not temperature > 0.0 or not np.isfinite(temperature):
         raise ConfigError(f"expected a temperature > 0, got {temperature}; use greedy() for 0")
-    return Sampling(np.asarray(temperature, np.float32), np.asarray(p, np.float32))
+    wanted: Any = int(_EVERY_TOKEN) if top_k is None else top_k
+    if isinstance(wanted, bool) or not isinstance(wanted, int | np.integer) or wanted < 1:
+        raise ConfigError(f"expected an integer top_k >= 1 or None, got {top_k!r}")
+    count = np.asarray(min(wanted, int(_EVERY_TOKEN)), np.int32)
+    return Sampling(np.asarray(temperature, np.float32), np.asarray(p, np.float32), count)
 
 
 def sample(
@@ -70,7 +82,9 @@ def sample(
         keys = jax.vmap(row_key)(jnp.arange(logits.shape[0]), positions)
         scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
         order = jnp.argsort(-scaled, axis=-1)
-        ranked = jnp.take_along_axis(jax.nn.softmax(scaled, axis=-1), order, axis=-1)
+        counted = jnp.arange(logits.shape[-1]) < sampling.top_k
+        likeliest = jnp.take_along_axis(scaled, order, axis=-1)
+        ranked = jax.nn.softmax(jnp.where(counted, likeliest, -jnp.inf), axis=-1)
         # The token that crosses the mass belongs to the nucleus, so the first one always does.
         inside = jnp.cumsum(ranked, axis=-1) - ranked < sampling.top_p
         rank = jax.vmap(jax.random.categorical)(keys, jnp.where(inside, jnp.log(ranked), -jnp.inf))

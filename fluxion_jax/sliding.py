@@ -6,12 +6,15 @@ T new tokens, W window, H head size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 import pallas_kernels
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.chunk_attention import attend
+from fluxion_jax.sharded import on_shards
 from fluxion_jax.state import merge
 
 
@@ -39,6 +42,13 @@ def sliding_decode_attention(
     Returns:
       `(out [B, N, H]` in q's dtype, the cache with the token in it`)`.
     """
+    if cache.placement is not None:
+
+        def share(cache: HostKV, by_head: Any, _: Any) -> tuple[Any, HostKV]:
+            q, k_new, v_new = by_head
+            return sliding_decode_attention(q, k_new, v_new, cache, layer, window, scale=scale)
+
+        return on_shards(share, cache, (q, k_new, v_new), (), head_axis=1, results=1)
     index = cache.layout.sliding_index(layer)
     active = cache.has_room(1)
     slots = cache.sliding_k[index].shape[2]
@@ -80,6 +90,13 @@ def sliding_prefill_attention(
     Returns:
       `(out [B, T, N, H]` in q's dtype, the cache with the chunk in it`)`.
     """
+    if cache.placement is not None:
+
+        def share(cache: HostKV, by_head: Any, count: Any) -> tuple[Any, HostKV]:
+            q, k, v = by_head
+            return sliding_prefill_attention(q, k, v, count, cache, layer, window, scale=scale)
+
+        return on_shards(share, cache, (q, k, v), count, head_axis=2, results=2)
     index = cache.layout.sliding_index(layer)
     count = jnp.where(cache.has_room(count), count, 0)
     k, v = (jnp.swapaxes(x, 1, 2).astype(cache.layout.jax_dtype) for x in (k, v))

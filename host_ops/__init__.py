@@ -15,6 +15,7 @@ from host_ops.control import new_cancel_word as new_cancel_word
 from host_ops.control import release_cancel_word as release_cancel_word
 from host_ops.control import spread as spread
 from host_ops.errors import UnavailableError as UnavailableError
+from host_ops.host_view import host_view as host_view
 from host_ops.memory import DEVICE as DEVICE
 from host_ops.memory import HOST as HOST
 from host_ops.memory import retag as retag

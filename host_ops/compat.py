@@ -21,3 +21,9 @@ def traced_for_gpu() -> bool:
     if platform is None:
         platform = jax.default_backend()
     return str(getattr(platform, "platform", platform)) in ("gpu", "cuda", "rocm")
+
+
+def traced_for_many() -> bool:
+    """Whether the call being traced will run on several devices at once, under `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in getattr(mesh, "manual_axes", ()))

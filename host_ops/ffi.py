@@ -95,6 +95,11 @@ def submit(
         has_bitmap=bitmap is not None,
         scale=np.float32(scale),
     )
+    if compat.traced_for_many() and not compat.traced_for_gpu():
+        # What follows an asynchronous call runs on the thread that completes it. That may be an
+        # exchange between devices, which would wait on a worker for devices that wait for workers.
+        # So collect begins the tasks.
+        return tick
     # Nothing depends on this call, so nothing waits for it but the end of the program.
     jax.ffi.ffi_call("fluxion_start", jax.ShapeDtypeStruct((1,), jnp.int32), has_side_effect=True)(
         tick

@@ -21,6 +21,7 @@ from fluxion_jax.cache.summaries import summarise_blocks
 from fluxion_jax.cache.window import leaving_blocks, num_leaving, write_chunk
 from fluxion_jax.errors import refused_by_name
 from fluxion_jax.jitting import jit
+from fluxion_jax.sharded import on_shards
 from pallas_kernels.compat import target_platform
 
 
@@ -152,9 +153,19 @@ def append_all(
 def _append_all(
     cache: HostKV, k: tuple[jax.Array, ...], v: tuple[jax.Array, ...], count: jax.Array
 ) -> HostKV:
-    for index, (layer_k, layer_v) in enumerate(zip(k, v, strict=True)):
-        k_chunk, v_chunk = (
-            jnp.swapaxes(x, 1, 2).astype(cache.layout.jax_dtype) for x in (layer_k, layer_v)
-        )
-        cache = append_chunk(cache, index, k_chunk, v_chunk, count, after=count)
+    def append(cache: HostKV, by_head: Any, count: Any) -> tuple[None, HostKV]:
+        half = len(by_head) // 2
+        for index, (layer_k, layer_v) in enumerate(
+            zip(by_head[:half], by_head[half:], strict=True)
+        ):
+            k_chunk, v_chunk = (
+                jnp.swapaxes(x, 1, 2).astype(cache.layout.jax_dtype) for x in (layer_k, layer_v)
+            )
+            cache = append_chunk(cache, index, k_chunk, v_chunk, count, after=count)
+        return None, cache
+
+    if cache.placement is None:
+        _, cache = append(cache, (*k, *v), count)
+    else:
+        _, cache = on_shards(append, cache, (*k, *v), count, head_axis=2, results=None)
     return cache.advance(count)

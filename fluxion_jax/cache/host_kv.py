@@ -10,16 +10,26 @@ Axes: B batch, K KV heads, P host blocks, C = 16 tokens of a block, H head size,
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 import host_ops
-from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout, host_tokens, num_units
+from fluxion_jax.cache.layout import KVLayout, host_tokens
+from fluxion_jax.cache.placement import (
+    BY_HEAD,
+    Placement,
+    addresses,
+    array_sharding,
+    filled,
+    take_rows,
+)
+from fluxion_jax.cache.placement import memory_sharding as memory_sharding
 from fluxion_jax.cache.preflight import require_memory
 from fluxion_jax.cache.sketch import Sketch, empty_sketch, forget_rows
 from fluxion_jax.cache.summaries import MIN_EXPONENT
@@ -54,8 +64,9 @@ class HostKV:
       active: bool `[B]`; other rows take no part in a step and have no work.
       status: int32 `[1]`, OR of status bits; 0 while all is well. `check` turns it into an error.
       cancel: int32 `[1]`, id of the cancel word that stops this batch's host work, 0 for none.
-      home: uint32 `[2]`, address of `k[0]` when it was allocated. A program that updates the cache
-        in place keeps it there; `check` tells if one did not.
+      home: uint32 `[2]` for each device, address of `k[0]` when it was allocated. A program that
+        updates the cache in place keeps it there; `check` tells if one did not.
+      placement: over which devices the KV heads are spread, static; None for one device.
     """
 
     layout: KVLayout = dataclasses.field(metadata=_STATIC)
@@ -75,25 +86,43 @@ class HostKV:
     status: jax.Array
     cancel: jax.Array
     home: jax.Array
+    placement: Placement | None = dataclasses.field(default=None, metadata=_STATIC)
 
     @classmethod
-    def allocate(cls, layout: KVLayout, batch: int, max_tokens: int) -> HostKV:
+    def allocate(
+        cls,
+        layout: KVLayout,
+        batch: int,
+        max_tokens: int,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        axis: str | None = None,
+    ) -> HostKV:
         """Allocates an empty cache.
 
         Args:
           layout: static description.
           batch: rows `B`, at least 1.
           max_tokens: capacity of each sequence in tokens, prompt and generation together.
+          mesh: several devices, each of which keeps its share of the KV heads; None for one.
+          axis: the axis of the mesh that shares them; None for its only one.
 
         Raises:
-          ConfigError: `batch` or `max_tokens` is below 1, or the cache does not fit into memory.
+          ConfigError: `batch` or `max_tokens` is below 1, the KV heads are not a multiple of the
+            devices that share them, or the cache does not fit into memory.
         """
         if batch < 1 or max_tokens < 1:
             raise ConfigError(
                 f"expected batch >= 1 and max_tokens >= 1, got {batch} and {max_tokens}"
             )
+        placement = Placement.over(mesh, axis, layout.num_kv_heads)
         require_memory(layout, batch, max_tokens)
-        return cls.allocate_with(_zeros, layout, batch, max_tokens)
+        by_head = PartitionSpec(None, None if placement is None else placement.axis)
+
+        def zeros(shape: tuple[int, ...], dtype: Any, kind: str) -> jax.Array:
+            return filled(shape, 0, dtype, array_sharding(placement, by_head, kind))
+
+        return cls.allocate_with(zeros, layout, batch, max_tokens, placement=placement)
 
     @classmethod
     def allocate_with(
@@ -102,50 +131,55 @@ class HostKV:
         layout: KVLayout,
         batch: int,
         max_tokens: int,
+        *,
+        placement: Placement | None = None,
     ) -> HostKV:
         """Like `allocate`, of arrays that `make(shape, dtype, memory_kind)` returns.
 
         They must be typed as memory of that kind, `"pinned_host"` or `"device"`; for benchmarks.
         """
-        dtype = layout.jax_dtype
-        heads, head_dim = layout.num_kv_heads, layout.head_dim
-        blocks = layout.host_blocks(max_tokens)
-        num_global, num_sliding = len(layout.global_layers), len(layout.sliding_layers)
-        summaries_kind = "pinned_host" if layout.summaries == "host" else "device"
+        shapes = layout.array_shapes(batch, max_tokens)
+        on_host = {"k", "v", *(("summaries",) if layout.summaries == "host" else ())}
 
-        def each(count: int, shape: tuple[int, ...], dtype: Any, kind: str = "device") -> Arrays:
-            return tuple(make((batch, heads, *shape), dtype, kind) for _ in range(count))
+        def each(name: str) -> Arrays:
+            count, shape, dtype = shapes[name]
+            if name == "exponents":
+                return tuple(whole(shape, MIN_EXPONENT, dtype, by_head) for _ in range(count))
+            kind = "pinned_host" if name in on_host else "device"
+            return tuple(make(shape, dtype, kind) for _ in range(count))
 
-        host_shape = (blocks, BLOCK_TOKENS, head_dim)
-        window_shape = (layout.window_tokens, head_dim)
-        sliding_shape = (min(layout.sliding_window or 0, max_tokens), head_dim)
+        everywhere = PartitionSpec()
+        by_head = PartitionSpec(None, None if placement is None else placement.axis)
+
+        def whole(
+            shape: tuple[int, ...], value: int, dtype: Any, spec: PartitionSpec = everywhere
+        ) -> jax.Array:
+            if placement is None:
+                return jnp.full(shape, value, dtype)
+            return filled(shape, value, dtype, array_sharding(placement, spec))
+
+        # Policies that need a sketch look at all heads; over several devices there is none.
+        sketched = layout.num_heads and layout.host_blocks(max_tokens) and placement is None
+        num_sketches = len(layout.global_layers) if sketched else 0
         cache = cls(
             layout=layout,
             max_tokens=max_tokens,
-            k=each(num_global, host_shape, dtype, "pinned_host"),
-            v=each(num_global, host_shape, dtype, "pinned_host"),
-            summaries=each(num_global, (num_units(blocks), 2, head_dim), jnp.int8, summaries_kind),
-            exponents=tuple(
-                jnp.full((batch, heads, head_dim), MIN_EXPONENT, jnp.int32)
-                for _ in range(num_global)
-            ),
-            window_k=each(num_global, window_shape, dtype),
-            window_v=each(num_global, window_shape, dtype),
-            sliding_k=each(num_sliding, sliding_shape, dtype),
-            sliding_v=each(num_sliding, sliding_shape, dtype),
+            placement=placement,
+            **{name: each(name) for name in BY_HEAD},
             sketch=tuple(
-                empty_sketch(layout, batch, blocks)
-                for _ in range(num_global if layout.num_heads and blocks else 0)
+                empty_sketch(layout, batch, layout.host_blocks(max_tokens))
+                for _ in range(num_sketches)
             ),
-            pace=jnp.zeros((2,), jnp.float32),
-            lengths=jnp.zeros((batch,), jnp.int32),
-            active=jnp.ones((batch,), bool),
-            status=jnp.zeros((1,), jnp.int32),
-            cancel=jnp.zeros((1,), jnp.int32),
+            pace=whole((2,), 0, jnp.float32),
+            lengths=whole((batch,), 0, jnp.int32),
+            active=whole((batch,), 1, jnp.bool_),
+            status=whole((1,), 0, jnp.int32),
+            cancel=whole((1,), 0, jnp.int32),
             home=jnp.zeros((2,), jnp.uint32),
         )
         for array in cache.host_arrays:
-            host_ops.spread(array)
+            for shard in array.addressable_shards:
+                host_ops.spread(shard.data)
         return cache.at_home()
 
     @classmethod
@@ -156,6 +190,9 @@ class HostKV:
         v: Sequence[jax.Array | np.ndarray],
         lengths: Sequence[int] | np.ndarray,
         max_tokens: int,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        axis: str | None = None,
     ) -> HostKV:
         """Builds a cache from keys and values computed elsewhere.
 
@@ -166,6 +203,8 @@ class HostKV:
           v: likewise.
           lengths: int `[B]`, tokens of each row that count, at most `S`.
           max_tokens: capacity of each sequence.
+          mesh: see `allocate`.
+          axis: see `allocate`.
 
         Raises:
           ConfigError: a shape does not fit the layout, or there are sliding layers.
@@ -194,11 +233,52 @@ class HostKV:
             raise ConfigError(
                 f"expected {batch} lengths within [0, {tokens}], got {counts.tolist()}"
             )
-        cache = cls.allocate(layout, batch, max_tokens)
+        cache = cls.allocate(layout, batch, max_tokens, mesh=mesh, axis=axis)
         cache.require_room(counts)
         from fluxion_jax.cache.append import append_all
 
         return append_all(cache, tuple(map(jnp.asarray, k)), tuple(map(jnp.asarray, v)), counts)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the sequences to a file that `load` reads, bit for bit, with checksums.
+
+        The file takes the place of an older one only when it is complete: a process that dies
+        while saving loses nothing, and leaves at most a file `.NAME.*.partial` to be deleted.
+
+        Args:
+          path: the file; its folder must exist.
+
+        Raises:
+          ConfigError: a program has consumed this object, or `path` is a folder.
+          UnsupportedError: devices of the cache belong to other processes.
+          OSError: the file cannot be written.
+        """
+        from fluxion_jax.cache.saving import save
+
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        axis: str | None = None,
+    ) -> HostKV:
+        """Allocates a cache of the saved layout, batch and capacity, and reads its sequences.
+
+        Args:
+          path: a file that `save` wrote, on any number of devices.
+          mesh: see `allocate`.
+          axis: see `allocate`.
+
+        Raises:
+          ConfigError: there is no such file, or the mesh does not fit.
+          IntegrityError: the file is truncated, damaged, or something else.
+        """
+        from fluxion_jax.cache.saving import load
+
+        return load(path, mesh=mesh, axis=axis)
 
     def require_room(self, count: np.ndarray | int) -> None:
         """Raises CacheFullError unless each active row has room for `count` more tokens."""
@@ -275,7 +355,7 @@ class HostKV:
         if not index.size:
             raise ConfigError("expected at least one row to fork, got none; name rows to copy")
         copied = jax.tree.map(
-            lambda x: _take_rows(x, index),
+            lambda x: take_rows(x, index),
             self.replace(pace=None, status=None, cancel=None, home=None),
         )
         copied = copied.replace(
@@ -292,7 +372,11 @@ class HostKV:
         The cache itself stays usable: nothing that it holds is lost.
         """
         status = int(self.status[0])
-        if _address(self) != np.asarray(self.home).tolist():
+        homes = {
+            shard.device: np.asarray(shard.data).tolist() for shard in self.home.addressable_shards
+        }
+        places = self._addresses()
+        if places and places != homes:
             status |= host_ops.STATUS_NOT_IN_PLACE
         if status & STATUS_FULL:
             raise CacheFullError(
@@ -308,7 +392,18 @@ class HostKV:
 
     def at_home(self) -> HostKV:
         """Returns this cache with its present place as the one where it must stay."""
-        return self.replace(home=jnp.asarray(_address(self), jnp.uint32))
+        places = self._addresses()
+        if self.placement is None:
+            words = next(iter(places.values()), [0, 0])
+            return self.replace(home=jnp.asarray(words, jnp.uint32))
+        sharding = array_sharding(self.placement, PartitionSpec(self.placement.axis))
+        parts = [
+            jax.device_put(np.asarray(places.get(device, [0, 0]), np.uint32), device)
+            for device in sharding.addressable_devices
+        ]
+        shape = (2 * self.placement.size,)
+        home = jax.make_array_from_single_device_arrays(shape, sharding, parts)
+        return self.replace(home=home)
 
     def replace(self, **changes: Any) -> HostKV:
         """Returns a copy of this object with fields replaced; buffers are shared."""
@@ -334,6 +429,9 @@ class HostKV:
     def device_bytes(self) -> int:
         """Bytes in device memory."""
         return sum(x.nbytes for x in jax.tree.leaves(self)) - self.host_bytes
+
+    def _addresses(self) -> dict[Any, list[int]]:
+        return addresses(self.k[0] if self.num_host_blocks and self.k else None)
 
     def _parts(self, place: str) -> dict[str, int]:
         """Bytes in a place by what they are for."""
@@ -384,70 +482,23 @@ def cache_shardings(cache: HostKV) -> HostKV:
     """The shardings of a cache's buffers, for `out_shardings` of a jitted function.
 
     Args:
-      cache: a cache of arrays, tracers or `jax.ShapeDtypeStruct`s.
+      cache: a cache of arrays, of tracers or of objects like `jax.ShapeDtypeStruct`.
 
     Returns:
-      A HostKV whose leaves are shardings on the default device, in pinned host memory for what
+      A HostKV whose leaves are shardings on the cache's devices, in pinned host memory for what
       lives there. `fluxion_jax.jit` applies it by itself.
     """
-    on_device, on_host = memory_sharding("device"), memory_sharding("pinned_host")
-    shardings = jax.tree.map(lambda _: on_device, cache)
-    host = {"k": tuple(on_host for _ in cache.k), "v": tuple(on_host for _ in cache.v)}
-    if cache.layout.summaries == "host":
-        host["summaries"] = tuple(on_host for _ in cache.summaries)
-    return shardings.replace(**host)  # type: ignore[no-any-return]
-
-
-def memory_sharding(kind: str) -> jax.sharding.SingleDeviceSharding:
-    """The default device's memory of a kind, `"device"` or `"pinned_host"`."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    return jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
-
-
-@functools.lru_cache(maxsize=64)
-def _zeros_program(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
-    kind = sharding.memory_kind
-    space = host_ops.HOST if kind == "pinned_host" else host_ops.DEVICE
-    # The result must be typed as host memory too, or the first step would compile for another type.
-    return jax.jit(
-        lambda: jax.device_put(jnp.zeros(shape, dtype), space),
-        out_shardings=sharding,
-    )
-
-
-def _zeros(shape: tuple[int, ...], dtype: Any, kind: str) -> jax.Array:
-    if kind == "pinned_host" and jax.default_backend() != "cpu":
-        # A program's result would pass through as much memory on the device.
-        return jax.device_put(np.zeros(shape, dtype), memory_sharding(kind))
-    return _zeros_program(shape, dtype, memory_sharding(kind))()  # type: ignore[no-any-return]
-
-
-def _take_rows(x: jax.Array, index: np.ndarray) -> jax.Array:
-    """Copies rows of an array into a new one that XLA owns, in the same memory."""
-    kind = x.sharding.memory_kind
-    if kind == "pinned_host" and jax.default_backend() != "cpu":
-        return jax.device_put(np.asarray(x)[index], x.sharding)
-    # Not through NumPy here: JAX would adopt its memory, and copy it when it is donated.
-    return _take_rows_program(kind)(x, index)  # type: ignore[no-any-return]
-
-
-@functools.lru_cache(maxsize=4)
-def _take_rows_program(kind: str) -> Any:
-    space = host_ops.HOST if kind == "pinned_host" else host_ops.DEVICE
-    return jax.jit(
-        lambda x, index: host_ops.retag(host_ops.retag(x, host_ops.DEVICE)[index], space),
-        out_shardings=memory_sharding(kind),
-    )
-
-
-def _address(cache: HostKV) -> list[int]:
-    """Where `k[0]` lies, as two 32-bit words, the lower one first; zeros without a host part."""
-    if not cache.num_host_blocks or not cache.k:
-        return [0, 0]
-    address = cache.k[0].unsafe_buffer_pointer()
-    return [address & 0xFFFFFFFF, address >> 32]
+    placement = cache.placement
+    if placement is None:
+        spec: Any = jax.tree.map(lambda _: PartitionSpec(), cache)
+    else:
+        spec = placement.specs(cache)
+    shardings = jax.tree.map(lambda s: array_sharding(placement, s), spec)
+    pinned = BY_HEAD[: 3 if cache.layout.summaries == "host" else 2]
+    for name in pinned:
+        on_host = [array_sharding(placement, s, "pinned_host") for s in getattr(spec, name)]
+        shardings = shardings.replace(**{name: tuple(on_host)})
+    return shardings  # type: ignore[no-any-return]
 
 
 def _places(parts: dict[str, int]) -> str:

@@ -132,6 +132,39 @@ class KVLayout:
         """Bytes of one summary: int8 minimum and maximum per channel."""
         return 2 * self.head_dim
 
+    def array_shapes(
+        self, batch: int, max_tokens: int
+    ) -> dict[str, tuple[int, tuple[int, ...], Any]]:
+        """How many arrays of what shape and dtype each per-layer field of a cache holds.
+
+        Args:
+          batch: rows B.
+          max_tokens: capacity of a sequence.
+
+        Returns:
+          By name of `HostKV`'s field: the number of layers, the shape, the dtype.
+        """
+        heads = (batch, self.num_kv_heads)
+        blocks = self.host_blocks(max_tokens)
+        host = (*heads, blocks, BLOCK_TOKENS, self.head_dim)
+        window = (*heads, self.window_tokens, self.head_dim)
+        ring = (*heads, min(self.sliding_window or 0, max_tokens), self.head_dim)
+        num_global, num_sliding = len(self.global_layers), len(self.sliding_layers)
+        return {
+            "k": (num_global, host, self.jax_dtype),
+            "v": (num_global, host, self.jax_dtype),
+            "summaries": (
+                num_global,
+                (*heads, num_units(blocks), 2, self.head_dim),
+                jnp.dtype(jnp.int8),
+            ),
+            "exponents": (num_global, (*heads, self.head_dim), jnp.dtype(jnp.int32)),
+            "window_k": (num_global, window, self.jax_dtype),
+            "window_v": (num_global, window, self.jax_dtype),
+            "sliding_k": (num_sliding, ring, self.jax_dtype),
+            "sliding_v": (num_sliding, ring, self.jax_dtype),
+        }
+
     def global_index(self, layer: int) -> int:
         """Position of `layer` among the global layers."""
         _require(

@@ -6,6 +6,8 @@ never became part of a sequence. The bounds are still bounds, but loose ones.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,7 @@ from fluxion_jax.cache.summaries import MIN_EXPONENT, summarise_blocks
 from fluxion_jax.chunk_attention import TILE_BLOCKS, fetch_blocks
 from fluxion_jax.errors import refused_by_name
 from fluxion_jax.jitting import jit
+from fluxion_jax.sharded import on_shards
 
 
 @refused_by_name()
@@ -34,9 +37,14 @@ def rebuild_summaries(cache: HostKV, implementation: host_ops.Implementation = N
 
 
 def _rebuild_layers(cache: HostKV, implementation: host_ops.Implementation) -> HostKV:
-    for index in range(len(cache.k)):
-        cache = _rebuild_layer(cache, index, implementation)
-    return cache
+    def rebuild(cache: HostKV, _: Any, __: Any) -> tuple[None, HostKV]:
+        for index in range(len(cache.k)):
+            cache = _rebuild_layer(cache, index, implementation)
+        return None, cache
+
+    if cache.placement is None:
+        return rebuild(cache, (), ())[1]
+    return on_shards(rebuild, cache, (), (), head_axis=0, results=None)[1]
 
 
 _rebuild = jit(_rebuild_layers, static_argnames=("implementation",))

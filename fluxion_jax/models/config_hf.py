@@ -49,7 +49,6 @@ _REFUSED = (
     "n_routed_experts",
     "quantization_config",
     "mlp_bias",
-    "use_sliding_window",
     "use_bidirectional_attention",
     "attention_sinks",
     "is_encoder_decoder",
@@ -81,6 +80,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     head_dim = _integer(fields, "head_dim") if "head_dim" in fields else d_model // heads
     layers = _integer(fields, "num_hidden_layers")
     rope, sliding_rope = _ropes(fields, head_dim)
+    window = _sliding_window(str(architecture), fields)
     bias = bool(fields.get("attention_bias", False))
     return ModelConfig(
         architecture="gemma3" if gemma else str(architecture),
@@ -97,8 +97,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         attention_scale=float(fields["query_pre_attn_scalar"]) ** -0.5 if gemma else None,
         rope=rope,
         sliding_rope=sliding_rope if gemma else None,
-        sliding_window=_integer(fields, "sliding_window") if gemma else None,
-        sliding_layers=_sliding_layers(fields, layers) if gemma else (),
+        sliding_window=window,
+        sliding_layers=_sliding_layers(str(architecture), fields, layers) if window else (),
         tied_embeddings=bool(fields["tie_word_embeddings"]),
         qkv_bias=bias or architecture == "qwen2",
         out_bias=bias,
@@ -112,10 +112,12 @@ def _refuse_unsupported(architecture: str, fields: Mapping[str, Any]) -> None:
     refused = [name for name in _REFUSED if fields.get(name)]
     if fields.get("partial_rotary_factor", 1) != 1:
         refused.append("partial_rotary_factor")
-    if architecture == "mistral" and "sliding_window" in fields:
-        refused.append("sliding_window")
-    kinds = set(fields.get("layer_types", ()))
-    if kinds - {"full_attention"} - ({"sliding_attention"} if "gemma" in architecture else set()):
+    if architecture == "llama" and fields.get("use_sliding_window"):
+        refused.append("use_sliding_window")
+    known = {"full_attention"}
+    if _sliding_window(architecture, fields):
+        known.add("sliding_attention")
+    if set(fields.get("layer_types", ())) - known:
         refused.append("layer_types")
     if refused:
         named = ", ".join(f"{name}={fields[name]!r}" for name in refused)
@@ -145,9 +147,26 @@ def _activation(fields: Mapping[str, Any]) -> Any:
     return _ACTIVATIONS[name]
 
 
-def _sliding_layers(fields: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+def _sliding_window(architecture: str, fields: Mapping[str, Any]) -> int | None:
+    """Tokens that sliding-window layers see, or None if the file asks for no such layers."""
+    if architecture == "gemma3_text":
+        return _integer(fields, "sliding_window")
+    if architecture == "mistral" and "sliding_window" in fields:
+        return _integer(fields, "sliding_window")
+    if architecture in ("qwen2", "qwen3") and fields.get("use_sliding_window"):
+        return _integer({"sliding_window": 4096, **fields}, "sliding_window")
+    return None
+
+
+def _sliding_layers(architecture: str, fields: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Which layers have the window, in a file that asks for one."""
     kinds = fields.get("layer_types")
     if kinds is None:
+        if architecture == "mistral":
+            return tuple(range(layers))
+        if architecture in ("qwen2", "qwen3"):
+            # The name means the opposite of what it says: the layers before it are full.
+            return tuple(range(int(fields.get("max_window_layers", 28)), layers))
         pattern = int(fields.get("_sliding_window_pattern", fields["sliding_window_pattern"]))
         return tuple(i for i in range(layers) if (i + 1) % pattern)
     if len(kinds) != layers:

@@ -17,6 +17,20 @@ from fluxion_jax.models.weights import Parameter, build, check_names, parameters
 _ROPE_DIVISORS = "rope_freqs.weight"
 
 
+def gguf_config(file: GGUFFile) -> ModelConfig:
+    """Reads the configuration of an opened file; for errors see `load_gguf`."""
+    divisors: tuple[float, ...] = ()
+    if _ROPE_DIVISORS in file.shapes:
+        divisors = tuple(float(d) for d in file.read(_ROPE_DIVISORS))
+    return ModelConfig.from_gguf(
+        file.metadata,
+        tied_embeddings="output.weight" not in file.shapes,
+        qkv_bias="blk.0.attn_q.bias" in file.shapes,
+        out_bias="blk.0.attn_output.bias" in file.shapes,
+        rope_divisors=divisors,
+    )
+
+
 def load_gguf(path: str | Path, *, dtype: Any) -> tuple[Decoder, Tokenizer, ModelConfig]:
     """Loads a GGUF file; quantised tensors are dequantised to `dtype`.
 
@@ -29,16 +43,7 @@ def load_gguf(path: str | Path, *, dtype: Any) -> tuple[Decoder, Tokenizer, Mode
       UnsupportedError: its architecture, a feature, a quantisation or its tokenizer is unknown.
     """
     file = GGUFFile(path)
-    divisors: tuple[float, ...] = ()
-    if _ROPE_DIVISORS in file.shapes:
-        divisors = tuple(float(d) for d in file.read(_ROPE_DIVISORS))
-    config = ModelConfig.from_gguf(
-        file.metadata,
-        tied_embeddings="output.weight" not in file.shapes,
-        qkv_bias="blk.0.attn_q.bias" in file.shapes,
-        out_bias="blk.0.attn_output.bias" in file.shapes,
-        rope_divisors=divisors,
-    )
+    config = gguf_config(file)
     names = [parameter.gguf for parameter in parameters(config)]
     check_names(names, file.shapes, source=str(path), ignored=[_ROPE_DIVISORS])
     interleaved = file.metadata["general.architecture"] == "llama"

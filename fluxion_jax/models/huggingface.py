@@ -23,6 +23,11 @@ _INDEX = "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
 
 
+def huggingface_config(path: str | Path) -> ModelConfig:
+    """Reads `config.json` of a directory; for errors see `load_huggingface`."""
+    return ModelConfig.from_hf(_read_json(Path(path) / "config.json"))
+
+
 def load_huggingface(
     path: str | Path, *, dtype: Any
 ) -> tuple[Decoder, Tokenizer | None, ModelConfig]:

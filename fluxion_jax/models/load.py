@@ -11,8 +11,9 @@ import jax
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.models.decoder import Decoder
-from fluxion_jax.models.gguf import load_gguf
-from fluxion_jax.models.huggingface import load_huggingface
+from fluxion_jax.models.gguf import gguf_config, load_gguf
+from fluxion_jax.models.gguf_file import GGUFFile
+from fluxion_jax.models.huggingface import huggingface_config, load_huggingface
 from fluxion_jax.models.packaged import PACKAGED_NAMES, packaged_file
 from fluxion_jax.models.tokenizer import Tokenizer
 
@@ -54,13 +55,7 @@ def load_model(path_or_name: str | Path, *, dtype: str | None = None) -> LoadedM
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"expected dtype 'float32' or 'bfloat16', got {dtype!r}; choose one")
-    name = str(path_or_name)
-    path = packaged_file(name) if name in PACKAGED_NAMES else Path(path_or_name).expanduser()
-    if not path.exists():
-        raise ConfigError(
-            f"expected a GGUF file, a model directory or one of {', '.join(PACKAGED_NAMES)}, got "
-            f"{name!r}, which does not exist; check the path"
-        )
+    name, path = str(path_or_name), _path(path_or_name)
     loaded: tuple[Decoder, Tokenizer | None, Any]
     if path.is_dir():
         loaded = load_huggingface(path, dtype=dtype)
@@ -73,3 +68,27 @@ def load_model(path_or_name: str | Path, *, dtype: str | None = None) -> LoadedM
         loaded = load_gguf(path, dtype=dtype)
     model, tokenizer, config = loaded
     return LoadedModel(model, tokenizer, config, name)
+
+
+def load_config(path_or_name: str | Path) -> ModelConfig:
+    """Reads only the configuration of what `load_model` would load.
+
+    Raises:
+      ConfigError: nothing there.
+      FluxionError: the package of a packaged model or of the `models` extra is missing.
+      IntegrityError: a file is truncated, incomplete or something else.
+      UnsupportedError: the architecture or one of its features is not implemented.
+    """
+    path = _path(path_or_name)
+    return huggingface_config(path) if path.is_dir() else gguf_config(GGUFFile(path))
+
+
+def _path(path_or_name: str | Path) -> Path:
+    name = str(path_or_name)
+    path = packaged_file(name) if name in PACKAGED_NAMES else Path(path_or_name).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"expected a GGUF file, a model directory or one of {', '.join(PACKAGED_NAMES)}, got "
+            f"{name!r}, which does not exist; check the path"
+        )
+    return path

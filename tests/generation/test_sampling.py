@@ -35,6 +35,23 @@ def test_draws_follow_the_probabilities_of_the_nucleus():
     np.testing.assert_allclose(shares, [0, 0.5 / 0.8, 0.3 / 0.8, 0], atol=0.03)
 
 
+def test_only_so_many_of_the_likeliest_are_drawn():
+    logits = np.log([0.05, 0.5, 0.3, 0.15])
+    assert set(drawn(logits, fx.top_p(1.0, top_k=1))) == {1}
+    assert set(drawn(logits, fx.top_p(1.0, top_k=3))) == {1, 2, 3}
+    assert set(drawn(logits, fx.top_p(1.0, top_k=10**12))) == {0, 1, 2, 3}
+    # Among the two likeliest the first has 0.625, which alone reaches a nucleus of 0.6.
+    assert set(drawn(logits, fx.top_p(0.6, top_k=2))) == {1}
+    shares = np.bincount(drawn(logits, fx.top_p(1.0, top_k=2)), minlength=4) / 4000
+    np.testing.assert_allclose(shares, [0, 0.625, 0.375, 0], atol=0.03)
+
+
+@pytest.mark.parametrize("top_k", [0, -3, 2.5, True])
+def test_a_count_out_of_range_is_refused(top_k):
+    with pytest.raises(fx.ConfigError, match="expected an integer top_k >= 1 or None"):
+        fx.top_p(0.9, top_k=top_k)
+
+
 def test_temperature_divides_the_logits():
     logits = np.log([0.2, 0.8])
     hot = np.mean(drawn(logits, fx.top_p(1.0, temperature=2.0)) == 1)

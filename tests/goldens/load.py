@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-TINY = ("tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gemma3")
+TINY = (
+    "tiny_llama",
+    "tiny_qwen2",
+    "tiny_qwen3",
+    "tiny_gemma3",
+    "tiny_mistral",
+    "tiny_qwen3_windows",
+)
 GREEDY = ("2k", "4k", "6k")
 
 

@@ -78,11 +78,24 @@ def _tiny_models() -> dict[str, tuple[torch.nn.Module, torch.dtype, str]]:
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     )
+    mistral = transformers.MistralConfig(
+        **_COMMON, num_hidden_layers=2, sliding_window=16, tie_word_embeddings=False
+    )
+    windows = transformers.Qwen3Config(
+        **_COMMON,
+        num_hidden_layers=3,
+        tie_word_embeddings=False,
+        use_sliding_window=True,
+        sliding_window=24,
+        max_window_layers=1,
+    )
     return {
         "tiny_llama": (transformers.LlamaForCausalLM(llama), torch.float32, "5GB"),
         "tiny_qwen2": (transformers.Qwen2ForCausalLM(qwen2), torch.bfloat16, "30KB"),
         "tiny_qwen3": (transformers.Qwen3ForCausalLM(qwen3), torch.float16, "5GB"),
         "tiny_gemma3": (transformers.Gemma3ForCausalLM(gemma3), torch.bfloat16, "5GB"),
+        "tiny_mistral": (transformers.MistralForCausalLM(mistral), torch.bfloat16, "5GB"),
+        "tiny_qwen3_windows": (transformers.Qwen3ForCausalLM(windows), torch.bfloat16, "5GB"),
     }
 
 

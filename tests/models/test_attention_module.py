@@ -117,6 +117,14 @@ def test_positions_are_those_given() -> None:
     np.testing.assert_allclose(out[0, -1], wanted, rtol=0, atol=2e-5)
 
 
+def test_a_rotation_of_ones_own() -> None:
+    rope = Rope(300.0)
+    own = make(rope=lambda x, positions: rope.rotate(x, positions))
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 9, D_MODEL)), jnp.float32)
+    np.testing.assert_array_equal(own(x), make(rope=rope)(x))
+    assert np.abs(np.asarray(own(x)) - np.asarray(make()(x))).max() > 1e-3
+
+
 def test_rows_do_not_see_beyond_their_length() -> None:
     module = make(sliding_window=3)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 9, D_MODEL)), jnp.float32)

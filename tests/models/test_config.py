@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -112,9 +113,10 @@ def test_qwen_differences() -> None:
         ({"num_local_experts": 8}, "num_local_experts=8"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"mlp_bias": True}, "mlp_bias=True"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"layer_types": ["sliding_attention"] * 32}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32}, "layer_types"),
+        ({"model_type": "mistral", "layer_types": ["chunked_attention"] * 32}, "layer_types"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "got 'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "got 'dynamic'"),
@@ -133,6 +135,35 @@ def test_mistral_without_a_window_is_a_llama() -> None:
     )
     expected = ModelConfig.from_hf(LLAMA_31 | {"rope_scaling": None})
     assert dataclasses.replace(config, architecture="llama") == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "window", "layers"),
+    [
+        ({"model_type": "mistral", "sliding_window": 4096}, 4096, range(32)),
+        ({"model_type": "mistral", "sliding_window": None}, None, ()),
+        ({"model_type": "qwen2", "sliding_window": 4096}, None, ()),
+        ({"model_type": "qwen2", "use_sliding_window": True}, 4096, range(28, 32)),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 512}
+            | {"max_window_layers": 30},
+            512,
+            (30, 31),
+        ),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 512}
+            | {"layer_types": ["sliding_attention", "full_attention"] * 16},
+            512,
+            range(0, 32, 2),
+        ),
+    ],
+)
+def test_layers_with_a_window(
+    change: dict[str, Any], window: int | None, layers: Sequence[int]
+) -> None:
+    config = ModelConfig.from_hf(LLAMA_31 | {"rope_scaling": None} | change)
+    assert config.sliding_window == window
+    assert config.sliding_layers == tuple(layers)
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "max_position_embeddings"])

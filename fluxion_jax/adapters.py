@@ -1,0 +1,260 @@
+"""Decoders of other projects, as they are: an adapter says how their layers compute.
+
+There is no common hook for attention among Flax models, but all decoders have the same five parts.
+Given as functions of the model, they are enough for prefill and decoding with a host-resident
+cache; neither the model nor its class is changed, and its parameters are used where they lie.
+Axes: B batch, T tokens, D model width, N query heads, K KV heads, H head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fluxion_jax.attention import Execution, LayerStats, decode_attention
+from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.layout import KVLayout
+from fluxion_jax.chunk_attention import prefill_attention
+from fluxion_jax.errors import ConfigError
+from fluxion_jax.policy.protocol import Policy
+from fluxion_jax.policy.split import Split
+from fluxion_jax.rope import Rope
+from fluxion_jax.sliding import sliding_decode_attention, sliding_prefill_attention
+
+QKV = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What `generate` and the cache need to know of an adapted model.
+
+    Attributes:
+      vocab_size: V.
+      num_layers: decoder layers.
+      num_heads: N.
+      num_kv_heads: K.
+      head_dim: H.
+      sliding_window: tokens that a sliding-window layer sees, or None.
+      sliding_layers: indices of these layers.
+    """
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+    sliding_layers: tuple[int, ...]
+
+    def kv_layout(
+        self, dtype: str = "bfloat16", summaries: Literal["host", "device"] = "host"
+    ) -> KVLayout:
+        """The layout of a KV cache for this model; see `ModelConfig.kv_layout`."""
+        return KVLayout(
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            dtype=dtype,
+            summaries=summaries,
+            sliding_window=self.sliding_window,
+            sliding_layers=self.sliding_layers,
+        )
+
+
+class AdaptedDecoder(nnx.Module):
+    """A decoder of another project that `generate`, `prefill` and `score` take; see `adapt`."""
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        embed: Callable[[Any, jax.Array, jax.Array], jax.Array],
+        layers: Callable[[Any], Sequence[Any]],
+        qkv: Callable[[Any, jax.Array, jax.Array], QKV],
+        finish: Callable[[Any, jax.Array, jax.Array], jax.Array],
+        logits: Callable[[Any, jax.Array], jax.Array],
+        scale: float,
+        config: AdapterConfig,
+    ) -> None:
+        self.model = model
+        self.embed, self.layers, self.qkv = embed, layers, qkv
+        self.finish, self.logits = finish, logits
+        self.scale = scale
+        self.config = config
+
+    def prefill_chunk(
+        self, tokens: jax.Array, count: jax.Array, cache: HostKV, *, execution: Any = None
+    ) -> tuple[jax.Array, HostKV]:
+        """Reads the next tokens of each sequence into the cache; see `Decoder.prefill_chunk`."""
+        host = execution.host if execution else None
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        x = self.embed(self.model, tokens, positions)
+        for index, layer in enumerate(self.layers(self.model)):
+            q, k, v = self.qkv(layer, x, positions)
+            if index in self.config.sliding_layers:
+                attended, cache = sliding_prefill_attention(
+                    q, k, v, count, cache, index, self._window, scale=self.scale
+                )
+            else:
+                attended, cache = prefill_attention(
+                    q, k, v, count, cache, index, scale=self.scale, implementation=host
+                )
+            x = self.finish(layer, x, attended)
+        last = jnp.maximum(count - 1, 0)[:, None, None]
+        logits = self._logits(jnp.take_along_axis(x, last, axis=1))
+        return logits, cache.note_non_finite(logits, count > 0).advance(count)
+
+    def decode_step(
+        self,
+        tokens: jax.Array,
+        cache: HostKV,
+        policy: Policy,
+        *,
+        split: Split,
+        execution: Execution | None = None,
+        return_selection: bool = False,
+    ) -> tuple[jax.Array, HostKV, LayerStats | None]:
+        """Reads one token per row and predicts the next; see `Decoder.decode_step`."""
+        positions = cache.lengths[:, None]
+        x = self.embed(self.model, tokens[:, None], positions)
+        collected = []
+        for index, layer in enumerate(self.layers(self.model)):
+            q, k, v = (y[:, 0] for y in self.qkv(layer, x, positions))
+            if index in self.config.sliding_layers:
+                attended, cache = sliding_decode_attention(
+                    q, k, v, cache, index, self._window, scale=self.scale
+                )
+            else:
+                attended, cache, stats = decode_attention(
+                    q,
+                    k,
+                    v,
+                    cache,
+                    index,
+                    policy,
+                    scale=self.scale,
+                    split=split,
+                    execution=execution,
+                    return_selection=return_selection,
+                )
+                collected.append(stats)
+            x = self.finish(layer, x, attended[:, None])
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *collected) if collected else None
+        logits = self._logits(x)
+        return logits, cache.note_non_finite(logits, cache.active).advance(), stacked
+
+    @property
+    def _window(self) -> int:
+        assert self.config.sliding_window is not None
+        return self.config.sliding_window
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        """float32 `[B, V]` behind one token of each row, `[B, 1, D]`."""
+        return self.logits(self.model, x)[:, 0].astype(jnp.float32)
+
+
+def adapt(
+    model: nnx.Module,
+    *,
+    embed: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    layers: Callable[[Any], Sequence[Any]],
+    qkv: Callable[[Any, jax.Array, jax.Array], QKV],
+    finish: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    logits: Callable[[Any, jax.Array], jax.Array],
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    sliding_layers: Sequence[int] = (),
+) -> AdaptedDecoder:
+    """Makes a decoder of another project one that `generate` takes, from five of its parts.
+
+    Args:
+      model: the Flax NNX decoder; it is not changed.
+      embed: `(model, tokens int32 [B, T], positions int32 [B, T]) -> [B, T, D]`.
+      layers: `(model) -> layers`, in their order.
+      qkv: `(layer, x [B, T, D], positions int32 [B, T]) -> (q [B, T, N, H], k [B, T, K, H],
+        v [B, T, K, H])`: what precedes attention, norms and rotary embedding included, scaling not.
+      finish: `(layer, x [B, T, D], attended [B, T, N, H]) -> [B, T, D]`: what follows attention,
+        from the output projection to the end of the layer, residual sums included.
+      logits: `(model, x [B, T, D]) -> [B, T, V]`.
+      scale: factor of the attention scores; None means `H ** -0.5`.
+      sliding_window: tokens that a query of a sliding-window layer sees, itself included.
+      sliding_layers: indices of these layers.
+
+    Raises:
+      ConfigError: a part returns other shapes.
+    """
+    # An unlikely number of heads, so that exchanged axes show.
+    rows = (1, 13)
+    tokens = jax.ShapeDtypeStruct(rows, jnp.int32)
+
+    def one_layer(tokens: jax.Array) -> tuple[QKV, jax.Array, jax.Array]:
+        x = embed(model, tokens, tokens)
+        layer = layers(model)[0]
+        q, k, v = qkv(layer, x, tokens)
+        return (q, k, v), finish(layer, x, q), logits(model, x)
+
+    (q, k, v), after, behind = nnx.eval_shape(one_layer, tokens)
+    fits = len(q.shape) == len(k.shape) == 4 and k.shape == v.shape
+    if not fits or q.shape[:2] != rows or k.shape[:2] != rows or q.shape[3] != k.shape[3]:
+        raise ConfigError(
+            "expected qkv to return q [B, T, N, H], k and v [B, T, K, H], got "
+            f"{q.shape}, {k.shape} and {v.shape} for B=1, T=13; put heads before the head size"
+        )
+    if len(after.shape) != 3 or len(behind.shape) != 3:
+        raise ConfigError(
+            "expected finish to return [B, T, D] and logits [B, T, V], got "
+            f"{after.shape} and {behind.shape}"
+        )
+    config = AdapterConfig(
+        vocab_size=behind.shape[-1],
+        num_layers=len(layers(model)),
+        num_heads=q.shape[2],
+        num_kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        sliding_window=sliding_window if sliding_layers else None,
+        sliding_layers=tuple(sliding_layers),
+    )
+    config.kv_layout()
+    if scale is None:
+        scale = config.head_dim**-0.5
+    return AdaptedDecoder(model, embed, layers, qkv, finish, logits, scale, config)
+
+
+def adapt_qwen3(model: nnx.Module, *, rope: Rope | None = None) -> AdaptedDecoder:
+    """Adapts a Qwen3 written like those of jax-ml/bonsai and google/tunix.
+
+    They share the names of their parts: `embedder`, `layers` of `input_layernorm`, `attn` (with
+    `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`, which keep heads as an axis),
+    `post_attention_layernorm` and `mlp`, then `final_norm` and `lm_head`, if there is one.
+
+    Args:
+      model: such a decoder.
+      rope: rotary embedding; None for that of Qwen3, with theta 1,000,000.
+    """
+    rope = rope or Rope(1_000_000.0)
+
+    def qkv(layer: Any, x: jax.Array, positions: jax.Array) -> QKV:
+        x, attn = layer.input_layernorm(x), layer.attn
+        q, k = attn.q_norm(attn.q_proj(x)), attn.k_norm(attn.k_proj(x))
+        return rope.rotate(q, positions), rope.rotate(k, positions), attn.v_proj(x)
+
+    def finish(layer: Any, x: jax.Array, attended: jax.Array) -> jax.Array:
+        x = x + layer.attn.o_proj(attended)
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+
+    def logits(model: Any, x: jax.Array) -> jax.Array:
+        head = getattr(model, "lm_head", None)
+        return (head or model.embedder.decode)(model.final_norm(x))
+
+    return adapt(
+        model,
+        embed=lambda model, tokens, _: model.embedder.encode(tokens),
+        layers=lambda model: model.layers,
+        qkv=qkv,
+        finish=finish,
+        logits=logits,
+    )

@@ -260,7 +260,7 @@ def test_what_float16_cannot_hold_surfaces_in_every_head_that_reads_it():
     finite = np.isfinite(np.asarray(out)[0]).all(axis=-1)
     assert not finite[200:].any()
     assert np.asarray(cache.exponents).max() < 0
-    for split in SPLITS:
+    for split in ("host", "device"):
         last = (x[:, 500] for x in (q, k, v))
         out, _, _ = decode(execution())(cache.fork(), *last, fx.full(), parse_split(split))
         assert not np.isfinite(np.asarray(out)).all(axis=-1).any()

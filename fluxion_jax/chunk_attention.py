@@ -175,14 +175,16 @@ def attend(
     """
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
-    precision = "highest" if q.dtype == jnp.float32 else None
+    # bfloat16 and float16 hold each other's values only in float32.
+    dtype = jnp.promote_types(q.dtype, k.dtype)
+    precision = "highest" if dtype == jnp.float32 else None
     # A weight of zero does not silence a NaN, and a slot may hold what no sequence ever counted.
     v = jnp.where(mask.any(axis=1)[:, None, :, None], v, 0)
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum(
         "btkgh,bksh->bkgts",
-        grouped,
-        k.astype(q.dtype),
+        grouped.astype(dtype),
+        k.astype(dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
     )
@@ -192,8 +194,8 @@ def attend(
     total = weights.sum(axis=-1, keepdims=True)
     out = jnp.einsum(
         "bkgts,bksh->bkgth",
-        weights.astype(q.dtype),
-        v.astype(q.dtype),
+        weights.astype(dtype),
+        v.astype(dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
     )

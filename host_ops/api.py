@@ -45,7 +45,7 @@ def append(
     """Writes whole blocks and their summaries into the host cache and waits for it; for prefill.
 
     Args:
-      k: host cache `[B, K, P, 16, H]`, bfloat16 or float32.
+      k: host cache `[B, K, P, 16, H]`, bfloat16, float16 or float32.
       v: likewise.
       summaries: int8 `[B, K, U, 2, H]`, or None if they are kept on the device.
       flush: the blocks; rows with `num_blocks == 0` are left alone. Summaries already written are
@@ -81,7 +81,7 @@ def submit(
 
     Args:
       work: what to select and attend to.
-      k: host cache `[B, K, P, 16, H]`, bfloat16 or float32; only read.
+      k: host cache `[B, K, P, 16, H]`, bfloat16, float16 or float32; only read.
       v: likewise.
       summaries: int8 `[B, K, U, 2, H]`, or None; then `work.bitmap` must be given.
       scale: factor of the attention scores.

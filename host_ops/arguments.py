@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from host_ops.types import Flush, Work
 
 BLOCK_TOKENS = 16
-_CACHE_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+_CACHE_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
 
 
 def check_cache(k: jax.Array, v: jax.Array, summaries: jax.Array | None) -> None:
@@ -24,7 +24,9 @@ def check_cache(k: jax.Array, v: jax.Array, summaries: jax.Array | None) -> None
             "pad the head with zeros"
         )
     if k.dtype not in _CACHE_DTYPES:
-        raise ValueError(f"k: expected dtype bfloat16 or float32, got {k.dtype}; cast the cache")
+        raise ValueError(
+            f"k: expected dtype bfloat16, float16 or float32, got {k.dtype}; cast the cache"
+        )
     _expect("v", v, k.shape, k.dtype)
     if summaries is not None:
         batch, kv_heads, num_blocks, _, head_dim = k.shape

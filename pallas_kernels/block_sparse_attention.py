@@ -39,8 +39,8 @@ def block_sparse_attention(
     that head; in a block that it did select it surfaces.
 
     Args:
-      q: float32 or bfloat16 `[B, N, H]`, not scaled.
-      k: float32 or bfloat16 `[B, K, P, C, H]`; K divides N.
+      q: float32, bfloat16 or float16 `[B, N, H]`, not scaled.
+      k: float32, bfloat16 or float16 `[B, K, P, C, H]`; K divides N.
       v: likewise.
       bitmap: uint32 `[B, N, W]`, the selected blocks; bits from P on must be zero.
       scale: multiplies `q . k`, usually `H ** -0.5`.

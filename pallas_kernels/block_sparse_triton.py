@@ -57,8 +57,8 @@ def block_sparse_attention_triton(
     """Attends to selected blocks; see `pallas_kernels.block_sparse_attention`.
 
     Args:
-      q: float32 or bfloat16 `[B, N, H]`.
-      k: float32 or bfloat16 `[B, K, P, C, H]`, in device or pinned host memory.
+      q: float32, bfloat16 or float16 `[B, N, H]`.
+      k: float32, bfloat16 or float16 `[B, K, P, C, H]`, in device or pinned host memory.
       v: likewise.
       bitmap: uint32 `[B, N, W]`.
       scale: multiplies `q . k`.

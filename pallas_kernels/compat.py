@@ -41,7 +41,7 @@ def take_rows(array: jax.Array, task: jax.Array, row: jax.Array) -> jax.Array:
     and the barrier ties the operand to `row`, so that nothing about it is loop invariant.
 
     Args:
-      array: float32 or bfloat16 `[X, P, ...]`.
+      array: float32, bfloat16 or float16 `[X, P, ...]`.
       task: int32 `[]`, in range.
       row: int32 `[M]`, in range.
 

@@ -26,8 +26,8 @@ def window_attention(
     NaN.
 
     Args:
-      q: float32 or bfloat16 `[B, N, H]`, not scaled.
-      k: float32 or bfloat16 `[B, K, S, H]`; K divides N.
+      q: float32, bfloat16 or float16 `[B, N, H]`, not scaled.
+      k: float32, bfloat16 or float16 `[B, K, S, H]`; K divides N.
       v: likewise.
       mask: bool `[B, S]`, True where there is a token.
       scale: multiplies `q . k`, usually `H ** -0.5`.

@@ -33,7 +33,9 @@ class KVLayout:
       num_layers: attention layers of the model.
       num_kv_heads: KV heads `K` of a layer.
       head_dim: head size `H`, a multiple of 8 up to 256.
-      dtype: `"bfloat16"` (default: half the bytes to read) or `"float32"`.
+      dtype: `"bfloat16"` (default: half the bytes of float32, and its range), `"float16"` (the same
+        bytes, 11 bits of precision instead of 8, but beyond 65504 keys and values become infinite)
+        or `"float32"`.
       sink_tokens: first tokens that stay on the device; 64 as in the paper, a multiple of 16.
       recent_tokens: last tokens that stay on the device; 256 as in the paper, a multiple of 16. Up
         to 15 more stay until they fill a block.
@@ -67,8 +69,8 @@ class KVLayout:
             f"expected head_dim to be a multiple of 8 up to 256, got {self.head_dim}",
         )
         _require(
-            self.dtype in ("bfloat16", "float32"),
-            f"expected dtype 'bfloat16' or 'float32', got {self.dtype!r}",
+            self.dtype in ("bfloat16", "float16", "float32"),
+            f"expected dtype 'bfloat16', 'float16' or 'float32', got {self.dtype!r}",
         )
         for name in ("sink_tokens", "recent_tokens"):
             value = getattr(self, name)

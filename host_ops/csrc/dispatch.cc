@@ -3,8 +3,20 @@
 #include <cstdlib>
 #include <vector>
 
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+
 namespace fluxion {
 namespace {
+
+#if defined(__x86_64__) || defined(__i386__)
+// Not every supported compiler knows this one by name.
+bool has_f16c() {
+  unsigned int a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 // Best first. __builtin_cpu_supports also asks the operating system whether it saves the registers.
 std::vector<const KernelTable*> usable() {
@@ -12,7 +24,7 @@ std::vector<const KernelTable*> usable() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("popcnt");
+                    __builtin_cpu_supports("popcnt") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");

@@ -12,9 +12,18 @@ void read_cache(Operands& in, Geometry* g, CacheView* cache, DataType* dtype) {
   g->blocks = in.peek_arg(0, 2);
   g->head_dim = in.peek_arg(0, 4);
   *dtype = in.peek_dtype();
-  g->dtype = *dtype == DataType::BF16 ? DType::kBFloat16 : DType::kFloat32;
-  if (*dtype != DataType::BF16 && *dtype != DataType::F32) {
-    in.fail("k: expected bfloat16 or float32, got another dtype; cast the cache");
+  switch (*dtype) {
+    case DataType::F32:
+      g->dtype = DType::kFloat32;
+      break;
+    case DataType::BF16:
+      g->dtype = DType::kBFloat16;
+      break;
+    case DataType::F16:
+      g->dtype = DType::kFloat16;
+      break;
+    default:
+      in.fail("k: expected bfloat16, float16 or float32, got another dtype; cast the cache");
   }
   if (g->kv_heads < 1 || g->blocks < 8 || g->blocks % 8 != 0 || g->head_dim < 8 ||
       g->head_dim % 8 != 0 || g->head_dim > kMaxHeadDim || g->blocks > INT32_MAX) {

@@ -114,6 +114,8 @@ class Operands {
         return "float32";
       case ffi::DataType::BF16:
         return "bfloat16";
+      case ffi::DataType::F16:
+        return "float16";
       case ffi::DataType::S8:
         return "int8";
       case ffi::DataType::S32:

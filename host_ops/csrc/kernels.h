@@ -74,8 +74,7 @@ struct ChunkStart {
 
 struct KernelTable {
   const char* name;
-  void (*attend_f32)(const AttendArgs&);
-  void (*attend_bf16)(const AttendArgs&);
+  void (*attend[kDTypes])(const AttendArgs&);  // By DType of K and V.
   void (*score)(const ScoreArgs&);
   void (*fold_heads)(const ScoreArgs&);  // Row 0 of the scores becomes the maximum over the heads.
   void (*select)(const SelectArgs&);

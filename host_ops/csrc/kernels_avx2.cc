@@ -1,8 +1,8 @@
-// The kernels for AVX2 with FMA; this file alone is compiled with those flags.
+// The kernels for AVX2 with FMA and F16C; this file alone is compiled with those flags.
 
 #include "kernels.h"
 
-#if defined(__AVX2__) && defined(__FMA__)
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include <immintrin.h>
 
@@ -18,8 +18,9 @@ namespace {
 #include "selection_impl.h"
 #include "union_impl.h"
 
-constexpr KernelTable kTable = {"avx2", attend<float>, attend<BFloat16>, score,
-                                fold_heads, select, find_chunks, list_chunk};
+constexpr KernelTable kTable = {"avx2",
+                                {attend<float>, attend<BFloat16>, attend<Float16>},
+                                score, fold_heads, select, find_chunks, list_chunk};
 
 }  // namespace
 

@@ -19,8 +19,9 @@ namespace {
 #include "selection_impl.h"
 #include "union_impl.h"
 
-constexpr KernelTable kTable = {"avx512_vnni", attend<float>, attend<BFloat16>, score,
-                                fold_heads, select, find_chunks, list_chunk};
+constexpr KernelTable kTable = {"avx512_vnni",
+                                {attend<float>, attend<BFloat16>, attend<Float16>},
+                                score, fold_heads, select, find_chunks, list_chunk};
 
 }  // namespace
 

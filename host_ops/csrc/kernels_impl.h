@@ -11,6 +11,9 @@
 struct BFloat16 {
   uint16_t bits;
 };
+struct Float16 {
+  uint16_t bits;
+};
 
 constexpr int kTokenTile = 4;
 constexpr int kTokens = 16;

@@ -14,8 +14,9 @@ namespace {
 #include "selection_impl.h"
 #include "union_impl.h"
 
-constexpr KernelTable kTable = {"scalar", attend<float>, attend<BFloat16>, score,
-                                fold_heads, select, find_chunks, list_chunk};
+constexpr KernelTable kTable = {"scalar",
+                                {attend<float>, attend<BFloat16>, attend<Float16>},
+                                score, fold_heads, select, find_chunks, list_chunk};
 
 }  // namespace
 

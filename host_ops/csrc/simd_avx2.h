@@ -1,4 +1,4 @@
-// `Vec` for AVX2 with FMA: eight floats.
+// `Vec` for AVX2 with FMA and F16C: eight floats.
 
 struct Vec {
   static constexpr int kWidth = 8;
@@ -10,10 +10,14 @@ constexpr int kHeadTile = 2;
 constexpr int kColumnTile = 4;
 
 struct BFloat16;
+struct Float16;
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load(const BFloat16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline Vec load(const Float16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v.x); }
 inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }

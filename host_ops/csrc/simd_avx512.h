@@ -10,6 +10,7 @@ constexpr int kHeadTile = 4;
 constexpr int kColumnTile = 4;
 
 struct BFloat16;
+struct Float16;
 inline __m512 widen(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
@@ -17,10 +18,17 @@ inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const BFloat16* p) {
   return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline Vec load(const Float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 inline Vec load_half(const float* p) { return {_mm512_zextps256_ps512(_mm256_loadu_ps(p))}; }
 inline Vec load_half(const BFloat16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {widen(_mm256_zextsi128_si256(bits))};
+}
+inline Vec load_half(const Float16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtph_ps(_mm256_zextsi128_si256(bits))};
 }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v.x); }
 inline void store_half(float* p, Vec v) { _mm256_storeu_ps(p, _mm512_castps512_ps256(v.x)); }

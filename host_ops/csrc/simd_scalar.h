@@ -9,8 +9,23 @@ constexpr int kHeadTile = 2;
 constexpr int kColumnTile = 1;
 
 struct BFloat16;
+struct Float16;
 inline float widen(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &wide, sizeof(x));
+  return x;
+}
+
+inline float widen_float16(uint16_t bits) {
+  const uint32_t magnitude = bits & 0x7fff;
+  // Made from an integer, because a CPU may flush subnormal floats to zero.
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  uint32_t small;
+  __builtin_memcpy(&small, &subnormal, sizeof(small));
+  const uint32_t rebias = (magnitude < 0x7c00 ? 112u : 224u) << 23;
+  const uint32_t wide = (magnitude < 0x0400 ? small : (magnitude << 13) + rebias) |
+                        static_cast<uint32_t>(bits & 0x8000) << 16;
   float x;
   __builtin_memcpy(&x, &wide, sizeof(x));
   return x;
@@ -29,6 +44,10 @@ inline Vec load(const float* p) {
 inline Vec load(const BFloat16* p) {
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(p);
   return each([&](int i) { return widen(bits[i]); });
+}
+inline Vec load(const Float16* p) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(p);
+  return each([&](int i) { return widen_float16(bits[i]); });
 }
 inline void store(float* p, Vec x) {
   for (int i = 0; i < 8; ++i) p[i] = x.lane[i];

@@ -227,7 +227,7 @@ void Task::attend(int64_t chunk) {
   args.m = partial(chunk);
   args.l = args.m + group;
   args.acc = args.l + group;
-  (g.dtype == DType::kFloat32 ? kernels().attend_f32 : kernels().attend_bf16)(args);
+  kernels().attend[static_cast<int>(g.dtype)](args);
 }
 
 // Adds up the partials in chunk order, if there are any. A weight of 0 still multiplies, so that a

@@ -29,7 +29,8 @@ enum Status : uint32_t {
   kNotInPlace = 16,
 };
 
-enum class DType { kFloat32, kBFloat16 };
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+constexpr int kDTypes = 3;
 
 inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 

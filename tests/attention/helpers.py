@@ -18,7 +18,7 @@ MAX_TOKENS = 1200
 def tokens(
     batch: int, kv_heads: int, head_dim: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values `[B, S, K, H]`, rounded to bfloat16 so that both dtypes see the same."""
+    """Keys and values `[B, S, K, H]`, rounded to bfloat16 so that every dtype sees the same."""
     rng = np.random.default_rng(seed)
     shape = (batch, MAX_TOKENS, kv_heads, head_dim)
     drawn = [rng.standard_normal(shape) for _ in "kv"]

@@ -248,6 +248,36 @@ def test_padding_of_a_chunk_reaches_no_token():
     assert np.isfinite(np.asarray(out)[:, :5]).all()
 
 
+def test_what_float16_cannot_hold_surfaces_in_every_head_that_reads_it():
+    q, k, v = drawn(501)
+    v[0, 200, 0, 3] = 1e5
+    k[0, 200, 1, 3] = -1e5
+    q[..., 3] = -np.abs(q[..., 3])
+    half = dataclasses.replace(layout(), dtype="float16")
+    cache = fx.HostKV.allocate(half, 1, 600)
+    count = jnp.full((1,), 500, jnp.int32)
+    out, cache = prefill(cache, q[:, :500], k[:, :500], v[:, :500], count)
+    finite = np.isfinite(np.asarray(out)[0]).all(axis=-1)
+    assert not finite[200:].any()
+    assert np.asarray(cache.exponents).max() < 0
+    for split in ("host", "device"):
+        last = (x[:, 500] for x in (q, k, v))
+        out, _, _ = decode(execution())(cache.fork(), *last, fx.full(), parse_split(split))
+        assert not np.isfinite(np.asarray(out)).all(axis=-1).any()
+
+
+def test_prefill_in_bfloat16_reads_all_bits_of_a_float16_cache():
+    q, k, v = drawn(40)
+    q = jnp.asarray(q, jnp.bfloat16)
+    count = jnp.full((1,), 40, jnp.int32)
+    half = dataclasses.replace(layout(), dtype="float16")
+    got, want = (
+        prefill(fx.HostKV.allocate(half, 1, 40), queries, k, v, count)[0]
+        for queries in (q, q.astype(jnp.float32))
+    )
+    np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+
+
 def one_step_with(cache: fx.HostKV, q: np.ndarray, new: np.ndarray) -> Any:
     return decode(execution())(cache, q, new, new, fx.full(), parse_split("host"))
 

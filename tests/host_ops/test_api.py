@@ -90,7 +90,7 @@ def test_unknown_names(implementation):
         ("k", (1, 3, 8, 32, 40), "float32", r"k: expected shape .* 16, H\]"),
         ("k", (1, 3, 8, 16, 36), "float32", "head size that is a multiple of 8 up to 256, got 36"),
         ("k", (1, 3, 8, 16, 264), "float32", "multiple of 8 up to 256, got 264"),
-        ("k", (1, 3, 8, 16, 40), "float16", "expected dtype bfloat16 or float32, got float16"),
+        ("k", (1, 3, 8, 16, 40), "int8", "dtype bfloat16, float16 or float32, got int8; cast"),
         (
             "v",
             (1, 3, 16, 16, 40),

@@ -19,6 +19,7 @@ EVERYTHING = 10_000
         Shape(dtype="bfloat16", head_dim=64, group=1),
         Shape(dtype="bfloat16", head_dim=96, group=7, batch=1, num_blocks=72),
         Shape(dtype="bfloat16", head_dim=128, group=3, num_blocks=72),
+        Shape(dtype="float16", head_dim=88, group=7, batch=1, num_blocks=72),
         Shape(dtype="float32", head_dim=256, group=8, batch=1, num_blocks=40),
         Shape(dtype="float32", head_dim=8, group=3, batch=1, kv_heads=2, num_blocks=1032),
     ],

@@ -45,18 +45,20 @@ def test_append(implementation, first, count):
     check_cache(got, want, case.flush)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_append_moves_bits_not_numbers(implementation, dtype):
     shape = Shape(dtype=dtype)
     case = random_case(shape)
     case.flush = cases.random_flush(shape, np.random.default_rng(2), (3, 40), (7, 5))
     for name in "kv":
         blocks = getattr(case.flush, name)
-        bits = blocks.view(np.uint16 if dtype == "bfloat16" else np.uint32)
+        bits = blocks.view(np.uint32 if dtype == "float32" else np.uint16)
         # Signalling NaN with a payload, subnormal, negative zero.
-        bits[0, 1, 2, 3, :3] = (
-            (0x7F81, 0x0001, 0x8000) if dtype == "bfloat16" else (0x7F800123, 1, 0x80000000)
-        )
+        bits[0, 1, 2, 3, :3] = {
+            "bfloat16": (0x7F81, 1, 0x8000),
+            "float16": (0x7C01, 1, 0x8000),
+            "float32": (0x7F800123, 1, 0x80000000),
+        }[dtype]
     *got, _ = append(implementation, case)
     want = [x.copy() for x in (case.k, case.v, case.summaries)]
     numpy_reference.append(*want, case.flush)

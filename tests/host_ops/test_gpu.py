@@ -83,7 +83,7 @@ def flushing_case(shape: cases.Shape = SHAPE, **options: Any) -> cases.Case:
     return cases.dataclasses.replace(case, scale=0.2)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("bitmap", [False, True])
 def test_a_step_equals_the_reference(dtype, bitmap):
     check(flushing_case(cases.Shape(num_blocks=72, dtype=dtype), bitmap=bitmap))

@@ -24,7 +24,7 @@ def test_the_audit_sees_a_copy():
     assert full_size_copies(hlo, [(7, 9)])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("bitmap", [False, True])
 def test_a_step_is_in_place(implementation, dtype, bitmap):
     shape = cases.Shape(dtype=dtype, num_blocks=72)
@@ -62,7 +62,7 @@ def test_a_step_is_in_place(implementation, dtype, bitmap):
     }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_append_is_in_place(implementation, dtype):
     shape = cases.Shape(dtype=dtype, num_blocks=72)
     case = cases.random_case(shape).with_flush(first_block=(3, 40), num_blocks=(7, 2))

@@ -31,6 +31,30 @@ inline float from_bfloat16(uint16_t half) {
   return x;
 }
 
+// Rounds to nearest, ties to even, like the framework's cast.
+inline uint16_t to_float16(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  if (std::isnan(x)) return sign | 0x7e00;
+  const double magnitude = std::fabs(static_cast<double>(x));
+  if (magnitude >= 65520.0) return sign | 0x7c00;
+  // The step between neighbours is 2^-24 up to 2^-14 and grows with the exponent from there on.
+  const int step = std::max(magnitude == 0.0 ? -14 : std::ilogb(magnitude), -14) - 10;
+  const auto steps = static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, -step)));
+  return sign | static_cast<uint16_t>(steps + ((step + 24) << 10));
+}
+
+inline float from_float16(uint16_t half) {
+  const int exponent = half >> 10 & 31;
+  const int fraction = half & 1023;
+  const double sign = half >> 15 != 0 ? -1.0 : 1.0;
+  if (exponent == 31) {
+    return static_cast<float>(fraction != 0 ? std::numeric_limits<double>::quiet_NaN()
+                                            : sign * std::numeric_limits<double>::infinity());
+  }
+  const int whole = exponent == 0 ? fraction : fraction + 1024;
+  return static_cast<float>(sign * std::ldexp(whole, std::max(exponent, 1) - 25));
+}
+
 // Elements stored as the cache stores them, read back as float.
 struct Stored {
   DType dtype = DType::kFloat32;
@@ -39,24 +63,23 @@ struct Stored {
 
   void assign(DType type, const std::vector<float>& values) {
     dtype = type;
-    floats.clear();
-    halves.clear();
-    if (type == DType::kFloat32) floats = values;
-    for (size_t i = 0; type == DType::kBFloat16 && i < values.size(); ++i) {
-      halves.push_back(to_bfloat16(values[i]));
-    }
+    const bool wide = type == DType::kFloat32;
+    floats.assign(wide ? values.size() : 0, 0.0f);
+    halves.assign(wide ? 0 : values.size(), 0);
+    for (size_t i = 0; i < values.size(); ++i) set(static_cast<int64_t>(i), values[i]);
   }
   void* data() {
     return dtype == DType::kFloat32 ? static_cast<void*>(floats.data()) : halves.data();
   }
   float at(int64_t i) const {
-    return dtype == DType::kFloat32 ? floats[i] : from_bfloat16(halves[i]);
+    if (dtype == DType::kFloat32) return floats[i];
+    return dtype == DType::kBFloat16 ? from_bfloat16(halves[i]) : from_float16(halves[i]);
   }
   void set(int64_t i, float x) {
     if (dtype == DType::kFloat32) {
       floats[i] = x;
     } else {
-      halves[i] = to_bfloat16(x);
+      halves[i] = dtype == DType::kBFloat16 ? to_bfloat16(x) : to_float16(x);
     }
   }
   bool operator==(const Stored& other) const {

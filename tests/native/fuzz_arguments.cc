@@ -58,7 +58,7 @@ Geometry read_geometry(Bytes& in) {
   g.heads = g.kv_heads * (1 + in.below(3));
   g.head_dim = 8 * (1 + in.below(3));
   g.blocks = 8 * (1 + in.below(6));
-  g.dtype = in.below(2) == 0 ? DType::kFloat32 : DType::kBFloat16;
+  g.dtype = static_cast<DType>(in.below(kDTypes));
   return g;
 }
 

@@ -82,7 +82,7 @@ TEST(append_writes_what_it_should_and_nothing_else) {
   // The last geometry is large enough to be shared over the pool.
   const Geometry shapes[] = {{2, 6, 3, 24, 40, DType::kFloat32},
                              {3, 2, 2, 64, 16, DType::kBFloat16},
-                             {2, 4, 4, 128, 64, DType::kBFloat16}};
+                             {2, 4, 4, 128, 64, DType::kFloat16}};
   Pool pool(3);
   for (const Geometry& g : shapes) {
     for (uint32_t seed = 0; seed < 4; ++seed) {

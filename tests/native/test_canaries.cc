@@ -97,7 +97,7 @@ class GuardedCase {
 const Geometry kShapes[] = {{1, 1, 1, 8, 8, DType::kFloat32},    {2, 6, 3, 24, 40, DType::kFloat32},
                             {1, 14, 2, 64, 136, DType::kBFloat16}, {2, 4, 1, 128, 64, DType::kBFloat16},
                             {1, 4, 1, 256, 40, DType::kFloat32}, {1, 3, 1, 8, 1160, DType::kBFloat16},
-                            {1, 16, 1, 96, 72, DType::kBFloat16}};
+                            {1, 16, 1, 96, 72, DType::kBFloat16},   {1, 3, 1, 40, 40, DType::kFloat16}};
 
 }  // namespace
 

@@ -36,7 +36,7 @@ Chunk run_chunk(const KernelTable& table, Case& c, const std::vector<int32_t>& b
   args.m = chunk.m.data();
   args.l = chunk.l.data();
   args.acc = chunk.acc.data();
-  (c.g.dtype == DType::kFloat32 ? table.attend_f32 : table.attend_bf16)(args);
+  table.attend[static_cast<int>(c.g.dtype)](args);
   return chunk;
 }
 
@@ -74,7 +74,7 @@ TEST(attention_of_every_variant_head_size_group_and_dtype) {
     if (table == nullptr) continue;
     for (const int64_t head_dim : {8, 16, 24, 40, 64, 72, 96, 128, 136, 256}) {
       for (const int64_t group : {1, 2, 3, 4, 5, 7, 8, 64}) {
-        for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+        for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
           Case c = make_case(one_task(group, head_dim, dtype), rng());
           const std::vector<int32_t> blocks = {0, 3, 4, 11, 23};
           const uint64_t all = group == 64 ? ~uint64_t{0} : (uint64_t{1} << group) - 1;
@@ -84,6 +84,30 @@ TEST(attention_of_every_variant_head_size_group_and_dtype) {
           }
           masks[1] = all;
           check_chunk(run_chunk(*table, c, blocks, masks), c, blocks, masks);
+        }
+      }
+    }
+  }
+}
+
+TEST(every_float16_is_read_as_what_it_is) {
+  for (const char* variant : kVariants) {
+    const KernelTable* table = find_kernels(variant);
+    if (table == nullptr) continue;
+    // Of a whole vector, and of half a one.
+    for (const int64_t head_dim : {256, 8}) {
+      Case c = make_case(one_task(1, head_dim, DType::kFloat16));
+      // All tokens weigh 1, and the values of all but one are zero.
+      c.q.assign(c.q.size(), 0.0f);
+      c.v.assign(DType::kFloat16, std::vector<float>(c.v.halves.size(), 0.0f));
+      for (int64_t first = 0; first < 65536; first += head_dim) {
+        for (int64_t i = 0; i < head_dim; ++i) {
+          c.v.halves[i] = static_cast<uint16_t>(first + i);
+        }
+        const Chunk chunk = run_chunk(*table, c, {0}, {1});
+        for (int64_t i = 0; i < head_dim; ++i) {
+          const float want = from_float16(c.v.halves[i]);
+          CHECK(std::isnan(want) ? std::isnan(chunk.acc[i]) : chunk.acc[i] == want);
         }
       }
     }
@@ -126,7 +150,8 @@ TEST(what_is_not_finite_reaches_only_the_heads_that_selected_it) {
     if (table == nullptr) continue;
     for (const float bad : poison) {
       for (const bool in_keys : {true, false}) {
-        Case c = make_case(one_task(4, 72, DType::kBFloat16));
+        const DType dtype = std::isnan(bad) ? DType::kBFloat16 : DType::kFloat16;
+        Case c = make_case(one_task(4, 72, dtype));
         (in_keys ? c.k : c.v).set((7 * kBlockTokens + 9) * 72 + 70, bad);
         const std::vector<int32_t> blocks = {6, 7, 8};
         const std::vector<uint64_t> masks = {0b1111, 0b0100, 0b1011};

@@ -25,6 +25,7 @@ ATTEND = jax.jit(
         (3, "float32"),
         (3, "bfloat16"),
         (4, "bfloat16"),
+        (7, "float16"),
         (7, "float32"),
         (8, "bfloat16"),
     ],

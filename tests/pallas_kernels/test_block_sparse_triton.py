@@ -28,7 +28,13 @@ EXECUTIONS = [
 @pytest.mark.parametrize("attend", EXECUTIONS)
 @pytest.mark.parametrize(
     ("group", "dtype", "head_dim"),
-    [(1, "float32", 64), (3, "bfloat16", 64), (4, "float32", 128), (7, "bfloat16", 256)],
+    [
+        (1, "float32", 64),
+        (3, "bfloat16", 64),
+        (2, "float16", 64),
+        (4, "float32", 128),
+        (7, "bfloat16", 256),
+    ],
 )
 def test_matches_the_oracle(attend, group, dtype, head_dim):
     case = cases.random_case(group=group, dtype=dtype, head_dim=head_dim, num_blocks=24)
@@ -60,7 +66,14 @@ def test_one_program_takes_several_tiles(interpret):
 @pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
-    [(64, "float32"), (64, "bfloat16"), (128, "bfloat16"), (256, "float32"), (256, "bfloat16")],
+    [
+        (64, "float32"),
+        (64, "bfloat16"),
+        (128, "bfloat16"),
+        (128, "float16"),
+        (256, "float32"),
+        (256, "bfloat16"),
+    ],
 )
 def test_lowers_for_cuda_without_a_copy_of_the_cache(head_dim, dtype, memory_kind):
     with warnings.catch_warnings():

@@ -40,6 +40,7 @@ def check(q, k, v, mask, scale):
         (3, "float32"),
         (3, "bfloat16"),
         (4, "bfloat16"),
+        (7, "float16"),
         (7, "float32"),
         (8, "bfloat16"),
     ],

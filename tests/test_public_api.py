@@ -26,6 +26,7 @@ NAMES = {
     "Scores",
     "UnsupportedError",
     "cache_shardings",
+    "calibrate",
     "decode_attention",
     "fixed",
     "full",

@@ -260,7 +260,7 @@ def _memory(layout: KVLayout, config: ModelConfig, tokens: int, batch: int) -> M
 
     on_host = layout.summaries == "host"
     sketch: tuple[Any, ...] = ()
-    if layout.num_heads and (blocks := layout.host_blocks(tokens)):
+    if layout.sketch and (blocks := layout.host_blocks(tokens)):
         sketch = jax.eval_shape(lambda: empty_sketch(layout, batch, blocks))
     sketch_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in sketch)
     return Memory(

@@ -35,7 +35,7 @@ from fluxion_jax.decode import NO_TOKEN, Steps, decode_chunk, prefill_chunk
 from fluxion_jax.errors import FluxionError, refused_by_name
 from fluxion_jax.interrupt import cancel_word, interrupt_held, wait
 from fluxion_jax.policy.parse import parse_policy
-from fluxion_jax.policy.protocol import Policy
+from fluxion_jax.policy.protocol import Policy, needs_sketch
 from fluxion_jax.policy.split import Split, parse_split
 from fluxion_jax.sampling import Sampling, greedy
 from fluxion_jax.stats import DecodeStats
@@ -87,7 +87,9 @@ class Session:
         self.show = show_progress(progress)
         fed = np.asarray([len(row) for row in self.rows]) + max_new_tokens - 1
         if cache is None:
-            layout = self.model.config.kv_layout(cache_dtype(self.model))
+            layout = self.model.config.kv_layout(
+                cache_dtype(self.model), sketch=needs_sketch(self.policy)
+            )
             capacity = -(-int(fed.max()) // _CAPACITY_TOKENS) * _CAPACITY_TOKENS
             cache = HostKV.allocate(layout, len(self.rows), capacity)
         check_cache(cache, self.model, fed)

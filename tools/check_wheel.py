@@ -12,6 +12,10 @@ from pathlib import Path
 
 LIBRARY = "host_ops/_native/libfluxion_host.so"
 EXPECTED = {f"{package}/py.typed" for package in ("fluxion_jax", "host_ops", "pallas_kernels")}
+EXPECTED |= {
+    f"fluxion_jax/models/recall_12m/{name}" for name in ("model.safetensors", "config.json")
+}
+EXPECTED |= {"fluxion_jax/machines/h100.json"}
 TOP_LEVEL = {"fluxion_jax", "host_ops", "pallas_kernels"}
 
 

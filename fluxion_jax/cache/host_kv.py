@@ -57,7 +57,7 @@ class HostKV:
       sliding_k: per sliding-window layer `[B, K, window, H]`, on the device.
       sliding_v: likewise.
       sketch: per global layer what policies know of the host cache, on the device; empty if the
-        layout does not name its query heads, or nothing ever lies on the host.
+        layout wants none, or nothing ever lies on the host.
       pace: float32 `[2]`, how much faster than its cost model each side has been, log2; see
         `policy.scheduler`.
       lengths: int32 `[B]`, tokens of each sequence.
@@ -159,7 +159,7 @@ class HostKV:
             return filled(shape, value, dtype, array_sharding(placement, spec))
 
         # Policies that need a sketch look at all heads; over several devices there is none.
-        sketched = layout.num_heads and layout.host_blocks(max_tokens) and placement is None
+        sketched = layout.sketch and layout.host_blocks(max_tokens) and placement is None
         num_sketches = len(layout.global_layers) if sketched else 0
         cache = cls(
             layout=layout,

@@ -43,8 +43,10 @@ class KVLayout:
         (faster scoring on a GPU).
       sliding_window: tokens seen by sliding-window layers, or None if there are none.
       sliding_layers: layers that use it; their keys never leave the device.
-      num_heads: query heads `N` of a layer. Needed by policies that look at the cache before they
-        plan, such as `fluxion`; with None (default) the cache keeps no sketch for them.
+      num_heads: query heads `N` of a layer, or None where nothing needs to know them.
+      sketch: whether the device keeps a sketch of the host cache for policies that look at it
+        before they plan, such as `fluxion`; off by default, because it takes work in every step.
+        It needs `num_heads`.
 
     Raises:
       ConfigError: a field is out of range.
@@ -60,6 +62,7 @@ class KVLayout:
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()
     num_heads: int | None = None
+    sketch: bool = False
 
     def __post_init__(self) -> None:
         _require(self.num_layers >= 1, f"expected num_layers >= 1, got {self.num_layers}")
@@ -92,6 +95,10 @@ class KVLayout:
         _require(
             all(0 <= layer < self.num_layers for layer in self.sliding_layers),
             f"expected sliding_layers within [0, {self.num_layers}), got {self.sliding_layers}",
+        )
+        _require(
+            not self.sketch or self.num_heads is not None,
+            "expected num_heads for a cache with a sketch, got None; name the query heads",
         )
         if self.sliding_layers:
             _require(

@@ -104,7 +104,7 @@ def collect_samples(
       progress: show a progress bar; None shows it on a terminal.
     """
     limits = tuple(sorted(tolerances))
-    layout = model.config.kv_layout(cache_dtype(model.model))
+    layout = model.config.kv_layout(cache_dtype(model.model), sketch=True)
     capacity = max(len(text.tokens) for text in texts)
     cache = HostKV.allocate(layout, 1, capacity)
     features, budgets, host_tokens, of_text, of_stretch = [], [], [], [], []

@@ -18,7 +18,7 @@ from fluxion_jax.evaluation.metrics import METRICS
 from fluxion_jax.evaluation.samples import Sample
 from fluxion_jax.generation import generate, prefill
 from fluxion_jax.models.load import LoadedModel
-from fluxion_jax.policy.protocol import Policy
+from fluxion_jax.policy.protocol import Policy, needs_sketch
 from fluxion_jax.session import cache_dtype
 
 _CAPACITY_TOKENS = 4096
@@ -55,7 +55,9 @@ def answer(
 
     @functools.cache
     def prefilled() -> HostKV:
-        layout = model.config.kv_layout(cache_dtype(model.model))
+        layout = model.config.kv_layout(
+            cache_dtype(model.model), sketch=any(map(needs_sketch, policies))
+        )
         cache = HostKV.allocate(layout, len(samples), capacity)
         prefill(model, [list(s.tokens[:-1]) for s in samples], cache, progress=progress)
         return cache

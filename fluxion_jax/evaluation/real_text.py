@@ -17,7 +17,7 @@ from fluxion_jax.evaluation.fingerprints import digest, policy_fingerprint
 from fluxion_jax.fidelity import divergence
 from fluxion_jax.generation import Scores, prefill, score
 from fluxion_jax.models.load import LoadedModel
-from fluxion_jax.policy.protocol import Policy
+from fluxion_jax.policy.protocol import Policy, needs_sketch
 from fluxion_jax.session import cache_dtype
 
 # Multiples of the golden ratio spread evenly over the unit interval, however many there are.
@@ -86,7 +86,9 @@ def compare(
 
     @functools.cache
     def prefilled() -> HostKV:
-        layout = model.config.kv_layout(cache_dtype(model.model))
+        layout = model.config.kv_layout(
+            cache_dtype(model.model), sketch=any(map(needs_sketch, policies))
+        )
         cache = HostKV.allocate(layout, len(given), given.shape[1])
         prefill(model, given[:, : -scored_tokens - 1], cache, progress=progress)
         return cache

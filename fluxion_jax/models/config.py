@@ -196,13 +196,18 @@ class ModelConfig:
         )
 
     def kv_layout(
-        self, dtype: str = "bfloat16", summaries: Literal["host", "device"] = "host"
+        self,
+        dtype: str = "bfloat16",
+        summaries: Literal["host", "device"] = "host",
+        *,
+        sketch: bool = False,
     ) -> KVLayout:
         """The layout of a KV cache for this model.
 
         Args:
           dtype: dtype of cached keys and values; bfloat16 halves what attention must read.
           summaries: where block summaries live.
+          sketch: keep a sketch of the host cache for policies that look at it, such as `fluxion`.
         """
         from fluxion_jax.cache.layout import KVLayout
 
@@ -215,4 +220,5 @@ class ModelConfig:
             sliding_window=self.sliding_window if self.sliding_layers else None,
             sliding_layers=self.sliding_layers,
             num_heads=self.num_heads,
+            sketch=sketch,
         )

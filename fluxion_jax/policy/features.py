@@ -344,9 +344,8 @@ def _cross_head(features: Features, mass: jax.Array, error: jax.Array) -> dict[s
 def _sketch(features: Features) -> Sketch:
     if features.sketch is None:
         raise ConfigError(
-            "expected a cache that keeps a sketch, got none; name the query heads in "
-            "KVLayout(num_heads=...) or take model.config.kv_layout(), and evaluate without "
-            "--shared-prefix"
+            "expected a cache that keeps a sketch, on one device, got none; allocate it with "
+            "model.config.kv_layout(..., sketch=True), and evaluate without --shared-prefix"
         )
     return features.sketch
 

@@ -10,7 +10,7 @@ Axes: B batch, N query heads, K KV heads, D = 4 granularities, E calibrated tole
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,7 @@ class FluxionPolicy:
     safety: Safety
     tolerance: Any
     graph: Any = dataclasses.field(metadata={"static": True})
+    needs_sketch: ClassVar[bool] = True
 
     def plan(self, features: Features, lengths: jax.Array) -> Plan:
         """Plans each head by its predicted needs; see `Policy.plan`."""

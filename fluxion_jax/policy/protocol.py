@@ -36,8 +36,8 @@ class Features(NamedTuple):
         is no cache, in an evaluation from a shared prefix.
       window_positions: int32 `[B, W]`, position of the token in each slot, -1 where none counts; or
         None.
-      sketch: what the device knows of the host cache; None if there is no cache, its layout does
-        not name its query heads, or the capacity is 0.
+      sketch: what the device knows of the host cache; None if there is no cache, its layout wants
+        none, or the capacity is 0.
     """
 
     q: jax.Array
@@ -86,3 +86,8 @@ class Policy(Protocol):
           lengths: int32 `[B]`, tokens of each sequence, the current one included.
         """
         ...
+
+
+def needs_sketch(policy: Policy) -> bool:
+    """Whether a policy looks at the cache's sketch; its class says `needs_sketch = True`."""
+    return bool(getattr(policy, "needs_sketch", False))

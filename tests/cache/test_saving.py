@@ -77,7 +77,8 @@ def test_a_conversation_goes_on_as_if_it_had_never_been_saved(
     name: str, dtype: str, summaries: Any, tmp_path: Path
 ) -> None:
     loaded = model(name)
-    cache = fx.HostKV.allocate(loaded.config.kv_layout(dtype, summaries), 3, 640)
+    layout = loaded.config.kv_layout(dtype, summaries, sketch=dtype == "bfloat16")
+    cache = fx.HostKV.allocate(layout, 3, 640)
     options = {"policy": "fixed:16:0.1", "execution": fx.Execution(dense_below_tokens=0)}
     rows = [(row * 2)[:400] for row in PROMPTS]
     fx.prefill(loaded, rows, cache, chunk_tokens=128, progress=False)

@@ -14,7 +14,7 @@ from fluxion_jax.chunk_attention import prefill_attention
 KV_HEADS, HEADS, HEAD_DIM, CAPACITY = 2, 4, 32, 832
 SCALE = 0.4
 LENGTHS = (700, 345, 40)
-LAYOUT = fx.KVLayout(1, KV_HEADS, HEAD_DIM, "float32", num_heads=HEADS)
+LAYOUT = fx.KVLayout(1, KV_HEADS, HEAD_DIM, "float32", num_heads=HEADS, sketch=True)
 
 
 @fx.jit
@@ -149,8 +149,10 @@ def test_forgotten_rows_know_nothing(one_read):
 
 
 def test_a_cache_keeps_no_sketch_where_none_can_be_used():
-    plain = fx.KVLayout(1, KV_HEADS, HEAD_DIM, "float32")
+    plain = fx.KVLayout(1, KV_HEADS, HEAD_DIM, "float32", num_heads=HEADS)
     assert fx.HostKV.allocate(plain, 1, CAPACITY).sketch == ()
     assert fx.HostKV.allocate(LAYOUT, 1, 100).sketch == ()
     with pytest.raises(fx.ConfigError, match="expected num_heads to be a multiple of 2 KV heads"):
         fx.KVLayout(1, KV_HEADS, HEAD_DIM, num_heads=3)
+    with pytest.raises(fx.ConfigError, match="expected num_heads for a cache with a sketch"):
+        fx.KVLayout(1, KV_HEADS, HEAD_DIM, sketch=True)

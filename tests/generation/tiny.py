@@ -14,6 +14,7 @@ from flax import nnx
 import fluxion_jax as fx
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.models.decoder import Decoder
+from fluxion_jax.policy.protocol import needs_sketch
 
 BATCH = 3
 CAPACITY_TOKENS = 640
@@ -33,8 +34,10 @@ def gemma3(seed: int = 0) -> Decoder:
     return Decoder.random(ModelConfig.tiny_gemma3(), seed)
 
 
-def new_cache(model: Decoder, batch: int = BATCH, max_tokens: int = CAPACITY_TOKENS) -> fx.HostKV:
-    return fx.HostKV.allocate(model.config.kv_layout("float32"), batch, max_tokens)
+def new_cache(
+    model: Decoder, batch: int = BATCH, max_tokens: int = CAPACITY_TOKENS, *, sketch: bool = False
+) -> fx.HostKV:
+    return fx.HostKV.allocate(model.config.kv_layout("float32", sketch=sketch), batch, max_tokens)
 
 
 def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
@@ -45,7 +48,8 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
 def generate(model: Decoder, rows: Any, **options: Any) -> fx.Result:
     options.setdefault("cache", None)
     if options["cache"] is None:
-        options["cache"] = new_cache(model)
+        sketch = needs_sketch(options.get("policy", "full"))
+        options["cache"] = new_cache(model, sketch=sketch)
     defaults = {"execution": ALWAYS_SPARSE, "chunk_tokens": CHUNK_TOKENS, "progress": False}
     return fx.generate(model, rows, **{**defaults, **options})
 

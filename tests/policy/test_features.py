@@ -44,7 +44,7 @@ def draw(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def filled(k: np.ndarray, v: np.ndarray) -> fx.HostKV:
-    layout = fx.KVLayout(LAYERS, KV_HEADS, HEAD_DIM, "float32", num_heads=HEADS)
+    layout = fx.KVLayout(LAYERS, KV_HEADS, HEAD_DIM, "float32", num_heads=HEADS, sketch=True)
     longest = max(LENGTHS)
     return fx.HostKV.from_arrays(layout, [k[:, :longest]], [v[:, :longest]], LENGTHS, CAPACITY)
 

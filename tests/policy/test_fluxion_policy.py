@@ -41,7 +41,7 @@ def a_layer(host_tokens: list[int]) -> Features:
     """What a policy sees, random, in a cache of up to 1,024 host tokens."""
     rng = np.random.default_rng(0)
     batch, heads, kv_heads, size, blocks = len(host_tokens), 6, 2, 64, 64
-    layout = fx.KVLayout(2, kv_heads, size, "float32", num_heads=heads)
+    layout = fx.KVLayout(2, kv_heads, size, "float32", num_heads=heads, sketch=True)
     cache = fx.HostKV.allocate(layout, batch, 16 * blocks + 320)
     sketch = cache.sketch[0]
     drawn = rng.standard_normal(sketch.runs.shape)

@@ -51,7 +51,10 @@ def live(cache: fx.HostKV) -> dict[str, np.ndarray]:
             rows = np.array(array)[:, :, first : first - (-blocks // unit_blocks)]
             arrays[f"summaries{layer}, {unit_blocks}"] = rows
             first += cache.num_host_blocks // unit_blocks
-    for name in ("lengths", "active", "status"):
+    for layer, sketch in enumerate(cache.sketch):
+        for name, array in sketch._asdict().items():
+            arrays[f"sketch{layer}, {name}"] = np.array(array)
+    for name in ("lengths", "active", "status", "pace"):
         arrays[name] = np.array(getattr(cache, name))
     return arrays
 

@@ -52,7 +52,11 @@ class AdapterConfig:
     sliding_layers: tuple[int, ...]
 
     def kv_layout(
-        self, dtype: str = "bfloat16", summaries: Literal["host", "device"] = "host"
+        self,
+        dtype: str = "bfloat16",
+        summaries: Literal["host", "device"] = "host",
+        *,
+        sketch: bool = False,
     ) -> KVLayout:
         """The layout of a KV cache for this model; see `ModelConfig.kv_layout`."""
         return KVLayout(
@@ -63,6 +67,8 @@ class AdapterConfig:
             summaries=summaries,
             sliding_window=self.sliding_window,
             sliding_layers=self.sliding_layers,
+            num_heads=self.num_heads,
+            sketch=sketch,
         )
 
 

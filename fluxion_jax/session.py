@@ -87,9 +87,9 @@ class Session:
         self.show = show_progress(progress)
         fed = np.asarray([len(row) for row in self.rows]) + max_new_tokens - 1
         if cache is None:
-            layout = self.model.config.kv_layout(
-                cache_dtype(self.model), sketch=needs_sketch(self.policy)
-            )
+            # A model of one's own need not know of sketches until a policy wants one.
+            options = {"sketch": True} if needs_sketch(self.policy) else {}
+            layout = self.model.config.kv_layout(cache_dtype(self.model), **options)
             capacity = -(-int(fed.max()) // _CAPACITY_TOKENS) * _CAPACITY_TOKENS
             cache = HostKV.allocate(layout, len(self.rows), capacity)
         check_cache(cache, self.model, fed)

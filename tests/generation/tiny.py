@@ -14,6 +14,7 @@ from flax import nnx
 import fluxion_jax as fx
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.models.decoder import Decoder
+from fluxion_jax.policy import parse_policy
 from fluxion_jax.policy.protocol import needs_sketch
 
 BATCH = 3
@@ -48,7 +49,7 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
 def generate(model: Decoder, rows: Any, **options: Any) -> fx.Result:
     options.setdefault("cache", None)
     if options["cache"] is None:
-        sketch = needs_sketch(options.get("policy", "full"))
+        sketch = needs_sketch(parse_policy(options.get("policy", "full")))
         options["cache"] = new_cache(model, sketch=sketch)
     defaults = {"execution": ALWAYS_SPARSE, "chunk_tokens": CHUNK_TOKENS, "progress": False}
     return fx.generate(model, rows, **{**defaults, **options})

@@ -49,7 +49,7 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
 def generate(model: Decoder, rows: Any, **options: Any) -> fx.Result:
     options.setdefault("cache", None)
     if options["cache"] is None:
-        sketch = needs_sketch(parse_policy(options.get("policy", "full")))
+        sketch = needs_sketch(parse_policy(options.get("policy", "full"), model))
         options["cache"] = new_cache(model, sketch=sketch)
     defaults = {"execution": ALWAYS_SPARSE, "chunk_tokens": CHUNK_TOKENS, "progress": False}
     return fx.generate(model, rows, **{**defaults, **options})

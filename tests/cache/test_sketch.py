@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import fluxion_jax as fx
+from fluxion_jax.cache import sketch as sketches
 from fluxion_jax.cache.layout import host_tokens
 from fluxion_jax.cache.sketch import PROBES, num_runs, run_blocks, sampled_token
 from fluxion_jax.chunk_attention import prefill_attention
@@ -137,6 +138,24 @@ def test_chunks_of_any_size_leave_the_same_sketch(one_read):
     np.testing.assert_allclose(
         other.sketch[0].probes, one_read.sketch[0].probes, rtol=1e-3, atol=1e-3
     )
+
+
+def test_a_run_that_arrives_in_parts_holds_all_its_blocks(monkeypatch):
+    monkeypatch.setattr(sketches, "MAX_RUNS", 9)
+    # Three blocks a chunk, which are not a whole number of runs.
+    cache = read(48)
+    runs = np.asarray(cache.sketch[0].runs)
+    run_tokens = 16 * run_blocks(cache.num_host_blocks)
+    assert run_tokens == 64
+    keys, seen = draw()[1], 0
+    for row, length in enumerate(LENGTHS):
+        stream = keys[row, 64 : 64 + host_tokens(LAYOUT, length)]
+        for run, first in enumerate(range(0, len(stream), run_tokens)):
+            part = stream[first : first + run_tokens]
+            np.testing.assert_array_equal(runs[row, :, run, 2], (-part).max(axis=0))
+            np.testing.assert_array_equal(runs[row, :, run, 3], part.max(axis=0))
+            seen += 1
+    assert seen > 5
 
 
 def test_forgotten_rows_know_nothing(one_read):

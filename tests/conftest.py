@@ -12,6 +12,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Callable
+from importlib import metadata
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,6 +22,11 @@ COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", print_blob=True, **COMMON)
 settings.register_profile("ci", derandomize=True, database=None, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+# JAX 0.12 dies now and then while it writes a program into its cache on disk. Programs that tests
+# start inherit this.
+if tuple(map(int, metadata.version("jax").split(".")[:2])) >= (0, 12):
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 REQUIRED = frozenset(filter(None, os.environ.get("FLUXION_REQUIRE", "").split(",")))
 

@@ -15,17 +15,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, KVLayout, host_tokens
-from fluxion_jax.cache.sketch import empty_sketch
 from fluxion_jax.errors import ConfigError, IntegrityError
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.policy import FixedPolicy, parse_policy
 from fluxion_jax.rope import Rope
 
 DEFAULT_MACHINE = "h100"
-_CONSTANTS = ("host_bytes_per_s", "link_bytes_per_s", "device_bytes_per_s", "handover_s")
+_CONSTANTS = ("host_bytes_per_s", "device_bytes_per_s", "handover_s")
 
 
 def _llama(vocab: int, width: int, layers: int, heads: int, kv: int, ff: int) -> ModelConfig:
@@ -59,19 +56,17 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Constants of a machine, all measured.
+    """Constants of a machine, rounded from measurements on it.
 
     Attributes:
       name: what it is.
       host_bytes_per_s: at which the host's threads attend to blocks in host memory.
-      link_bytes_per_s: at which the device reads host memory.
       device_bytes_per_s: at which decoding reads weights out of device memory.
       handover_s: of one layer's work to the host and back, when there is none.
     """
 
     name: str
     host_bytes_per_s: float
-    link_bytes_per_s: float
     device_bytes_per_s: float
     handover_s: float
 
@@ -113,7 +108,6 @@ class Memory:
       device_weight_bytes: parameters.
       device_window_bytes: resident windows and sliding-window layers.
       device_summary_bytes: block summaries on the device, and all scales.
-      device_sketch_bytes: what policies know of the host cache; see `cache.sketch`.
     """
 
     host_kv_bytes: int
@@ -121,7 +115,6 @@ class Memory:
     device_weight_bytes: int
     device_window_bytes: int
     device_summary_bytes: int
-    device_sketch_bytes: int
 
     @property
     def host_bytes(self) -> int:
@@ -131,8 +124,7 @@ class Memory:
     @property
     def device_cache_bytes(self) -> int:
         """The cache's part of device memory, as `HostKV.device_bytes`."""
-        parts = self.device_window_bytes, self.device_summary_bytes, self.device_sketch_bytes
-        return sum(parts)
+        return self.device_window_bytes + self.device_summary_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +169,6 @@ class Plan:
             ("device memory", "weights", memory.device_weight_bytes),
             ("", "resident windows", memory.device_window_bytes),
             ("", "summaries and scales", memory.device_summary_bytes),
-            ("", "sketch", memory.device_sketch_bytes),
         )
         lines = [f"{self.model}, {self.batch} x {self.context_tokens} tokens, policy {self.policy}"]
         lines += [f"  {place:14}{what:22}{_gib(size):>14}" for place, what, size in rows]
@@ -259,17 +250,12 @@ def _memory(layout: KVLayout, config: ModelConfig, tokens: int, batch: int) -> M
         )
 
     on_host = layout.summaries == "host"
-    sketch: tuple[Any, ...] = ()
-    if layout.sketch and (blocks := layout.host_blocks(tokens)):
-        sketch = jax.eval_shape(lambda: empty_sketch(layout, batch, blocks))
-    sketch_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in sketch)
     return Memory(
         host_kv_bytes=size("k", "v"),
         host_summary_bytes=size("summaries") if on_host else 0,
         device_weight_bytes=_num_parameters(config) * layout.jax_dtype.itemsize,
         device_window_bytes=size("window_k", "window_v", "sliding_k", "sliding_v"),
         device_summary_bytes=size("exponents") + (0 if on_host else size("summaries")),
-        device_sketch_bytes=sketch_bytes * len(layout.global_layers),
     )
 
 

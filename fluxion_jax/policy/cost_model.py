@@ -26,8 +26,8 @@ class CostModel:
     """Rates and fixed costs of one layer's sparse attention.
 
     The defaults are of one machine (H100 80GB on PCIe 5.0 x16, 16 CPUs with AVX-512): three
-    quarters of its streaming read, nine tenths of its pinned copies, a hand-over without work, and
-    a dozen small launches. `fluxion bench machine` measures those of another.
+    quarters of its streaming read, nine tenths of its pinned copies, a hand-over without work; the
+    device's fixed costs are an estimate. `fluxion bench machine` measures those of another.
 
     Attributes:
       host_bytes_per_s: at which the host's threads attend to selected blocks.

@@ -17,7 +17,7 @@ from fluxion_jax.models import Decoder, ModelConfig
 from fluxion_jax.planning import SHAPES, Machine, plan
 from tests.goldens import load as goldens
 
-MACHINE = Machine("a machine", 1e9, 1e9, 1e10, 1e-3)
+MACHINE = Machine("a machine", 1e9, 1e10, 1e-3)
 
 
 @pytest.mark.parametrize("summaries", ["host", "device"])

@@ -297,20 +297,22 @@ def _plan(
             plans.append(None)
             continue
         features = Features(
-            q[:, v],
-            window_out[:, v],
-            window_lse[:, v],
-            index,
-            layout.num_kv_heads,
-            layout,
-            scale,
-            layout.host_blocks(prefix.k.shape[2]),
-            host_tokens(layout, past.lengths),
-            None,
-            None,
-            None,
+            q=q[:, v],
+            window_out=window_out[:, v],
+            window_lse=window_lse[:, v],
+            layer=index,
+            num_kv_heads=layout.num_kv_heads,
+            layout=layout,
+            scale=scale,
+            capacity_blocks=layout.host_blocks(prefix.k.shape[2]),
+            host_tokens=host_tokens(layout, past.lengths),
+            window_k=None,
+            window_positions=None,
+            sketch=None,
         )
-        plans.append(policy.plan(features, past.lengths + 1))
+        # Plans are stacked, and not every policy says these.
+        plan = policy.plan(features, past.lengths + 1)
+        plans.append(plan._replace(clipped=None, notes=None))
     oracles = np.asarray([v for v, plan in enumerate(plans) if plan is None], np.int32)
     if oracles.size:
         tolerances = jnp.stack([jnp.asarray(policies[v].tolerance) for v in oracles])

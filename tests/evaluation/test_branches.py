@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -181,6 +182,23 @@ def test_the_oracle_reads_less_for_more_error():
     strict, loose, _ = found.host_bytes_per_token
     assert 0 < loose < strict
     assert found.read_fraction[1] < found.read_fraction[0] <= found.read_fraction[2] == 1
+
+
+@jax.tree_util.register_static
+class Talkative:
+    """Plans as `fixed:16:0.05`, and says more about it."""
+
+    def plan(self, features, lengths):
+        plan = parse_policy("fixed:16:0.05").plan(features, lengths)
+        return plan._replace(clipped=plan.budget_tokens > 0, notes={"lengths": lengths})
+
+
+def test_policies_that_say_more_than_others_go_beside_them(forked):
+    policies = [parse_policy("full"), Talkative()]
+    found = branched(policies, tiny.prompts(LENGTHS))
+    expected = forked["fixed:16:0.05"]
+    assert found.tokens[1] == [row.tolist() for row in expected.tokens]
+    assert found.host_bytes_per_token[1] == expected.stats.host_bytes_per_token
 
 
 def test_rungs_are_close_together():

@@ -98,7 +98,7 @@ class AllHeads:
             layout=dataclasses.replace(
                 features.layout, num_kv_heads=features.layout.num_kv_heads * count
             ),
-            window_k=None if features.window_k is None else gathered(features.window_k),
+            window_k=gathered(features.window_k),
         )
         plan = self.policy.plan(everything, lengths)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fluxion_jax.attention import Execution
-from fluxion_jax.bench.cells import cell
+from fluxion_jax.bench.cells import cell, growing_cell
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.evaluation.branches import run_branches
 from fluxion_jax.evaluation.fingerprints import digest, policy_fingerprint
@@ -49,9 +49,7 @@ def answer(
       sample: `tokens`, `text`, `score` (0 to 1), and `same_prefix`, the share of the reference's
       tokens before the first that differs.
     """
-    # Few different capacities, so that batches share programs, and none far beyond what is needed.
-    needed = max(len(sample.tokens) + sample.max_new_tokens for sample in samples)
-    capacity = min(samples[0].length_tokens, -(-needed // _CAPACITY_TOKENS) * _CAPACITY_TOKENS)
+    capacity = _capacity(samples)
 
     @functools.cache
     def prefilled() -> HostKV:
@@ -105,41 +103,51 @@ def answer_together(
 ) -> list[dict[str, Any]]:
     """As `answer`, but all policies decode at once from one prefix on the device; see `branches`.
 
-    A batch is one cell of the folder, with all its policies.
+    A batch is one cell of the folder; policies that it has already are not asked again.
     """
-    layout = model.config.kv_layout(cache_dtype(model.model))
+    capacity = _capacity(samples)
+    common = digest(
+        model=fingerprint,
+        together=True,
+        dense_below_tokens=execution.dense_below_tokens,
+        prompts=[sample.tokens for sample in samples],
+        capacity=capacity,
+        max_new_tokens=samples[0].max_new_tokens,
+    )
 
-    def measure() -> dict[str, Any]:
+    def measure(missing: list[int]) -> list[dict[str, Any]]:
+        asked = [policies[v] for v in missing]
         run = run_branches(
             model.model,
             [sample.tokens for sample in samples],
-            policies,
+            asked,
             max_new_tokens=samples[0].max_new_tokens,
             stop_tokens=model.tokenizer.eos_ids if model.tokenizer else (),
-            layout=layout,
+            layout=model.config.kv_layout(
+                cache_dtype(model.model), sketch=any(map(needs_sketch, asked))
+            ),
             dense_below_tokens=execution.dense_below_tokens,
+            capacity_tokens=capacity,
         )
-        return {
-            "found": [
-                {
-                    "policy": str(policy),
-                    "host_bytes_per_token": float(run.host_bytes_per_token[v]),
-                    "read_fraction": float(run.read_fraction[v]),
-                    "tokens": run.tokens[v],
-                    "text": _texts(model, run.tokens[v]),
-                }
-                for v, policy in enumerate(policies)
-            ]
-        }
+        return [
+            {
+                "policy": str(policy),
+                "host_bytes_per_token": float(run.host_bytes_per_token[v]),
+                "read_fraction": float(run.read_fraction[v]),
+                "tokens": run.tokens[v],
+                "text": _texts(model, run.tokens[v]),
+            }
+            for v, policy in enumerate(asked)
+        ]
 
-    name = digest(
-        model=fingerprint,
-        together=[policy_fingerprint(policy) for policy in policies],
-        dense_below_tokens=execution.dense_below_tokens,
-        prompts=[sample.tokens for sample in samples],
-        max_new_tokens=samples[0].max_new_tokens,
-    )
-    return _scored(cell(folder, name, measure)["found"], samples)
+    names = [policy_fingerprint(policy) for policy in policies]
+    return _scored(growing_cell(folder, common, names, measure), samples)
+
+
+def _capacity(samples: Sequence[Sample]) -> int:
+    """Tokens of a cache: few different ones, so that batches share programs, none far too large."""
+    needed = max(len(sample.tokens) + sample.max_new_tokens for sample in samples)
+    return min(samples[0].length_tokens, -(-needed // _CAPACITY_TOKENS) * _CAPACITY_TOKENS)
 
 
 def _texts(model: LoadedModel, tokens: Sequence[Sequence[int]]) -> list[str]:

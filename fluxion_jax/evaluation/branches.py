@@ -23,12 +23,13 @@ from flax import nnx
 from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout, host_tokens
 from fluxion_jax.decode import NO_TOKEN
 from fluxion_jax.errors import ConfigError, UnsupportedError
-from fluxion_jax.evaluation import branch_attention
+from fluxion_jax.evaluation import branch_attention, branch_sketch
 from fluxion_jax.evaluation.branch_attention import Past, Prefix
-from fluxion_jax.evaluation.oracle import oracle_plan
+from fluxion_jax.evaluation.branch_plans import Kind, Layer, kinds, plan_step
+from fluxion_jax.evaluation.branch_sketch import Before, Sketched
 from fluxion_jax.modules import dense_attention
-from fluxion_jax.policy.oracle_policy import OraclePolicy
-from fluxion_jax.policy.protocol import Features, Plan, Policy
+from fluxion_jax.policy.protocol import Policy
+from fluxion_jax.session import CHUNK_TOKENS
 
 
 class Counts(NamedTuple):
@@ -71,6 +72,8 @@ def run_branches(
     stop_tokens: Sequence[int],
     layout: KVLayout,
     dense_below_tokens: int,
+    capacity_tokens: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Branched:
     """Greedy answers of a batch of prompts under several policies.
 
@@ -80,8 +83,13 @@ def run_branches(
       policies: a branch each; `OraclePolicy` too.
       max_new_tokens: at most so many per answer, not more than the window's recent tokens.
       stop_tokens: end an answer.
-      layout: of the cache whose selection and bytes these are.
+      layout: of the cache whose selection and bytes these are; with a sketch for policies that look
+        at one.
       dense_below_tokens: shorter sequences read everything.
+      capacity_tokens: of that cache, on which the runs of a sketch depend; None for what the
+        longest prompt and its answer take.
+      chunk_tokens: tokens that one call would prefill; a sketch knows what the last call's queries
+        needed.
 
     Raises:
       UnsupportedError: the model has sliding-window layers.
@@ -98,23 +106,35 @@ def run_branches(
             f"window, got {max_new_tokens}; ask for fewer or use forked caches"
         )
     lengths = np.asarray([len(p) - 1 for p in prompts], np.int32)
+    needed = int(lengths.max()) + max_new_tokens
+    if capacity_tokens is None:
+        capacity_tokens = needed
+    if capacity_tokens < needed:
+        raise ConfigError(
+            f"expected a capacity of at least {needed} tokens for prompts and answers, got "
+            f"{capacity_tokens}; name a larger one, or None"
+        )
+    capacity_blocks = layout.host_blocks(capacity_tokens)
     padded = branch_attention.padded_tokens(layout, int(lengths.max()))
     ids = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, : lengths[row]] = prompt[:-1]
     graph, params = nnx.split(model)
-    prefix = _read_prefix(graph, params, jnp.asarray(ids), layout)
+    prefix = _read_prefix(
+        graph, params, jnp.asarray(ids), jnp.asarray(lengths), layout, capacity_blocks, chunk_tokens
+    )
     tokens, counts = _decode(
         graph,
         params,
         prefix,
         jnp.asarray(lengths),
         jnp.asarray([p[-1] for p in prompts], jnp.int32),
-        tuple(policies),
+        kinds(policies),
         jnp.asarray(stop_tokens, jnp.int32),
         max_new_tokens,
         layout,
         dense_below_tokens,
+        capacity_blocks,
     )
     found = np.asarray(tokens)
     blocks, units, cached, answered = (np.asarray(c, np.int64) for c in counts)
@@ -126,11 +146,17 @@ def run_branches(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "layout"))
+@functools.partial(jax.jit, static_argnames=("graph", "layout", "capacity_blocks", "chunk_tokens"))
 def _read_prefix(
-    graph: Any, params: Any, tokens: jax.Array, layout: KVLayout
-) -> tuple[Prefix, ...]:
-    """Keys and values of prompts `[B, S]` with full causal attention, per layer."""
+    graph: Any,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    layout: KVLayout,
+    capacity_blocks: int,
+    chunk_tokens: int,
+) -> tuple[tuple[Prefix, Sketched | None], ...]:
+    """Keys and values of prompts `[B, S]` with full causal attention, and sketches, per layer."""
     model = nnx.merge(graph, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     x = model._embed(tokens)
@@ -142,7 +168,19 @@ def _read_prefix(
         attended = _causal_attention(q, k, v, layer.attention.scale).astype(x.dtype)
         x = layer.finish(x, layer.attention.o(attended.reshape(*x.shape[:2], -1)))
         k, v = (jnp.swapaxes(y, 1, 2) for y in (k, v))
-        prefix.append(branch_attention.make_prefix(k, v, layout))
+        sketched = None
+        if layout.sketch and capacity_blocks:
+            sketched = branch_sketch.sketch_prompt(
+                q,
+                k,
+                v,
+                lengths,
+                layout,
+                scale=layer.attention.scale,
+                capacity_blocks=capacity_blocks,
+                chunk_tokens=chunk_tokens,
+            )
+        prefix.append((branch_attention.make_prefix(k, v, layout), sketched))
     return tuple(prefix)
 
 
@@ -159,6 +197,7 @@ class _Carry(NamedTuple):
     step: jax.Array
     k: tuple[jax.Array, ...]  # per layer [B, V, K, T, H]
     v: tuple[jax.Array, ...]
+    before: tuple[Before | None, ...]  # per layer
     next_tokens: jax.Array  # [B, V]
     finished: jax.Array
     tokens: jax.Array  # [B, V, T]
@@ -166,22 +205,24 @@ class _Carry(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graph", "max_new_tokens", "layout", "dense_below_tokens")
+    jax.jit,
+    static_argnames=("graph", "max_new_tokens", "layout", "dense_below_tokens", "capacity_blocks"),
 )
 def _decode(
     graph: Any,
     params: Any,
-    prefix: tuple[Prefix, ...],
+    prefix: tuple[tuple[Prefix, Sketched | None], ...],
     lengths: jax.Array,
     first: jax.Array,
-    policies: tuple[Policy, ...],
+    policies: tuple[Kind, ...],
     stop_tokens: jax.Array,
     max_new_tokens: int,
     layout: KVLayout,
     dense_below_tokens: int,
+    capacity_blocks: int,
 ) -> tuple[jax.Array, Counts]:
     model = nnx.merge(graph, params)
-    batch, branches = lengths.shape[0], len(policies)
+    batch, branches = lengths.shape[0], sum(len(kind.branches) for kind in policies)
     kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
     empty = jnp.zeros((batch, branches, kv_heads, max_new_tokens, head_dim), layout.jax_dtype)
     none = jnp.zeros((branches,), jnp.int32)
@@ -190,7 +231,8 @@ def _decode(
         t, running = carry.step, ~carry.finished
         positions = jnp.broadcast_to((lengths + t)[:, None], (batch, branches))
         x = model._embed(carry.next_tokens)
-        keys, values, blocks, units = list(carry.k), list(carry.v), none, none
+        keys, values, before = list(carry.k), list(carry.v), list(carry.before)
+        blocks = units = none
         for index, layer in enumerate(model.layers):
             q, k, v = layer.attention._project(layer.attention_norm(x), positions)
             keys[index], values[index] = (
@@ -198,16 +240,12 @@ def _decode(
                 for own, new in ((keys[index], k), (values[index], v))
             )
             past = Past(keys[index], values[index], t, lengths)
-            out, read = _attend(
-                q.astype(jnp.float32),
-                index,
-                policies,
-                prefix[index],
-                past,
-                layer.attention.scale,
-                layout,
-                dense_below_tokens,
+            known = Layer(index, *prefix[index], layer.attention.scale, layout, capacity_blocks)
+            out, read, seen = _attend(
+                q.astype(jnp.float32), policies, known, past, before[index], dense_below_tokens
             )
+            if before[index] is not None:
+                before[index] = seen
             blocks += jnp.where(running[..., None], read.blocks, 0).sum(axis=(0, 2))
             units += jnp.where(running[..., None], read.units, 0).sum(axis=(0, 2))
             x = layer.finish(x, layer.attention.o(out.astype(x.dtype).reshape(*x.shape[:2], -1)))
@@ -221,6 +259,7 @@ def _decode(
             step=t + 1,
             k=tuple(keys),
             v=tuple(values),
+            before=tuple(before),
             next_tokens=jnp.where(running, token, carry.next_tokens),
             finished=carry.finished | stopped,
             tokens=carry.tokens.at[:, :, t].set(token),
@@ -239,6 +278,10 @@ def _decode(
         step=jnp.zeros((), jnp.int32),
         k=(empty,) * len(prefix),
         v=(empty,) * len(prefix),
+        before=tuple(
+            None if sketched is None else branch_sketch.before_first(sketched, branches)
+            for _, sketched in prefix
+        ),
         next_tokens=jnp.broadcast_to(first[:, None], (batch, branches)),
         finished=jnp.zeros((batch, branches), bool),
         tokens=jnp.full((batch, branches, max_new_tokens), NO_TOKEN, jnp.int32),
@@ -250,84 +293,22 @@ def _decode(
 
 def _attend(
     q: jax.Array,
-    index: int,
-    policies: tuple[Policy, ...],
-    prefix: Prefix,
+    policies: tuple[Kind, ...],
+    layer: Layer,
     past: Past,
-    scale: float,
-    layout: KVLayout,
+    before: Before | None,
     dense_below_tokens: int,
-) -> tuple[jax.Array, branch_attention.Selected]:
-    """One layer of one step, all branches: `[B, V, N, H]` and what was read."""
+) -> tuple[jax.Array, branch_attention.Selected, Before]:
+    """One layer of one step, all branches: `[B, V, N, H]`, what was read, what is remembered."""
     batch, branches, num_heads, _ = q.shape
-    scores = branch_attention.attention_scores(q, prefix, past, scale)
+    prefix, layout = layer.prefix, layer.layout
+    scores = branch_attention.attention_scores(q, prefix, past, layer.scale)
     window = branch_attention.resident(layout, past, prefix.k.shape[2])
     host_blocks = host_tokens(layout, past.lengths) // BLOCK_TOKENS
     summaries, exponents = branch_attention.make_summaries(prefix, host_blocks)
-    plan = _plan(
-        q, index, policies, scores, window, prefix, past, summaries, exponents, layout, scale
-    )
+    plan, seen = plan_step(q, policies, layer, scores, window, past, before, summaries, exponents)
     read = branch_attention.select(q, plan, summaries, exponents, past, layout, dense_below_tokens)
-    seen = window[:, None, None, :] | read.tokens
-    kept = scores.among(seen.reshape(scores.prompt.shape))
+    chosen = window[:, None, None, :] | read.tokens
+    kept = scores.among(chosen.reshape(scores.prompt.shape))
     out, _ = branch_attention.attend(kept, prefix, past)
-    return out.reshape(batch, branches, num_heads, -1), read
-
-
-def _plan(
-    q: jax.Array,
-    index: int,
-    policies: tuple[Policy, ...],
-    scores: branch_attention.Scores,
-    window: jax.Array,
-    prefix: Prefix,
-    past: Past,
-    summaries: jax.Array,
-    exponents: jax.Array,
-    layout: KVLayout,
-    scale: float,
-) -> Plan:
-    """Every branch's plan; oracles, which need all weights, are planned together."""
-    near = scores.among(window[:, None, None, None, :])
-    out, lse = branch_attention.attend(near, prefix, past)
-    window_out, window_lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
-    plans: list[Plan | None] = []
-    for v, policy in enumerate(policies):
-        if isinstance(policy, OraclePolicy):
-            plans.append(None)
-            continue
-        features = Features(
-            q=q[:, v],
-            window_out=window_out[:, v],
-            window_lse=window_lse[:, v],
-            layer=index,
-            num_kv_heads=layout.num_kv_heads,
-            layout=layout,
-            scale=scale,
-            capacity_blocks=layout.host_blocks(prefix.k.shape[2]),
-            host_tokens=host_tokens(layout, past.lengths),
-            window_k=None,
-            window_positions=None,
-            sketch=None,
-        )
-        # Plans are stacked, and not every policy says these.
-        plan = policy.plan(features, past.lengths + 1)
-        plans.append(plan._replace(clipped=None, notes=None))
-    oracles = np.asarray([v for v, plan in enumerate(plans) if plan is None], np.int32)
-    if oracles.size:
-        tolerances = jnp.stack([jnp.asarray(policies[v].tolerance) for v in oracles])
-        own = Past(past.k[:, oracles], past.v[:, oracles], past.step, past.prompt_tokens)
-        planned = oracle_plan(
-            q[:, oracles],
-            tolerances,
-            jax.tree.map(lambda x: x[:, oracles], scores),
-            window,
-            prefix,
-            own,
-            summaries,
-            exponents,
-            layout,
-        )
-        for i, v in enumerate(oracles):
-            plans[v] = jax.tree.map(lambda x, i=i: x[:, i], planned)
-    return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *plans)
+    return out.reshape(batch, branches, num_heads, -1), read, seen

@@ -264,7 +264,7 @@ def _qk_interaction(features: Features, host: _Host) -> dict[str, jax.Array]:
 def _output_contribution(
     features: Features, host: _Host, mass: jax.Array, error: jax.Array
 ) -> dict[str, jax.Array]:
-    keys, position = _window(features)
+    keys, position = features.window_k, features.window_positions
     position = position[:, None]
     # A slot that holds no token may hold anything.
     keys = jnp.where((position >= 0)[..., None], keys.astype(jnp.float32), 0.0)
@@ -294,7 +294,7 @@ def _output_contribution(
 
 def _query_dynamics(features: Features) -> dict[str, jax.Array]:
     sketch = _sketch(features)
-    before = _window(features)[1].max(axis=-1) - 1
+    before = features.window_positions.max(axis=-1) - 1
     slot = (before % 2)[:, None]
     known = jnp.take_along_axis(sketch.previous_position, slot, axis=1)[:, 0] == before
     known = (known & (before >= 0))[:, None]
@@ -312,7 +312,7 @@ def _query_dynamics(features: Features) -> dict[str, jax.Array]:
 
 def _prefill_budgets(features: Features) -> dict[str, jax.Array]:
     sketch, probed = _sketch(features), _probed(features)
-    since = _window(features)[1].max(axis=-1) - sketch.probe_position
+    since = features.window_positions.max(axis=-1) - sketch.probe_position
     age = jnp.log2(1.0 + jnp.maximum(since, 0))[:, None]
     values = jnp.where(probed[..., None], sketch.probes, 0.0)
     return {
@@ -345,16 +345,9 @@ def _sketch(features: Features) -> Sketch:
     if features.sketch is None:
         raise ConfigError(
             "expected a cache that keeps a sketch, on one device, got none; allocate it with "
-            "model.config.kv_layout(..., sketch=True), and evaluate without --shared-prefix"
+            "model.config.kv_layout(..., sketch=True)"
         )
     return features.sketch
-
-
-def _window(features: Features) -> tuple[jax.Array, jax.Array]:
-    """Keys of the window's slots and positions of their tokens; a sketch comes with a window."""
-    assert features.window_k is not None
-    assert features.window_positions is not None
-    return features.window_k, features.window_positions
 
 
 def _probed(features: Features) -> jax.Array:

@@ -32,12 +32,10 @@ class Features(NamedTuple):
       capacity_blocks: host blocks that a sequence may have, a Python int; 0 if the whole cache
         fits into the window.
       host_tokens: int32 `[B]`, tokens that can be read from the host.
-      window_k: `[B, K, W, H]` in the cache's dtype, keys of the resident window; None where there
-        is no cache, in an evaluation from a shared prefix.
-      window_positions: int32 `[B, W]`, position of the token in each slot, -1 where none counts; or
-        None.
-      sketch: what the device knows of the host cache; None if there is no cache, its layout wants
-        none, or the capacity is 0.
+      window_k: `[B, K, W, H]` in the cache's dtype, keys of the resident window.
+      window_positions: int32 `[B, W]`, position of the token in each slot, -1 where none counts.
+      sketch: what the device knows of the host cache; None if its layout wants none, or the
+        capacity is 0.
     """
 
     q: jax.Array
@@ -49,8 +47,8 @@ class Features(NamedTuple):
     scale: float
     capacity_blocks: int
     host_tokens: jax.Array
-    window_k: jax.Array | None
-    window_positions: jax.Array | None
+    window_k: jax.Array
+    window_positions: jax.Array
     sketch: Sketch | None
 
 

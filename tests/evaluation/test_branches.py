@@ -6,18 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import fluxion_jax as fx
 from fluxion_jax.bench import selection_quality as quality
 from fluxion_jax.bench.capture import Captured
 from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, host_tokens
+from fluxion_jax.cache.sketch import run_blocks
+from fluxion_jax.compilations import compilations
 from fluxion_jax.errors import ConfigError, UnsupportedError
-from fluxion_jax.evaluation import branch_attention
+from fluxion_jax.evaluation import branch_attention, branch_sketch
 from fluxion_jax.evaluation.branch_attention import Past
-from fluxion_jax.evaluation.branches import run_branches
+from fluxion_jax.evaluation.branches import _read_prefix, run_branches
 from fluxion_jax.evaluation.oracle import ladder, oracle_plan
 from fluxion_jax.policy import parse_policy
 from tests.generation import tiny
+from tests.policy.test_fluxion_policy import random_policy
 
 POLICIES = ("full", "fixed:16:0.05", "fixed:32:0.2:group", "fixed:64:0.1", "fixed:128:0.3:group")
 NEW_TOKENS = 40  # Several blocks leave the window meanwhile.
@@ -223,3 +227,105 @@ def test_what_cannot_be_branched_is_refused():
         parse_policy("oracle:x")
     with pytest.raises(ConfigError, match="expected a tolerance above 0, got 0"):
         parse_policy("oracle:0")
+
+
+class TestSketchedPolicies:
+    """Policies that look at the sketch plan in a branch what they plan in the product."""
+
+    # The last call of the second prompt's prefill has two tokens: fewer than there are probes.
+    LENGTHS = (500, 387, 411)
+    TOLERANCES = (0.05, 0.1, 0.2, 0.4)
+
+    @staticmethod
+    def prefilled(prompts, capacity_tokens=tiny.CAPACITY_TOKENS):
+        cache = tiny.new_cache(tiny.llama(), max_tokens=capacity_tokens, sketch=True)
+        rows = [p[:-1] for p in prompts]
+        fx.prefill(tiny.llama(), rows, cache, chunk_tokens=tiny.CHUNK_TOKENS, progress=False)
+        return cache
+
+    @staticmethod
+    def branched(policies, prompts, capacity_tokens=tiny.CAPACITY_TOKENS, **options):
+        return branched(
+            policies,
+            prompts,
+            layout=tiny.llama().config.kv_layout("float32", sketch=True),
+            capacity_tokens=capacity_tokens,
+            chunk_tokens=tiny.CHUNK_TOKENS,
+            **options,
+        )
+
+    # The runs of the larger cache are of two blocks.
+    @pytest.mark.parametrize("capacity_tokens", [tiny.CAPACITY_TOKENS, 8704])
+    def test_they_answer_and_count_as_in_the_product(self, capacity_tokens):
+        prompts = tiny.prompts(self.LENGTHS)
+        cache = self.prefilled(prompts, capacity_tokens)
+        policies = [random_policy().with_tolerance(t) for t in self.TOLERANCES]
+        policies.insert(1, parse_policy("fixed:16:0.05"))
+        found = self.branched(policies, prompts, capacity_tokens)
+        for v, policy in enumerate(policies):
+            result = tiny.generate(
+                tiny.llama(),
+                [p[-1:] for p in prompts],
+                policy=policy,
+                cache=cache.fork(),
+                max_new_tokens=NEW_TOKENS,
+            )
+            assert found.tokens[v] == [row.tolist() for row in result.tokens], str(policy)
+            assert found.host_bytes_per_token[v] == result.stats.host_bytes_per_token, str(policy)
+        assert len(set(found.host_bytes_per_token)) == len(policies)
+
+    @pytest.mark.parametrize("capacity_tokens", [tiny.CAPACITY_TOKENS, 8704])
+    def test_their_sketch_is_that_of_the_cache(self, capacity_tokens):
+        prompts = tiny.prompts(self.LENGTHS)
+        cache = self.prefilled(prompts, capacity_tokens)
+        model, layout = tiny.llama(), cache.layout
+        lengths = jnp.asarray(cache.lengths)
+        ids = np.zeros((3, branch_attention.padded_tokens(layout, 499)), np.int32)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt) - 1] = prompt[:-1]
+        capacity = cache.num_host_blocks
+        graph, params = nnx.split(model)
+        layers = _read_prefix(
+            graph, params, jnp.asarray(ids), lengths, layout, capacity, tiny.CHUNK_TOKENS
+        )
+        blocks = host_tokens(layout, lengths) // 16
+        for kept, (prefix, sketched) in zip(cache.sketch, layers, strict=True):
+            runs = branch_sketch.runs(sketched, prefix, blocks, capacity)
+            assert runs.shape == kept.runs.shape
+            for row, count in enumerate(np.asarray(blocks)):
+                reached = -(-int(count) // run_blocks(capacity))
+                assert reached > 1
+                np.testing.assert_allclose(
+                    runs[row, :, :reached], kept.runs[row, :, :reached], atol=2e-5
+                )
+            before = branch_sketch.before_first(sketched, 1)
+            past = Past(None, None, jnp.asarray(0), lengths)
+            mine = branch_sketch.branch_sketch(
+                sketched, runs, before.q[:, 0], before.window_lse[:, 0], past
+            )
+            for name in ("probe_q", "probes", "probe_position"):
+                np.testing.assert_allclose(
+                    getattr(mine, name), getattr(kept, name), atol=1e-4, err_msg=name
+                )
+            for row, length in enumerate(np.asarray(lengths)):
+                slot = (length - 1) % 2
+                for name in ("previous_q", "previous_lse", "previous_position"):
+                    np.testing.assert_allclose(
+                        getattr(mine, name)[row, slot],
+                        getattr(kept, name)[row, slot],
+                        atol=1e-4,
+                        err_msg=name,
+                    )
+
+    def test_one_program_serves_all_their_tolerances(self):
+        prompts = tiny.prompts(self.LENGTHS)
+        self.branched([random_policy().with_tolerance(t) for t in (0.05, 0.4)], prompts)
+        programs = compilations()
+        self.branched([random_policy().with_tolerance(t) for t in (0.1, 0.3)], prompts)
+        assert compilations() == programs
+
+    def test_a_layout_without_a_sketch_is_refused(self):
+        with pytest.raises(ConfigError, match="expected a cache that keeps a sketch"):
+            branched([random_policy()], tiny.prompts(self.LENGTHS))
+        with pytest.raises(ConfigError, match="expected a capacity of at least 539 tokens"):
+            self.branched([random_policy()], tiny.prompts(self.LENGTHS), 512)

@@ -148,14 +148,14 @@ def _add_calibrate(commands: Any) -> None:
         help="a text file or a folder of them; default the standard library and questions",
     )
     for name, metavar, text in (
-        ("length", "S", "tokens of each text; default 4096"),
-        ("texts", "N", "default 8, at least 3"),
+        ("length", "S", "tokens of the longest texts; default 4096"),
+        ("texts", "N", "default 16, at least 3"),
         ("points", "N", "stretches of decode steps in each text; default 5"),
-        ("training-steps", "N", "of the optimiser; default 2000"),
+        ("training-steps", "N", "of the optimiser; default 4000"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar=metavar, help=text)
     parser.add_argument(
-        "--under-budget", type=float, metavar="F", help="share that may fall short; default 0.03"
+        "--under-budget", type=float, metavar="F", help="share that may fall short; default 0.025"
     )
     parser.add_argument(
         "--ablate", action="store_true", help="also train without each family of features"

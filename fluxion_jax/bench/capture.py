@@ -13,6 +13,9 @@ from flax import nnx
 
 from fluxion_jax.models.decoder import Decoder, DecoderLayer
 
+# Texts of similar length share a compiled program.
+_PADDED_TOKENS = 512
+
 
 class Captured(NamedTuple):
     """What one layer attends with, float32, after RoPE and unscaled.
@@ -40,15 +43,17 @@ def capture(
       tokens: int32 `[S]`.
       positions: int `[T]`, the positions whose queries are wanted.
     """
-    x = model._embed(jnp.asarray(tokens)[None])
+    length = len(tokens)
+    # What is behind a token does not change it.
+    x = model._embed(jnp.asarray(np.pad(tokens, (0, -length % _PADDED_TOKENS)))[None])
     for layer in model.layers:
         x, q, k, v = _through(layer, x)
         if layer.attention.sliding_window is not None:
             continue
         yield Captured(
-            q=np.asarray(q[0, positions], np.float32),
-            k=np.asarray(jnp.moveaxis(k[0], 1, 0), np.float32),
-            v=np.asarray(jnp.moveaxis(v[0], 1, 0), np.float32),
+            q=np.asarray(q[0], np.float32)[positions],
+            k=np.moveaxis(np.asarray(k[0], np.float32)[:length], 1, 0),
+            v=np.moveaxis(np.asarray(v[0], np.float32)[:length], 1, 0),
             scale=layer.attention.scale,
         )
 

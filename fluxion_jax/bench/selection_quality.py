@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ from fluxion_jax.cache.summaries import MIN_EXPONENT, quantise_query, summarise_
 
 METHODS = ("oracle", "float", "integer", "mean")
 Array = npt.NDArray[np.floating[Any]]
+# Lengths in whole multiples of this share a compiled program.
+_PADDED_TOKENS = 1024
 
 
 class Attention(NamedTuple):
@@ -166,17 +169,23 @@ def _bound(q: Array, low: Array, high: Array) -> Array:
 
 def _integer_scores(layer: Captured, keys: Array, granularity: int, shared: bool) -> Array:
     kv_heads, tokens, head_dim = keys.shape
-    blocks = jnp.asarray(keys).reshape(1, kv_heads, -1, BLOCK_TOKENS, head_dim)
-    fresh = jnp.full((1, kv_heads, head_dim), MIN_EXPONENT, jnp.int32)
-    count = jnp.asarray([tokens // BLOCK_TOKENS])
-    summaries, exponents, _ = summarise_blocks(blocks, count, fresh)
-    steps = len(layer.q)
-    q8 = quantise_query(
-        jnp.asarray(layer.q),
-        jnp.broadcast_to(exponents, (steps, kv_heads, head_dim)),
-        jnp.full((steps, kv_heads), int(shared)),
-    )
-    low, high = (np.asarray(summaries[0, :, :, i], np.float32) for i in range(2))
-    bounds = _extremes(low, high, granularity // BLOCK_TOKENS)
+    padding = -tokens % _PADDED_TOKENS
+    blocks = np.pad(keys, [(0, 0), (0, padding), (0, 0)])
+    blocks = blocks.reshape(kv_heads, -1, BLOCK_TOKENS, head_dim)
+    summaries, q8 = _quantised(blocks, tokens // BLOCK_TOKENS, layer.q, shared)
+    summaries = np.asarray(summaries[:, : tokens // BLOCK_TOKENS], np.float32)
+    bounds = _extremes(summaries[:, :, 0], summaries[:, :, 1], granularity // BLOCK_TOKENS)
     # Magnitudes stay below 2**24, where float32 products of integers are exact.
     return _bound(grouped(np.asarray(q8, np.float32), kv_heads), *bounds)
+
+
+@jax.jit
+def _quantised(
+    blocks: jax.Array, num_blocks: jax.Array, q: jax.Array, shared: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Summaries `[K, M, 2, H]` of the first blocks of `[K, M, C, H]`, and queries `[T, N, H]`."""
+    kv_heads, _, _, head_dim = blocks.shape
+    fresh = jnp.full((1, kv_heads, head_dim), MIN_EXPONENT, jnp.int32)
+    summaries, exponents, _ = summarise_blocks(blocks[None], num_blocks[None], fresh)
+    of_steps = jnp.broadcast_to(exponents, (len(q), kv_heads, head_dim))
+    return summaries[0], quantise_query(q, of_steps, jnp.broadcast_to(shared, of_steps.shape[:2]))

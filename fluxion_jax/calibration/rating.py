@@ -107,6 +107,9 @@ def choose_safety(
     best, found = np.inf, (float(logit.max()) + 1.0, _MOST_MARGIN)
     for quantile in _QUANTILES:
         streaming = round(quantile * len(logit))
+        if streaming < len(logit):
+            # A threshold cannot tell equal logits apart: either all of them stream or none.
+            streaming = int((logit > logit[order[streaming]]).sum())
         left = allowed - int(retrieves[order[:streaming]].sum())
         if left < 0:
             break

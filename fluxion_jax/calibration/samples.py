@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +24,12 @@ from tqdm import tqdm
 from fluxion_jax.attention import Execution
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.calibration.texts import CalibrationText
+from fluxion_jax.evaluation.fingerprints import digest
 from fluxion_jax.evaluation.labels import make_labels
 from fluxion_jax.generation import prefill
 from fluxion_jax.jitting import jit
 from fluxion_jax.models.load import LoadedModel
-from fluxion_jax.policy.features import head_features
+from fluxion_jax.policy.features import NAMES, head_features
 from fluxion_jax.policy.fixed_policy import full
 from fluxion_jax.policy.protocol import Features, Plan, Policy
 from fluxion_jax.policy.split import Split, one_sided
@@ -35,6 +37,8 @@ from fluxion_jax.session import cache_dtype, show_progress
 
 # What a prompt's end told of the heads is as old as the generation is long: stretches alternate.
 _AGES_TOKENS = (0, 16, 64, 256)
+SAMPLES = "samples"
+"""Folder of the samples, beside the weights."""
 
 
 class HeadSamples(NamedTuple):
@@ -91,6 +95,8 @@ def collect_samples(
     steps: int,
     tolerances: Sequence[float],
     chunk_tokens: int,
+    folder: Path | None = None,
+    identity: str = "",
     progress: bool | None = None,
 ) -> HeadSamples:
     """Runs texts through the model twice: densely for labels, and step by step for features.
@@ -101,57 +107,103 @@ def collect_samples(
       steps: consecutive decode steps at each position.
       tolerances: of the output error.
       chunk_tokens: tokens that one compiled call prefills.
+      folder: where the samples of each text are kept, and not made again; None keeps none.
+      identity: of the model, from `model_identity`; part of the names of what is kept.
       progress: show a progress bar; None shows it on a terminal.
     """
     limits = tuple(sorted(tolerances))
     layout = model.config.kv_layout(cache_dtype(model.model), sketch=True)
     capacity = max(len(text.tokens) for text in texts)
-    cache = HostKV.allocate(layout, 1, capacity)
-    features, budgets, host_tokens, of_text, of_stretch = [], [], [], [], []
+    cache: HostKV | None = None
+    found: list[_Part] = []
     stretches = 0
     bar = tqdm(texts, desc="samples", unit="text", disable=not show_progress(progress))
-    for index, text in enumerate(bar):
+    for text in bar:
         bar.set_postfix_str(text.name)
-        labels = make_labels(
-            model,
-            text.tokens,
-            text.first_positions,
-            steps=steps,
-            tolerances=limits,
-            progress=False,
+        ages = [
+            _AGES_TOKENS[(stretches + i) % len(_AGES_TOKENS)]
+            for i in range(len(text.first_positions))
+        ]
+        stretches += len(ages)
+        name = digest(
+            identity=identity,
+            features=NAMES,
+            text=(text.tokens, text.first_positions),
+            how=(ages, steps, limits, chunk_tokens, capacity),
         )
-        cache = cache.reset()
-        for first, label in zip(text.first_positions, labels, strict=True):
-            age = _AGES_TOKENS[stretches % len(_AGES_TOKENS)]
-            _read(model, text.tokens, cache, max(int(cache.lengths[0]), first - age), chunk_tokens)
-            # A copy: prefill consumes the cache.
-            probed = jax.tree.map(jnp.copy, cache.sketch)
-            _read(model, text.tokens, cache, first, chunk_tokens)
-            cache.sketch = tuple(
-                new._replace(
-                    probe_q=old.probe_q, probes=old.probes, probe_position=old.probe_position
-                )
-                for old, new in zip(probed, cache.sketch, strict=True)
-            )
-            for step, token in enumerate(text.tokens[first : first + steps]):
-                seen, recorded = _record(model, cache, token)
-                cache.adopt(seen)
-                features.append(np.asarray(recorded[:, 0]))
-                budgets.append(label.budget_tokens[:, :, :, step])
-                host_tokens.append(label.host_tokens)
-                of_text.append(index)
-                of_stretch.append(stretches)
-            cache.check()
-            stretches += 1
+        part = _kept(folder, name)
+        if part is None:
+            cache = HostKV.allocate(layout, 1, capacity) if cache is None else cache.reset()
+            part = _collect(model, text, cache, ages, steps, limits, chunk_tokens)
+            _keep(folder, name, part)
+        found.append(part)
+    own = [np.repeat(np.arange(len(text.first_positions)), steps) for text in texts]
+    before = np.cumsum([0, *(len(text.first_positions) for text in texts)])
     return HeadSamples(
-        np.stack(features),
-        np.stack(budgets),
-        np.asarray(host_tokens, np.int32),
-        np.asarray(of_text, np.int32),
-        np.asarray(of_stretch, np.int32),
+        *(np.concatenate([part[i] for part in found]) for i in range(3)),
+        np.repeat(np.arange(len(texts)), [len(x) for x in own]).astype(np.int32),
+        np.concatenate([x + first for x, first in zip(own, before, strict=False)]).astype(np.int32),
         layout.global_layers,
         limits,
     )
+
+
+class _Part(NamedTuple):
+    """What one text brings; see `HeadSamples`."""
+
+    features: npt.NDArray[np.float32]
+    budget_tokens: npt.NDArray[np.int32]
+    host_tokens: npt.NDArray[np.int32]
+
+
+def _collect(
+    model: LoadedModel,
+    text: CalibrationText,
+    cache: HostKV,
+    ages: Sequence[int],
+    steps: int,
+    tolerances: Sequence[float],
+    chunk_tokens: int,
+) -> _Part:
+    labels = make_labels(
+        model, text.tokens, text.first_positions, steps=steps, tolerances=tolerances, progress=False
+    )
+    features, budgets, host_tokens = [], [], []
+    for first, age, label in zip(text.first_positions, ages, labels, strict=True):
+        _read(model, text.tokens, cache, max(int(cache.lengths[0]), first - age), chunk_tokens)
+        # A copy: prefill consumes the cache.
+        probed = jax.tree.map(jnp.copy, cache.sketch)
+        _read(model, text.tokens, cache, first, chunk_tokens)
+        cache.sketch = tuple(
+            new._replace(probe_q=old.probe_q, probes=old.probes, probe_position=old.probe_position)
+            for old, new in zip(probed, cache.sketch, strict=True)
+        )
+        for step, token in enumerate(text.tokens[first : first + steps]):
+            seen, recorded = _record(model, cache, token)
+            cache.adopt(seen)
+            features.append(np.asarray(recorded[:, 0]))
+            budgets.append(label.budget_tokens[:, :, :, step])
+            host_tokens.append(label.host_tokens)
+        cache.check()
+    return _Part(np.stack(features), np.stack(budgets), np.asarray(host_tokens, np.int32))
+
+
+def _kept(folder: Path | None, name: str) -> _Part | None:
+    path = None if folder is None else folder / f"{name}.npz"
+    if path is None or not path.is_file():
+        return None
+    with np.load(path) as arrays:
+        return _Part(*(arrays[field] for field in _Part._fields))
+
+
+def _keep(folder: Path | None, name: str, part: _Part) -> None:
+    """Writes a file that is either whole or not there."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{name}.part.npz"
+    np.savez(partial, **part._asdict())
+    partial.replace(folder / f"{name}.npz")
 
 
 def _read(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fluxion_jax.demo import DEMO_TOPICS
+from fluxion_jax.demo import DEMO_TOPICS, long_text
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.evaluation.tasks import TASKS, make_sample
 from fluxion_jax.models.load import LoadedModel
@@ -25,7 +25,36 @@ from fluxion_jax.models.load import LoadedModel
 _ALIGNMENT_TOKENS = 16
 # Evaluations count from 0 and frozen protocols use larger seeds still.
 _FIRST_SEED = 500_000
-_MODULES = ("typing", "argparse", "inspect", "tarfile", "statistics", "difflib", "doctest", "ast")
+_MODULES = (
+    "typing",
+    "argparse",
+    "inspect",
+    "tarfile",
+    "statistics",
+    "difflib",
+    "doctest",
+    "ast",
+    "turtle",
+    "_pydecimal",
+    "pydoc",
+    "unittest.mock",
+    "subprocess",
+    "asyncio.base_events",
+    "mailbox",
+    "pickletools",
+    "http.client",
+    "logging",
+    "zipfile",
+    "datetime",
+    "ssl",
+    "shutil",
+    "enum",
+    "smtplib",
+)
+# Answers are wanted far and near: after the whole length, half of it and a quarter.
+_SHORTER = (1, 2, 4)
+# Coprime to the number of tasks: whatever part of the texts is taken, its tasks differ in kind.
+_TASK_STRIDE = 5
 _SUFFIXES = {".txt", ".md", ".rst", ".py", ".json"}
 
 
@@ -56,9 +85,10 @@ def calibration_texts(
 
     Args:
       model: its tokenizer counts the tokens.
-      length_tokens: of each text.
+      length_tokens: of every third text; others are half and a quarter as long.
       count: texts in all; without `data` every other one is a question.
-      points: stretches of each text; a question has one more, where its answer begins.
+      points: stretches of each text; in a question the last is where its answer begins, and one
+        more lies further on in a long answer.
       steps: of a stretch.
       data: a UTF-8 file, or a folder of which text, Markdown, Python and JSON files are read; None
         takes the standard library and questions.
@@ -77,14 +107,19 @@ def calibration_texts(
             f"{length_tokens}; change it"
         )
     num_questions = count // 2 if data is None else 0
-    prose = _prose(model, length_tokens, count - num_questions, data)
+
+    def lengths(number: int) -> list[int]:
+        shares = (_SHORTER[i % len(_SHORTER)] for i in range(number))
+        return [max(length_tokens // share, shortest) for share in shares]
+
     texts = [
-        CalibrationText(
-            f"text {i}", tokens, _positions(length_tokens, points, steps, shortest // 2)
-        )
-        for i, tokens in enumerate(prose)
+        CalibrationText(f"text {i}", tokens, _positions(len(tokens), points, steps, shortest // 2))
+        for i, tokens in enumerate(_prose(model, lengths(count - num_questions), data))
     ]
-    questions = [_question(model, length_tokens, i, points, steps) for i in range(num_questions)]
+    questions = [
+        _question(model, length, i, points, steps)
+        for i, length in enumerate(lengths(num_questions))
+    ]
     # Interleaved, so that each part of a split has both kinds.
     mixed = [x for pair in zip(texts, questions, strict=False) for x in pair]
     return mixed + texts[len(questions) :]
@@ -101,43 +136,64 @@ def _question(
     model: LoadedModel, length_tokens: int, index: int, points: int, steps: int
 ) -> CalibrationText:
     assert model.tokenizer is not None
-    task = sorted(TASKS)[index % len(TASKS)]
-    sample = make_sample(task, model.tokenizer, length_tokens, _FIRST_SEED + index)
+    task = sorted(TASKS)[index * _TASK_STRIDE % len(TASKS)]
+    # The repeated answer must find room in the model's context.
+    fits = model.config.max_context_tokens - _ALIGNMENT_TOKENS - steps
+    sample = make_sample(task, model.tokenizer, min(length_tokens, fits), _FIRST_SEED + index)
     prompt = list(sample.tokens)
     # The last token of the prompt is the first that a generation decodes.
     prompt = prompt[(len(prompt) - 1) % _ALIGNMENT_TOKENS :]
     answer = model.tokenizer.encode(" " + ", ".join(sample.references) + ".\n")
-    answer = (answer * steps)[:steps]
     layout = model.config.kv_layout()
     first = layout.sink_tokens + layout.recent_tokens
     positions = _positions(len(prompt) - 2 * steps, max(points - 1, 1), steps, first)
-    return CalibrationText(task, prompt + answer, [*positions, len(prompt) - 1])
+    positions.append(len(prompt) - 1)
+    if len(answer) >= _ALIGNMENT_TOKENS + steps:
+        positions.append(len(prompt) - 1 + _ALIGNMENT_TOKENS)
+    # A short answer is followed by itself: heads must have something to do in every step.
+    tokens = prompt + (answer * (_ALIGNMENT_TOKENS + steps))[: _ALIGNMENT_TOKENS + steps]
+    return CalibrationText(task, tokens, positions)
 
 
-def _prose(
-    model: LoadedModel, length_tokens: int, count: int, data: Path | None
-) -> list[list[int]]:
+def _prose(model: LoadedModel, lengths: Sequence[int], data: Path | None) -> list[list[int]]:
     assert model.tokenizer is not None
     found: list[list[int]] = []
+    longest = max(lengths)
     for text in _standard_library() if data is None else _files(data):
         tokens = model.tokenizer.encode(text)
-        for start in range(0, len(tokens) - length_tokens + 1, length_tokens):
-            found.append(tokens[start : start + length_tokens])
-        if data is None and len(found) >= count:
-            break
-    if len(found) < count:
+        for start in range(0, len(tokens) - longest + 1, longest):
+            found.append(tokens[start : start + longest])
+    if len(found) < len(lengths):
         raise ConfigError(
-            f"expected text for {count} sequences of {length_tokens} tokens, got {len(found)}; "
+            f"expected text for {len(lengths)} sequences of {longest} tokens, got {len(found)}; "
             "give more or longer files, or ask for fewer or shorter sequences"
         )
     # Spread over all there is.
-    return [found[i] for i in np.linspace(0, len(found) - 1, count).astype(int)]
+    chosen = np.linspace(0, len(found) - 1, len(lengths)).astype(int)
+    return [found[i][:length] for i, length in zip(chosen, lengths, strict=True)]
 
 
 def _standard_library() -> Iterator[str]:
-    """Prose that the demo and the evaluation leave out, then source code."""
+    """Prose that the demo and the evaluation leave out, and source code."""
     topics = importlib.import_module("pydoc_data.topics").topics
-    yield "\n\n".join(topics[name] for name in sorted(topics) if name not in DEMO_TOPICS)
+    # Topics repeat each other in part.
+    taken = set(map(_words, long_text().split("\n\n")))
+    paragraphs = (
+        paragraph
+        for name in sorted(topics)
+        if name not in DEMO_TOPICS
+        for paragraph in topics[name].split("\n\n")
+    )
+    yield "\n\n".join(p for p in paragraphs if _words(p) not in taken)
+    # Modules that are shorter than a text would be of no use alone.
+    yield "\n\n".join(_sources())
+
+
+def _words(paragraph: str) -> str:
+    return " ".join(paragraph.split())
+
+
+def _sources() -> Iterator[str]:
     for name in _MODULES:
         found = importlib.util.find_spec(name)
         if found is not None and found.origin is not None:

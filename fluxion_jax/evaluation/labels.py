@@ -11,7 +11,9 @@ U units, S host tokens, H head size.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -135,7 +137,6 @@ def make_labels(
         )
     limits = tuple(sorted(tolerances))
     positions = np.concatenate([np.arange(p, p + steps) for p in first_positions])
-    found: list[list[tuple[Array, Array, Array]]] = [[] for _ in first_positions]
     layers = tqdm(
         capture(model.model, np.asarray(tokens, np.int32), positions),
         total=len(layout.global_layers),
@@ -143,18 +144,28 @@ def make_labels(
         unit="layer",
         disable=not show_progress(progress),
     )
-    for layer in layers:
-        for i, first in enumerate(first_positions):
-            end = first + steps
-            own = Captured(
-                layer.q[i * steps : (i + 1) * steps],
-                layer.k[:, :end],
-                layer.v[:, :end],
-                layer.scale,
-            )
-            sinks = layout.sink_tokens
-            host = slice(sinks, sinks + host_tokens(layout, first))
-            found[i].append(label_layer(own, np.arange(first, end), host, limits))
+    sinks = layout.sink_tokens
+    # NumPy lets other threads run, and the device goes on with the next layer meanwhile.
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = [
+            [
+                pool.submit(
+                    label_layer,
+                    Captured(
+                        layer.q[i * steps : (i + 1) * steps],
+                        layer.k[:, : first + steps],
+                        layer.v[:, : first + steps],
+                        layer.scale,
+                    ),
+                    np.arange(first, first + steps),
+                    slice(sinks, sinks + host_tokens(layout, first)),
+                    limits,
+                )
+                for i, first in enumerate(first_positions)
+            ]
+            for layer in layers
+        ]
+        labelled = [[future.result() for future in per_layer] for per_layer in found]
     return [
         Labels(
             first,
@@ -164,7 +175,7 @@ def make_labels(
             np.stack([error for _, _, error in per_layer]).astype(np.float32),
             host_tokens(layout, first),
         )
-        for first, per_layer in zip(first_positions, found, strict=True)
+        for first, per_layer in zip(first_positions, zip(*labelled, strict=True), strict=True)
     ]
 
 

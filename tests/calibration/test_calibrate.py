@@ -98,7 +98,7 @@ def test_the_report_is_a_table_and_a_figure(fitted):
     json.dumps(report, allow_nan=False)
 
 
-def test_features_are_recorded_where_labels_are(tmp_path):
+def test_features_are_recorded_where_labels_are(tmp_path, monkeypatch):
     model = tiny.llama()
     loaded = LoadedModel(model, None, model.config, "tiny")
     (tokens,) = tiny.prompts([560])
@@ -109,6 +109,7 @@ def test_features_are_recorded_where_labels_are(tmp_path):
         steps=3,
         tolerances=TOLERANCES,
         chunk_tokens=64,
+        folder=tmp_path / "samples",
         progress=False,
     )
     layers, heads = model.config.num_layers, model.config.num_heads
@@ -124,6 +125,19 @@ def test_features_are_recorded_where_labels_are(tmp_path):
     # The last was wanted at 256 tokens; there the text before it had been decoded already.
     ages = [[a + i for i in (1, 2, 3)] for a in (0, 16, 64, 192)]
     np.testing.assert_allclose(age, np.log2(1 + np.ravel(ages)), rtol=1e-6)
+
+    def made_again(*_, **__):
+        raise AssertionError
+
+    # A calibration that was interrupted goes on with the text that it lacks.
+    monkeypatch.setattr("fluxion_jax.calibration.samples.make_labels", made_again)
+    options = {"steps": 3, "tolerances": TOLERANCES, "folder": tmp_path / "samples"}
+    texts = [text, text._replace(name="again")]
+    again = collect_samples(loaded, texts, chunk_tokens=64, progress=False, **options)
+    for a, b in zip(jax.tree.leaves(samples), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(AssertionError):
+        collect_samples(loaded, texts, chunk_tokens=128, progress=False, **options)
 
     settings = Settings(tolerances=TOLERANCES, training_steps=50)
     policy, _ = fit(samples._replace(text=samples.stretch), settings, layers, heads, progress=False)

@@ -83,3 +83,15 @@ def test_where_few_heads_need_anything_most_of_them_get_it():
     assert rated[0].missed == 1.0
     assert rated[1].missed <= 0.1
     assert rated[1].given_fraction > rated[0].given_fraction
+
+
+def test_equal_logits_stream_together():
+    # A class that is only yes or no, as the label of the step before is.
+    streams = np.arange(1000) % 4 > 0
+    needed = np.where(streams[:, None], -np.inf, np.log2(256 / HOST)) * np.ones(4)
+    predicted = np.full((1000, 4), np.log2(256 / HOST))
+    logit = streams.astype(float)
+    threshold, margin = choose_safety(logit, predicted, needed, hosts(1000), 0.01, 1.0)
+    rating = rate(with_safety(logit, predicted, threshold, margin), needed, hosts(1000))
+    assert rating.accuracy == 1
+    assert rating.over_provisioning == pytest.approx(1)

@@ -13,14 +13,27 @@
 #   device      block-sparse kernels against the buses   machine    ceilings of this machine
 #   step        decode steps at the shapes of 7B and 8B  prefill    chunked prefill
 #   evaluate    the headline table, oracles included
+#   calibrate   weights of the policy fluxion for each of MODELS, packed into $OUT/weights-MODEL.tgz
+#   quality     fluxion's tolerances on the headline table's prompts, beside fixed and oracle
+#   text        real text under fluxion's tolerances for each of MODELS
 #
-# Variables: LIMIT_S (of every part named, default 300), PYTHON, QUICK=--quick.
+# Variables: LIMIT_S (of every part named, default 300), PYTHON, QUICK=--quick. For the last three:
+# MODELS (default recall-12m; names or .gguf files), TEXTS and LENGTH of a calibration (56, 16384),
+# CALIBRATE (more of its options), TOLERANCES, POLICIES (what they are compared with), SAMPLES (of
+# each task and length, ascending multiples of the protocol's batch of 8: each is a table of its own,
+# and the next one goes on from it), PROTOCOL (more options of what is evaluated, such as --task),
+# TEXT (options of the evaluation of real text).
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 OUT=${OUT:-benchmarks/results} PYTHON=${PYTHON:-python3} QUICK=${QUICK:-} limit=${LIMIT_S:-300}
+MODELS=${MODELS:-recall-12m} TOLERANCES=${TOLERANCES:-0.02 0.05 0.1 0.15 0.2 0.3 0.5}
+POLICIES=${POLICIES:-full fixed:16:0.05 fixed:16:0.05:group fixed:32:0.05 oracle:0.1 oracle:0.2 oracle:0.3}
+SAMPLES=${SAMPLES:-40 120 400} PROTOCOL=${PROTOCOL:-} TEXT=${TEXT:---length 8192 --samples 16}
 mkdir -p "$OUT"
+# Programs are compiled once, whatever part or table needs them.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/xla}
 
 run() { # run NAME COMMAND...
   local name=$1
@@ -42,6 +55,43 @@ bench() { # bench NAME OPTION...
   shift
   run "$name" "$PYTHON" -m fluxion_jax bench "$name" --output "$OUT/$name" "$@"
 }
+name_of() { basename "$1" .gguf; }
+fluxions() { # fluxions MODEL: the options that name its tolerances
+  local tolerance
+  for tolerance in $TOLERANCES; do
+    printf -- '--policy fluxion:tolerance=%s:weights=%s ' "$tolerance" "$OUT/calibrate/$(name_of "$1")"
+  done
+}
+calibrate() { # calibrate MODEL
+  local name folder
+  name=$(name_of "$1") folder=$OUT/calibrate/$(name_of "$1")
+  run "calibrate-$name" "$PYTHON" -m fluxion_jax calibrate --model "$1" --output "$folder" \
+    --length "${LENGTH:-16384}" --texts "${TEXTS:-56}" ${CALIBRATE:-}
+  if [ -f "$folder/calibration.json" ]; then
+    cp "$folder/calibrate.json" "$OUT/calibrate-$name.json"
+    tar -C "$folder" -czf "$OUT/weights-$name.tgz" --exclude samples .
+  fi
+}
+quality() { # quality SAMPLES
+  local policy policies=
+  for policy in $POLICIES; do policies+="--policy $policy "; done
+  run "quality-$1" "$PYTHON" -m fluxion_jax evaluate --shared-prefix --workers "$(($(nproc) - 1))" \
+    --protocol benchmarks/protocol.json --samples "$1" $policies $(fluxions recall-12m) $PROTOCOL \
+    --output "$OUT/evaluate"
+  # Every single answer is in the cells; a table is what is committed.
+  "$PYTHON" -c 'import json, sys
+report = json.load(open(sys.argv[1]))
+report["samples"] = []
+json.dump(report, open(sys.argv[2], "w"), indent=1)' "$OUT/evaluate/evaluate.json" "$OUT/quality-$1.json"
+  cp "$OUT/evaluate/evaluate-quality.png" "$OUT/quality-$1.png"
+}
+text() { # text MODEL
+  local name
+  name=$(name_of "$1")
+  run "text-$name" "$PYTHON" -m fluxion_jax evaluate --model "$1" --task real_text $TEXT \
+    --policy full --policy fixed:16:0.05 $(fluxions "$1") --output "$OUT/text/$name"
+  cp "$OUT/text/$name/evaluate.json" "$OUT/text-$name.json"
+}
 
 run build "$PYTHON" tools/build_native.py
 for part in "$@"; do
@@ -57,6 +107,9 @@ for part in "$@"; do
       run evaluate "$PYTHON" -m fluxion_jax evaluate --shared-prefix --workers "$(($(nproc) - 2))" \
         --protocol benchmarks/protocol.json --output "$OUT/evaluate"
       ;;
+    calibrate) for model in $MODELS; do calibrate "$model"; done ;;
+    quality) for samples in $SAMPLES; do quality "$samples"; done ;;
+    text) for model in $MODELS; do text "$model"; done ;;
     *)
       echo "expected a part out of those at the top of $0, got $part" >&2
       exit 2

@@ -76,7 +76,11 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--prompt-file", required=True, metavar="F", help="file with the prompt; - for stdin"
     )
-    parser.add_argument("--policy", default="full", help="full, fluxion, or such as fixed:16:0.05")
+    parser.add_argument(
+        "--policy",
+        help="full, fluxion, or such as fixed:16:0.05; default fluxion for a model with calibrated "
+        "weights, else full",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus, used above 0 only")
@@ -120,7 +124,11 @@ def _add_evaluate(commands: Any) -> None:
         "or folder; --task picks tasks, --length truncates in the middle",
     )
     parser.add_argument(
-        "--protocol", type=Path, metavar="F", help="a frozen protocol says what to evaluate"
+        "--protocol",
+        type=Path,
+        metavar="F",
+        help="a frozen protocol says what to evaluate; --task, --length and --samples take a part "
+        "of it, --policy names other policies",
     )
     parser.add_argument("--chat", action="store_true", help="prompts of --data as a user's message")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
@@ -260,12 +268,14 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.calibration.storage import default_policy
     from fluxion_jax.generation import generate
     from fluxion_jax.models.load import load_model
     from fluxion_jax.policy import check_policy, parse_policy, parse_split
     from fluxion_jax.sampling import greedy, top_p
 
-    check_policy(arguments.policy)
+    if arguments.policy is not None:
+        check_policy(arguments.policy)
     split = parse_split(arguments.split)
     sampling = (
         top_p(arguments.top_p, temperature=arguments.temperature, top_k=arguments.top_k)
@@ -276,7 +286,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.model)
     if model.tokenizer is None:
         raise ConfigError(f"expected a model with a tokenizer, got {arguments.model} without one")
-    policy = parse_policy(arguments.policy, model)
+    if arguments.policy is None:
+        policy = default_policy(model)
+    else:
+        policy = parse_policy(arguments.policy, model)
     if arguments.chat:
         prompt = model.tokenizer.chat([{"role": "user", "content": text}])
     else:
@@ -334,7 +347,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from fluxion_jax.evaluation import runner
     from fluxion_jax.evaluation.data import load_data
     from fluxion_jax.evaluation.figures import depth_figure, quality_figure
-    from fluxion_jax.evaluation.protocol import check_prompts, load_protocol
+    from fluxion_jax.evaluation.protocol import check_prompts, load_protocol, part_of
     from fluxion_jax.evaluation.report import render
     from fluxion_jax.models.load import load_model
     from fluxion_jax.plotting import require_matplotlib
@@ -362,6 +375,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.protocol is not None:
         settings, document = load_protocol(
             arguments.protocol, shared_prefix=arguments.shared_prefix
+        )
+        settings = part_of(
+            settings,
+            policies=arguments.policy,
+            tasks=arguments.task,
+            lengths_tokens=arguments.length,
+            samples=arguments.samples,
         )
         model = load_model(model)
         checked = check_prompts(model, settings, document)

@@ -65,7 +65,7 @@ def generate(
     model: Any,
     prompts: Prompts,
     *,
-    policy: str | Policy = "full",
+    policy: str | Policy | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] | None = None,
@@ -82,7 +82,9 @@ def generate(
       model: a `models.LoadedModel`, a `models.Decoder`, or an NNX module with the same
         `prefill_chunk` and `decode_step`.
       prompts: one list of token ids, or one per row.
-      policy: what each head may read, a name such as `"full"` or `"fixed:16:0.05"`, or an object.
+      policy: what each head may read, a name such as `"full"` or `"fixed:16:0.05"`, or an object;
+        None for `"fluxion"` where there are calibrated weights for the model, and `"full"`
+        elsewhere. A given cache that keeps no sketch is read by `"full"` too.
       max_new_tokens: at most so many tokens per row.
       sampling: how tokens are drawn; None for `greedy()`.
       stop_tokens: tokens that end a row; None for those of a loaded model, else none.
@@ -166,7 +168,7 @@ def stream(model: Any, prompts: Prompts, **options: Any) -> Iterator[Step]:
     """
     unset = dict.fromkeys(("sampling", "stop_tokens", "cache", "split", "execution"))
     options = {
-        "policy": "full",
+        "policy": None,
         "max_new_tokens": 128,
         "seed": 0,
         "chunk_tokens": CHUNK_TOKENS,

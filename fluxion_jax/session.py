@@ -34,6 +34,7 @@ from fluxion_jax.compilations import compilations
 from fluxion_jax.decode import NO_TOKEN, Steps, decode_chunk, prefill_chunk
 from fluxion_jax.errors import FluxionError, refused_by_name
 from fluxion_jax.interrupt import cancel_word, interrupt_held, wait
+from fluxion_jax.policy.fixed_policy import full
 from fluxion_jax.policy.parse import parse_policy
 from fluxion_jax.policy.protocol import Policy, needs_sketch
 from fluxion_jax.policy.split import Split, parse_split
@@ -57,7 +58,7 @@ class Session:
         model: Any,
         prompts: Prompts,
         *,
-        policy: str | Policy,
+        policy: str | Policy | None,
         max_new_tokens: int,
         sampling: Sampling | None,
         stop_tokens: Sequence[int] | None,
@@ -74,7 +75,7 @@ class Session:
         self.model = unwrap(model)
         self.rows = check_prompts(prompts, self.model)
         self.forced = forced
-        self.policy = parse_policy(policy, model)
+        self.policy = _default(model, cache) if policy is None else parse_policy(policy, model)
         self.split = parse_split(split)
         self.sampling = sampling or greedy()
         if stop_tokens is None:
@@ -238,6 +239,16 @@ def _finish(cache: HostKV, new: HostKV, outputs: Any, held: list[Any]) -> None:
 def unwrap(model: Any) -> Any:
     """The NNX module of a loaded model; a module is one itself, whatever its attributes."""
     return model if isinstance(model, nnx.Module) else getattr(model, "model", model)
+
+
+def _default(model: Any, cache: HostKV | None) -> Policy:
+    """What a model without a policy's name gets; a cache says whether it can be looked at."""
+    # Only needed here, and slow to import.
+    from fluxion_jax.calibration.storage import default_policy
+
+    policy = default_policy(model)
+    seen = cache is None or bool(cache.sketch) or not cache.num_host_blocks
+    return policy if seen or not needs_sketch(policy) else full()
 
 
 def show_progress(progress: bool | None) -> bool:

@@ -9,6 +9,7 @@ record names a whole version.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -23,8 +24,10 @@ from flax import nnx
 
 from fluxion_jax.errors import ConfigError, FluxionError, IntegrityError
 from fluxion_jax.policy.features import NAMES
+from fluxion_jax.policy.fixed_policy import full
 from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE, FluxionPolicy, Safety
 from fluxion_jax.policy.head_predictor import HeadPredictor
+from fluxion_jax.policy.protocol import Policy
 
 FORMAT = 1
 RECORD = "calibration.json"
@@ -59,8 +62,12 @@ def _path_text(item: tuple[Any, Any]) -> str:
 
 def kept_folder(identity: str) -> Path:
     """Where `fluxion calibrate` keeps weights by default, and `fluxion` looks for them."""
+    return _kept_root() / identity[:16]
+
+
+def _kept_root() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fluxion_jax" / "calibration" / identity[:16]
+    return cache / "fluxion_jax" / "calibration"
 
 
 def find_calibration(model: nnx.Module, config: Any) -> Path:
@@ -70,14 +77,41 @@ def find_calibration(model: nnx.Module, config: Any) -> Path:
       ConfigError: there are none.
     """
     identity = model_identity(model, config)
-    places = [kept_folder(identity), SHIPPED / identity[:16]]
-    for place in places:
-        if (place / RECORD).is_file():
-            return place
-    raise ConfigError(
-        f"expected calibrated weights for this model ({identity[:16]}) in {places[0]}, got none; "
-        "run: fluxion calibrate --model MODEL, or choose a policy such as fixed:16:0.05"
-    )
+    place = _place(identity)
+    if place is None:
+        raise ConfigError(
+            f"expected calibrated weights for this model ({identity[:16]}) in "
+            f"{kept_folder(identity)}, got none; run: fluxion calibrate --model MODEL, or choose a "
+            "policy such as fixed:16:0.05"
+        )
+    return place
+
+
+def _place(identity: str) -> Path | None:
+    places = (kept_folder(identity), SHIPPED / identity[:16])
+    return next((place for place in places if (place / RECORD).is_file()), None)
+
+
+def default_policy(model: Any) -> Policy:
+    """`fluxion` for a model with calibrated weights, else `full`.
+
+    Args:
+      model: a `LoadedModel`, or a decoder with its `config`; any other object has no weights.
+
+    Raises:
+      IntegrityError: there are weights, and they are damaged.
+    """
+    roots = (_kept_root(), SHIPPED)
+    # Where nothing was ever calibrated, no model needs to be identified.
+    if not any(True for root in roots for _ in root.glob(f"*/{RECORD}")):
+        return full()
+    network = model if isinstance(model, nnx.Module) else getattr(model, "model", model)
+    config = getattr(network, "config", None)
+    if not isinstance(network, nnx.Module) or config is None:
+        return full()
+    identity = model_identity(network, config)
+    place = _place(identity)
+    return full() if place is None else load_calibration(place, identity)
 
 
 def save_calibration(
@@ -128,8 +162,6 @@ def load_calibration(folder: Path, identity: str, tolerance: float | None = None
       ConfigError: nothing there, they belong to another model, or the tolerance is out of range.
       IntegrityError: a file is missing, changed, or of another format.
     """
-    import orbax.checkpoint as ocp
-
     path = folder / RECORD
     if not path.is_file():
         raise ConfigError(
@@ -158,12 +190,20 @@ def load_calibration(folder: Path, identity: str, tolerance: float | None = None
             f"expected the files that {path} lists, got others in {folder / version}; take another "
             "copy or calibrate again"
         )
-    arrays = ocp.PyTreeCheckpointer().restore((folder / version).absolute())
-    policy = _policy(arrays)
+    policy = _policy(_restored((folder / version).absolute()))
     if tolerance is None:
         known = policy.safety.tolerances
         tolerance = float(np.clip(DEFAULT_TOLERANCE, known[0], known[-1]))
     return policy.with_tolerance(tolerance)
+
+
+# A version is written once under a name of its own, and orbax takes a while to read one.
+@functools.lru_cache(maxsize=8)
+def _restored(version: Path) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    found: dict[str, np.ndarray] = ocp.PyTreeCheckpointer().restore(version)
+    return found
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -31,6 +31,10 @@ from fluxion_jax.modules import dense_attention
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.session import CHUNK_TOKENS
 
+# Prompts and answers of similar length share a compiled program.
+_PADDED_TOKENS = 1024
+_LEAST_SLOTS = 32
+
 
 class Counts(NamedTuple):
     """Exact counts per branch, int32 `[V]`, summed over layers, steps, rows and KV heads.
@@ -115,7 +119,8 @@ def run_branches(
             f"{capacity_tokens}; name a larger one, or None"
         )
     capacity_blocks = layout.host_blocks(capacity_tokens)
-    padded = branch_attention.padded_tokens(layout, int(lengths.max()))
+    padded = -(-int(lengths.max()) // _PADDED_TOKENS) * _PADDED_TOKENS
+    padded = branch_attention.padded_tokens(layout, padded)
     ids = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, : lengths[row]] = prompt[:-1]
@@ -131,7 +136,8 @@ def run_branches(
         jnp.asarray([p[-1] for p in prompts], jnp.int32),
         kinds(policies),
         jnp.asarray(stop_tokens, jnp.int32),
-        max_new_tokens,
+        jnp.asarray(max_new_tokens, jnp.int32),
+        max(_LEAST_SLOTS, 1 << (max_new_tokens - 1).bit_length()),
         layout,
         dense_below_tokens,
         capacity_blocks,
@@ -206,7 +212,7 @@ class _Carry(NamedTuple):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graph", "max_new_tokens", "layout", "dense_below_tokens", "capacity_blocks"),
+    static_argnames=("graph", "slots", "layout", "dense_below_tokens", "capacity_blocks"),
 )
 def _decode(
     graph: Any,
@@ -216,7 +222,8 @@ def _decode(
     first: jax.Array,
     policies: tuple[Kind, ...],
     stop_tokens: jax.Array,
-    max_new_tokens: int,
+    max_new_tokens: jax.Array,
+    slots: int,
     layout: KVLayout,
     dense_below_tokens: int,
     capacity_blocks: int,
@@ -224,7 +231,7 @@ def _decode(
     model = nnx.merge(graph, params)
     batch, branches = lengths.shape[0], sum(len(kind.branches) for kind in policies)
     kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
-    empty = jnp.zeros((batch, branches, kv_heads, max_new_tokens, head_dim), layout.jax_dtype)
+    empty = jnp.zeros((batch, branches, kv_heads, slots, head_dim), layout.jax_dtype)
     none = jnp.zeros((branches,), jnp.int32)
 
     def step(carry: _Carry) -> _Carry:
@@ -284,7 +291,7 @@ def _decode(
         ),
         next_tokens=jnp.broadcast_to(first[:, None], (batch, branches)),
         finished=jnp.zeros((batch, branches), bool),
-        tokens=jnp.full((batch, branches, max_new_tokens), NO_TOKEN, jnp.int32),
+        tokens=jnp.full((batch, branches, slots), NO_TOKEN, jnp.int32),
         counts=Counts(none, none, none, none),
     )
     end = jax.lax.while_loop(unfinished, step, start)

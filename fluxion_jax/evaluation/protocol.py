@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,49 @@ def load_protocol(path: Path, *, shared_prefix: bool = False) -> tuple[Settings,
         values |= {"policies": (*values["policies"], *oracles), "shared_prefix": True}
     settings = Settings(**values)
     return settings, {**document, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def part_of(
+    settings: Settings,
+    *,
+    policies: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    lengths_tokens: Sequence[int] | None = None,
+    samples: int | None = None,
+) -> Settings:
+    """Fewer tasks, lengths or samples of a protocol, or other policies on its prompts.
+
+    Args:
+      settings: of the whole protocol.
+      policies: to evaluate instead; None for those of the protocol.
+      tasks: some of the protocol's; None for all.
+      lengths_tokens: likewise.
+      samples: the first so many of each task and length; None for all.
+
+    Raises:
+      ConfigError: the protocol has no such task or length, or fewer samples.
+    """
+    for name, asked, known in (
+        ("tasks", tasks, settings.tasks),
+        ("lengths", lengths_tokens, settings.lengths_tokens),
+    ):
+        unknown = [x for x in asked or () if x not in known]
+        if unknown:
+            raise ConfigError(
+                f"expected {name} of the protocol, out of {', '.join(map(str, known))}, got "
+                f"{unknown[0]}; leave it out, or evaluate without the protocol"
+            )
+    if samples is not None and not 1 <= samples <= settings.samples:
+        raise ConfigError(
+            f"expected 1 to {settings.samples} samples, as many as the protocol has, got {samples}"
+        )
+    return dataclasses.replace(
+        settings,
+        policies=tuple(policies or settings.policies),
+        tasks=tuple(tasks or settings.tasks),
+        lengths_tokens=tuple(lengths_tokens or settings.lengths_tokens),
+        samples=samples or settings.samples,
+    )
 
 
 def first_prompts(model: LoadedModel, settings: Settings) -> dict[str, str]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -155,3 +157,56 @@ def test_a_name_finds_the_weights_of_its_model(tmp_path, monkeypatch):
         parse_policy("fluxion:tolerance=0.5", model)
     with pytest.raises(fx.ConfigError, match="expected weights calibrated for this model"):
         parse_policy(f"fluxion:weights={tmp_path}/mine", tiny.llama(1))
+
+
+def test_a_model_with_shipped_weights_generates_with_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    monkeypatch.setattr(storage, "SHIPPED", tmp_path / "shipped")
+    model, rows = tiny.llama(), tiny.prompts()
+    options = {"max_new_tokens": 3, "chunk_tokens": tiny.CHUNK_TOKENS, "progress": False}
+
+    def generate(**given):
+        execution = fx.Execution(dense_below_tokens=0)
+        return fx.generate(model, rows, execution=execution, **options, **given)
+
+    assert generate().stats.read_fraction == 1
+    other = tiny.llama(1)
+    for network, seed in ((other, 1), (model, 2)):
+        identity = model_identity(network, network.config)
+        # Whose heads all stream.
+        never = Safety(*(np.asarray(x, np.float32) for x in ([0.05, 0.4], [-99, -99], [0, 0])))
+        made = dataclasses.replace(policy_of(seed), safety=never)
+        save_calibration(storage.SHIPPED / identity[:16], made, identity, {})
+    assert_equal(parse_policy("fluxion:tolerance=0.4", model), made)
+    default, named = generate(), generate(policy="fluxion")
+    for a, b in zip(default.tokens, named.tokens, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert default.cache.sketch
+    assert default.stats.read_fraction == named.stats.read_fraction == 0
+    # A cache without a sketch cannot be looked at.
+    without = generate(cache=tiny.new_cache(model))
+    assert without.stats.read_fraction == 1
+    # The user's own weights come before those that are shipped.
+    save_calibration(kept_folder(identity), policy_of(3), identity, {})
+    assert_equal(parse_policy("fluxion:tolerance=0.4", model), policy_of(3))
+    assert storage.default_policy(object()) == fx.full()
+    (version,) = kept_folder(identity).glob("version-*")
+    next(p for p in version.rglob("*") if p.is_file()).unlink()
+    with pytest.raises(fx.IntegrityError, match="expected the files that"):
+        generate()
+
+
+def test_weights_are_shipped_by_copying_them(tmp_path, capsys, monkeypatch):
+    spec = importlib.util.spec_from_file_location("ship_weights", ROOT / "tools/ship_weights.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(tool.ship, "__defaults__", (tmp_path / "shipped",))
+    report = {"settings": {"model": "tiny"}}
+    for seed in (1, 2):
+        save_calibration(tmp_path / "made", policy_of(seed), "0123456789abcdefgh", report)
+        (tmp_path / "made" / "samples").mkdir(exist_ok=True)
+        tool.main([str(tmp_path / "made")])
+    place = tmp_path / "shipped" / "0123456789abcdef"
+    assert_equal(load_calibration(place, "0123456789abcdefgh", 0.4), policy_of(2))
+    assert len(list(place.iterdir())) == 2
+    assert f"tiny: {place}" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def test_changed_prompts_are_refused(capsys, monkeypatch, tmp_path, model):
     assert seen == [settings]
     protocol = json.loads(capsys.readouterr().out)["protocol"]
     assert protocol == {"sha256": read["sha256"], "prompts_checked": True}
+    part = ["--policy", "fixed:16:0.3", "--task", "passkey", "--length", "640", "--samples", "8"]
+    assert cli.main([*arguments, *part]) == 0
+    assert seen[1:] == [dataclasses.replace(settings, policies=("fixed:16:0.3",), samples=8)]
+    assert json.loads(capsys.readouterr().out)["protocol"] == protocol
+    for option, value in (("--task", "vt"), ("--length", "1024"), ("--samples", "401")):
+        assert cli.main([*arguments, option, value]) == 2
+        assert "of the protocol" in capsys.readouterr().err or option == "--samples"
+    assert len(seen) == 2
     path.write_text(json.dumps({**document, "seed": 7, "prompts_sha256": frozen}))
     with pytest.raises(IntegrityError, match="got others for passkey:640"):
         check_prompts(loaded, *load_protocol(path))

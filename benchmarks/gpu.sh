@@ -32,8 +32,10 @@ MODELS=${MODELS:-recall-12m} TOLERANCES=${TOLERANCES:-0.02 0.05 0.1 0.15 0.2 0.3
 POLICIES=${POLICIES:-full fixed:16:0.05 fixed:16:0.05:group fixed:32:0.05 oracle:0.1 oracle:0.2 oracle:0.3}
 SAMPLES=${SAMPLES:-40 120 400} PROTOCOL=${PROTOCOL:-} TEXT=${TEXT:---length 8192 --samples 16}
 mkdir -p "$OUT"
-# Programs are compiled once, whatever part or table needs them.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/xla}
+# Programs are compiled once, whatever part or table needs them. JAX 0.12 dies at times over that.
+if "$PYTHON" -c 'import jax, sys; sys.exit(jax.__version_info__ >= (0, 12))'; then
+  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/xla}
+fi
 
 run() { # run NAME COMMAND...
   local name=$1

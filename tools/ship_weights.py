@@ -3,8 +3,8 @@
     python tools/ship_weights.py FOLDER...
 
 A FOLDER is what `fluxion calibrate --output FOLDER` wrote. The record and the version that it names
-are copied to `fluxion_jax/calibration/weights/`, in a folder named by the model's identity; what was
-there for the same model is replaced.
+are copied to `fluxion_jax/calibration/weights/`, in a folder named by the model's identity; what
+was there for the same model is replaced.
 """
 
 from __future__ import annotations

@@ -137,12 +137,13 @@ def collect_samples(
             part = _collect(model, text, cache, ages, steps, limits, chunk_tokens)
             _keep(folder, name, part)
         found.append(part)
-    own = [np.repeat(np.arange(len(text.first_positions)), steps) for text in texts]
-    before = np.cumsum([0, *(len(text.first_positions) for text in texts)])
+    lengths = [len(text.first_positions) for text in texts]
     return HeadSamples(
-        *(np.concatenate([part[i] for part in found]) for i in range(3)),
-        np.repeat(np.arange(len(texts)), [len(x) for x in own]).astype(np.int32),
-        np.concatenate([x + first for x, first in zip(own, before, strict=False)]).astype(np.int32),
+        np.concatenate([part.features for part in found]),
+        np.concatenate([part.budget_tokens for part in found]),
+        np.concatenate([part.host_tokens for part in found]),
+        np.repeat(np.arange(len(texts)), np.multiply(lengths, steps)).astype(np.int32),
+        np.repeat(np.arange(sum(lengths)), steps).astype(np.int32),
         layout.global_layers,
         limits,
     )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxion_jax.cache.layout import KVLayout, host_tokens
+from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout, host_tokens
 from fluxion_jax.evaluation import branch_attention, branch_sketch
 from fluxion_jax.evaluation.branch_attention import Past, Prefix
 from fluxion_jax.evaluation.branch_sketch import Before, Sketched
@@ -113,7 +113,7 @@ def plan_step(
             # Oracles need the attention to everything.
             plan = oracle_plan(
                 q[:, own],
-                kind.stacked.tolerance,
+                jnp.asarray(kind.stacked.tolerance),
                 jax.tree.map(lambda x, own=own: x[:, own], scores),
                 window,
                 layer.prefix,
@@ -137,17 +137,17 @@ def _planner(layer: Layer, past: Past, before: Before | None) -> Any:
     layout = layer.layout
     held = host_tokens(layout, past.lengths)
     shared_window = branch_sketch.prompt_window(layer.prefix, past, layout)
-    runs = None
-    if layer.sketched is not None:
-        blocks = held // branch_attention.BLOCK_TOKENS
-        runs = branch_sketch.runs(layer.sketched, layer.prefix, blocks, layer.capacity_blocks)
+    sketched, runs = layer.sketched, None
+    if sketched is not None:
+        blocks = held // BLOCK_TOKENS
+        runs = branch_sketch.runs(sketched, layer.prefix, blocks, layer.capacity_blocks)
 
     def plan_one(policy: Policy, branch: Any) -> Plan:
         q, window_out, window_lse, own_k, last = branch
         window = branch_sketch.branch_window(shared_window, own_k, past)
         sketch = None
-        if runs is not None:
-            sketch = branch_sketch.branch_sketch(layer.sketched, runs, *last, past)
+        if sketched is not None and runs is not None:
+            sketch = branch_sketch.branch_sketch(sketched, runs, last.q, last.window_lse, past)
         features = Features(
             q=q,
             window_out=window_out,

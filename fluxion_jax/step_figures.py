@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 import host_ops
-from fluxion_jax.cache.layout import GRANULARITIES_TOKENS
+from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS
 from fluxion_jax.errors import ConfigError
-from fluxion_jax.plotting import COLOURS, require_matplotlib
+from fluxion_jax.plotting import COLOURS, GREY, require_matplotlib
 from fluxion_jax.policy.replay_policy import ReplayPolicy
 from fluxion_jax.profiling import StepTimeline
 from fluxion_jax.stats import DecodeStats
 
-_GREY = "#52606d"
 _NOTHING = "#e4e7eb"
 # From fine to coarse, from light to dark.
 _GRANULARITY_COLOURS = ("#fde0a6", "#d9822b", "#a23b72", "#334e68")
@@ -98,8 +97,8 @@ def split_figure(stats: DecodeStats, title: str) -> Any:
             left += kib
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     axes.invert_yaxis()
-    axes.set_ylabel("layer", fontsize=9, color=_GREY)
-    axes.set_xlabel("KiB read out of host memory per step", fontsize=9, color=_GREY)
+    axes.set_ylabel("layer", fontsize=9, color=GREY)
+    axes.set_xlabel("KiB read out of host memory per step", fontsize=9, color=GREY)
     _style_axes(axes, "x")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
@@ -130,7 +129,7 @@ def timeline_figure(timeline: StepTimeline, title: str) -> Any:
     margin = 0.12 * (last - first)
     below.set_xlim(1e3 * (first - margin), 1e3 * (last + margin))
     _style_axes(below, "x", f"One layer of it (the {_ordinal(middle + 1)})")
-    below.set_xlabel("milliseconds since the program began", fontsize=9, color=_GREY)
+    below.set_xlabel("milliseconds since the program began", fontsize=9, color=GREY)
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
@@ -200,10 +199,10 @@ def _map(
 
     layers, heads, steps = values.shape
     if categories is None:
-        most = max(float(np.nan_to_num(values).max()), 2.0)
+        most = max(float(np.nan_to_num(values).max()), 2.0 * BLOCK_TOKENS)
         look = {
             "cmap": matplotlib.colormaps["cividis_r"].with_extremes(bad=_NOTHING),
-            "norm": LogNorm(1.0, most),
+            "norm": LogNorm(BLOCK_TOKENS, most),
         }
     else:
         colours = ListedColormap(list(categories.values()))
@@ -213,19 +212,21 @@ def _map(
     key.outline.set_visible(False)
     if categories is not None:
         key.set_ticks(range(len(categories)), labels=list(categories))
-    key.ax.tick_params(labelsize=8, colors=_GREY, length=2)
+    key.ax.tick_params(labelsize=8, colors=GREY, length=2)
     key.ax.minorticks_off()
     every = -(-layers // 12)
     shown = range(0, layers, every)
     axes.set_yticks([heads * i + (heads - 1) / 2 for i in shown], [str(i) for i in shown])
     for i in range(1, layers):
         axes.axhline(heads * i - 0.5, color="white", linewidth=1.5)
-    axes.set_ylabel("layer, and in it the heads", fontsize=8, color=_GREY)
-    axes.tick_params(labelsize=8, colors=_GREY, length=2)
+    axes.set_ylabel("layer, and in it the heads", fontsize=8, color=GREY)
+    axes.tick_params(labelsize=8, colors=GREY, length=2)
     if labels is None:
-        axes.set_xlabel("decode step", fontsize=8, color=_GREY)
+        axes.set_xlabel("decode step", fontsize=8, color=GREY)
     else:
-        axes.set_xticks(range(steps), labels, rotation=90, fontsize=7, family="monospace")
+        axes.set_xticks(range(steps), labels, fontsize=7, family="monospace")
+        for text in axes.get_xticklabels():
+            text.set_rotation(90 if len(text.get_text()) > 1 else 0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=10, loc="left")
 
@@ -233,6 +234,6 @@ def _map(
 def _style_axes(axes: Any, grid: str, title: str = "") -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(colors=_GREY, labelsize=9, length=2)
+    axes.tick_params(colors=GREY, labelsize=9, length=2)
     axes.grid(axis=grid, color="#e4e7eb", linewidth=0.8)
     axes.set_axisbelow(True)

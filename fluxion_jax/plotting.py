@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Distinct in hue and in lightness, also for colour-blind readers and in grey print.
 COLOURS = ("#334e68", "#d9822b", "#2a9d8f", "#a23b72", "#8d99ae")
-_GREY = "#52606d"
+GREY = "#52606d"
 
 
 def require_matplotlib() -> Any:
@@ -92,17 +92,18 @@ def host_figure(report: dict[str, Any], title: str) -> Any:
                 label=f"head size {shape[0]}, group {shape[1]}",
             )
         axes.set_xticks(range(len(units)), [str(unit) for unit in units])
-        axes.set_xlabel("tokens of a unit", fontsize=9, color=_GREY)
+        axes.set_xlabel("tokens of a unit", fontsize=9, color=GREY)
         axes.set_ylim(bottom=0)
-        _style(axes, name)
+        style(axes, name)
     figure.axes[0].legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 
-def _style(axes: Any, title: str) -> None:
+def style(axes: Any, title: str) -> None:
+    """Gives axes the look that all figures share: few lines, a grid behind, the title on the left."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_GREY, labelsize=9)
+    axes.tick_params(colors=GREY, labelsize=9)
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -119,7 +120,7 @@ def _draw_bytes(axes: Any, reports: Sequence[PolicyReport]) -> None:
             ha="center",
             fontsize=9,
         )
-    _style(axes, "Host memory read per token (MiB)")
+    style(axes, "Host memory read per token (MiB)")
 
 
 def _draw_fidelity(axes: Any, reports: Sequence[PolicyReport]) -> None:
@@ -140,7 +141,7 @@ def _draw_fidelity(axes: Any, reports: Sequence[PolicyReport]) -> None:
     axes.set_xticks(x, [r.policy for r in compared])
     axes.set_ylim(0, 125)
     axes.set_yticks([0, 25, 50, 75, 100])
-    _style(axes, f"Same next token as full attention (its perplexity {reports[0].perplexity:.2f})")
+    style(axes, f"Same next token as full attention (its perplexity {reports[0].perplexity:.2f})")
 
 
 def _draw_layers(
@@ -151,7 +152,47 @@ def _draw_layers(
         axes.plot(
             np.arange(len(values)), values, color=colour, marker="o", ms=3, label=report.policy
         )
-    axes.set_xlabel("layer", fontsize=9, color=_GREY)
+    axes.set_xlabel("layer", fontsize=9, color=GREY)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
-    _style(axes, f"{title[0].upper()}{title[1:]}, share {unit}")
+    style(axes, f"{title[0].upper()}{title[1:]}, share {unit}")
+
+
+def error_figure(reports: Sequence[PolicyReport], title: str) -> Any:
+    """Draws the error of the heads' outputs against the bytes read, policies of a kind joined.
+
+    Args:
+      reports: one per policy, full attention first; it has no error and is left out.
+      title: what was measured, in one line.
+
+    Returns:
+      A matplotlib `Figure` of one panel.
+    """
+    figure = require_matplotlib().Figure(figsize=(8, 4), layout="constrained", dpi=110)
+    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    axes = figure.subplots()
+    kinds: dict[str, list[tuple[float, float, str]]] = {}
+    for report in reports[1:]:
+        kind = report.policy.partition(":")[0]
+        label = report.policy.partition(":")[2].removeprefix("tolerance=")
+        point = (report.host_bytes_per_token / 2**20, float(np.mean(report.output_error)), label)
+        kinds.setdefault(kind, []).append(point)
+    for (kind, points), colour, marker in zip(kinds.items(), COLOURS, "os^vD", strict=False):
+        x, y, labels = zip(*sorted(points), strict=True)
+        axes.plot(x, y, color=colour, marker=marker, ms=6, label=kind)
+        for place, text in zip(zip(x, y, strict=True), labels, strict=True):
+            axes.annotate(
+                text,
+                place,
+                xytext=(6, 5),
+                textcoords="offset points",
+                fontsize=9,
+                color=colour,
+            )
+    axes.set_xlabel("MiB of the host cache read per token", fontsize=9, color=GREY)
+    axes.margins(x=0.12, y=0.15)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, fontsize=9)
+    style(axes, "Mean error of the output, share of the largest head output")
+    return figure

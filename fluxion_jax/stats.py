@@ -111,6 +111,42 @@ class DecodeStats:
             float(self.host_times_s[:, host_ops.TIMES.index("span")].sum()) * 1e3 / self.num_steps
         )
 
+    def table(self) -> str:
+        """A line for each layer with a host cache: what was read per step, and the host's time."""
+        layout, steps = self.layout, max(self.num_steps, 1)
+        shape = (len(layout.global_layers),)
+        unit = layout.unit_summary_bytes if layout.summaries == "host" else 0
+
+        def kib(blocks: Any, units: Any) -> np.ndarray:
+            read = np.asarray(blocks) * layout.block_bytes + np.asarray(units) * unit
+            return np.broadcast_to(read / 1024 / steps, shape)
+
+        host, device = (
+            kib(blocks, units)
+            for blocks, units in (
+                (self.host_blocks, self.host_units),
+                (self.device_blocks, self.device_units),
+            )
+        )
+        blocks = np.broadcast_to(np.asarray(self.host_blocks) + self.device_blocks, shape)
+        share = blocks / max(self.cached_blocks, 1)
+        span = host_ops.TIMES.index("span")
+        timed = np.ndim(self.host_times_s) == 2
+        taken = self.host_times_s[:, span] / steps if timed else np.full(shape, np.nan)
+        rows = [
+            (str(layer), *figures)
+            for layer, *figures in zip(
+                layout.global_layers, host, device, share, 1e6 * taken, strict=True
+            )
+        ]
+        rows.append(("all", host.sum(), device.sum(), share.mean(), 1e6 * taken.sum()))
+        lines = ["layer  host KiB/step  device KiB/step  K/V read  host us/step"]
+        lines += [
+            f"{name:>5}  {host:13.1f}  {device:15.1f}  {share:8.1%}  {us:12.0f}"
+            for name, host, device, share, us in rows
+        ]
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values; a figure that was not measured is None."""
         figures: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -48,6 +49,22 @@ def test_the_figure_shows_every_policy(tmp_path: Path):
     np.testing.assert_allclose(figure.axes[2].lines[1].get_ydata(), [0.9, 0.8, 0.7])
     figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_error_figure_joins_policies_of_a_kind():
+    full, *_ = made_up().fidelity
+    others = [
+        dataclasses.replace(
+            full, policy=name, host_bytes_per_token=mib * 2**20, output_error=[e, 0]
+        )
+        for name, mib, e in (
+            ("fluxion:tolerance=0.1", 3, 0.2), ("fixed:16:0.05", 9, 0.3), ("fixed:16:0.02", 4, 0.5),
+        )
+    ]  # fmt: skip
+    (axes,) = plotting.error_figure([full, *others], "A title").axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn == {"fluxion": [[3, 0.1]], "fixed": [[4, 0.25], [9, 0.15]]}
+    assert {text.get_text() for text in axes.texts} == {"0.1", "16:0.05", "16:0.02"}
 
 
 def test_a_missing_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

@@ -21,6 +21,7 @@ from fluxion_jax.cache.append import make_flush, sketch_flush, with_layer, write
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import remember_query
+from fluxion_jax.cache.stacked import on_layer
 from fluxion_jax.cache.summaries import quantise_query
 from fluxion_jax.cache.window import window_mask, window_positions, write_token
 from fluxion_jax.errors import ConfigError, UnsupportedError, refused_by_name
@@ -124,7 +125,7 @@ def decode_attention(
     k_new: jax.Array,
     v_new: jax.Array,
     cache: HostKV,
-    layer: int,
+    layer: int | jax.Array,
     policy: Policy,
     *,
     scale: float,
@@ -139,7 +140,8 @@ def decode_attention(
       k_new: `[B, K, H]`, the new token's keys after RoPE.
       v_new: `[B, K, H]`.
       cache: the cache before the new token. Consumed when called outside of a compiled function.
-      layer: index of the layer in the model; must be a global one.
+      layer: index of the layer in the model; must be a global one. With a stacked cache it may be
+        an int32 scalar, for instance of a `scan` over layers.
       policy: what each head may read; see `fluxion_jax.policy`.
       scale: factor on the scores, usually `H ** -0.5`.
       split: which part of the work the host does.
@@ -174,7 +176,26 @@ def decode_attention(
         return _decode_attention_sharded(
             q, k_new, v_new, cache, layer, policy, scale, split, execution, return_selection
         )
-    index = cache.layout.global_index(layer)
+    if cache.stacked:
+
+        def attend(one: HostKV) -> tuple[tuple[jax.Array, LayerStats], HostKV]:
+            out, one, stats = decode_attention(
+                q,
+                k_new,
+                v_new,
+                one,
+                layer,
+                policy,
+                scale=scale,
+                split=split,
+                execution=execution,
+                return_selection=return_selection,
+            )
+            return (out, stats), one
+
+        (out, stats), cache = on_layer(attend, cache, layer)
+        return out, cache, stats
+    index = cache.global_index(layer)
     dtype, q = q.dtype, q.astype(jnp.float32)
     active = cache.has_room(1)
     flush, exponents, window = _enter_window(cache, index, k_new, v_new, active)
@@ -249,7 +270,7 @@ def _decode_attention_sharded(
     k_new: jax.Array,
     v_new: jax.Array,
     cache: HostKV,
-    layer: int,
+    layer: int | jax.Array,
     policy: Policy,
     scale: float,
     split: Split,
@@ -315,12 +336,21 @@ def _attend_host_cache(
 ) -> tuple[_DeviceShare, host_ops.Collected]:
     """Runs both shares at once, then writes the leaving block."""
     k, v, summaries = _host_arrays(cache, index)
+    rows = cache.first_row
     if split.sides == "device":
         device = _device_share(q, work, cache, index, scale, execution)
         read = device.state[1]
-        return device, _write_only(q, work, flush, read, k, v, summaries, execution)
+        return device, _write_only(q, work, flush, read, k, v, summaries, rows, execution)
 
-    tick = host_ops.submit(work, k, v, summaries, scale=scale, implementation=execution.host)
+    tick = host_ops.submit(
+        work,
+        k,
+        v,
+        summaries,
+        scale=scale,
+        first_row=rows,
+        implementation=execution.host,
+    )
     # The device share waits for the tick, or XLA could run it before the host has begun.
     q, tick = jax.lax.optimization_barrier((q, tick))
     if split.sides == "host":
@@ -337,6 +367,7 @@ def _attend_host_cache(
         after=(window_state[1], device.state[1]),
         scale=scale,
         return_selection=return_selection,
+        first_row=rows,
         implementation=execution.host,
     )
     return device, collected
@@ -350,11 +381,18 @@ def _write_only(
     k: jax.Array,
     v: jax.Array,
     summaries: jax.Array | None,
+    rows: jax.Array | None,
     execution: Execution,
 ) -> host_ops.Collected:
     """What collect would bring back from a host without work: the cache after the flush."""
     k, v, summaries, status = host_ops.append(
-        k, v, summaries, flush, after=(read,), implementation=execution.host
+        k,
+        v,
+        summaries,
+        flush,
+        after=(read,),
+        first_row=rows,
+        implementation=execution.host,
     )
     nothing = jnp.zeros_like(work.boundary)
     state = _no_device_share(q, work, k.shape[2])
@@ -494,22 +532,32 @@ def _device_share(
     has_work = work.boundary < work.host_blocks[:, None]
     units = _ranked_units(work)
 
+    rows = cache.first_row
+
+    def everywhere(x: Any) -> Any:
+        """Small arrays for the rows of all layers, where k has these: the others have no work."""
+        return x if rows is None else host_ops.spread_rows(x, rows, k.shape[0])
+
+    def here(x: Any) -> Any:
+        return x if rows is None else host_ops.take_rows(x, rows, cache.batch)
+
     def run() -> _DeviceShare:
         if work.bitmap is not None:
             bitmap = work.bitmap
         else:
             # Not by XLA either, whatever was asked for the blocks.
             scoring = "triton" if target_platform() == "gpu" else None
-            bitmap = _select(work, summaries, has_work & (units > 0), scoring)
+            ranked = has_work & (units > 0)
+            bitmap = here(_select(everywhere(work), summaries, everywhere(ranked), scoring))
         nothing = jnp.where(has_work, 0, k.shape[2])
         bitmap = pallas_kernels.at_or_above(bitmap, nothing)
         mine = pallas_kernels.at_or_above(bitmap, work.boundary)
         state = pallas_kernels.block_sparse_attention(
-            q, k, v, mine, scale=scale, implementation=kernels
+            everywhere(q), k, v, everywhere(mine), scale=scale, implementation=kernels
         )
         blocks = pallas_kernels.popcount(pallas_kernels.group_union(mine, kv_heads))
         scanned = has_work if work.bitmap is None else jnp.ones_like(has_work)
-        return _DeviceShare(state, bitmap, blocks, jnp.where(scanned, units, 0))
+        return _DeviceShare(here(state), bitmap, blocks, jnp.where(scanned, units, 0))
 
     if target_platform() == "gpu":
         # There a conditional makes the host wait for the device; kernels without work are short.
@@ -582,7 +630,10 @@ def _attend_everything(
         ),
     )
     nothing = flush._replace(num_blocks=jnp.zeros_like(flush.num_blocks))
-    tick = host_ops.submit(work, k, v, summaries, scale=scale, implementation=execution.host)
+    rows = cache.first_row
+    tick = host_ops.submit(
+        work, k, v, summaries, scale=scale, first_row=rows, implementation=execution.host
+    )
     rest = host_ops.collect(
         tick,
         work,
@@ -592,6 +643,7 @@ def _attend_everything(
         nothing,
         after=(),
         scale=scale,
+        first_row=rows,
         implementation=execution.host,
     )
     arrays = {"k": rest.k, "v": rest.v}

@@ -19,6 +19,7 @@ from fluxion_jax import probes
 from fluxion_jax.cache.append import append_chunk, with_layer
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
+from fluxion_jax.cache.stacked import on_layer
 from fluxion_jax.cache.window import leaving_blocks, num_leaving, window_mask
 from fluxion_jax.sharded import on_shards
 from fluxion_jax.state import AttentionState, merge
@@ -33,7 +34,7 @@ def prefill_attention(
     v: jax.Array,
     count: jax.Array,
     cache: HostKV,
-    layer: int,
+    layer: int | jax.Array,
     *,
     scale: float,
     implementation: host_ops.Implementation = None,
@@ -63,7 +64,15 @@ def prefill_attention(
             )
 
         return on_shards(share, cache, (q, k, v), count, head_axis=2, results=2)
-    index = cache.layout.global_index(layer)
+    if cache.stacked:
+        return on_layer(
+            lambda one: prefill_attention(
+                q, k, v, count, one, layer, scale=scale, implementation=implementation
+            ),
+            cache,
+            layer,
+        )
+    index = cache.global_index(layer)
     count = jnp.where(cache.has_room(count), count, 0)
     # What later steps will read is what this chunk must see: values rounded to the cache's dtype.
     k, v = (jnp.swapaxes(x, 1, 2).astype(cache.layout.jax_dtype) for x in (k, v))
@@ -130,7 +139,7 @@ def _attend_host(
         # The last tile is moved back to stay inside the array; what it repeats is masked.
         wanted = i * tile
         first = jnp.minimum(wanted, capacity - tile)
-        blocks = [fetch_blocks(x[index], first, tile) for x in (cache.k, cache.v)]
+        blocks = [fetch_blocks(x[index], first, tile, cache) for x in (cache.k, cache.v)]
         k, v = (x.reshape(*x.shape[:2], -1, q.shape[-1]) for x in blocks)
         block = first + jnp.arange(tile)
         exists = block < host_blocks[:, None]
@@ -144,17 +153,24 @@ def _attend_host(
     return jax.lax.fori_loop(0, -(-host_blocks.max() // tile), body, (state, probed))
 
 
-def fetch_blocks(host: jax.Array, first: jax.Array, num_blocks: int) -> jax.Array:
+def fetch_blocks(
+    host: jax.Array, first: jax.Array, num_blocks: int, cache: HostKV | None = None
+) -> jax.Array:
     """Copies host blocks to the device.
 
     Args:
       host: `[B, K, P, C, H]` in pinned host memory.
       first: int32 scalar, the first block.
       num_blocks: how many, a Python int.
+      cache: the cache, if it may be a layer of a stacked one; then `host` has the rows of all.
 
     Returns:
       `[B, K, num_blocks, C, H]` in device memory.
     """
+    if cache is not None and cache.first_row is not None:
+        start = (cache.first_row[0], 0, first, 0, 0)
+        size = (cache.batch, host.shape[1], num_blocks, *host.shape[3:])
+        return jax.lax.dynamic_slice(host_ops.retag(host, host_ops.DEVICE), start, size)
     return pallas_kernels.copy_blocks(host_ops.retag(host, host_ops.DEVICE), first, num_blocks)
 
 

@@ -163,7 +163,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         count: jax.Array,
         cache: HostKV,
-        layer: int,
+        layer: int | jax.Array,
         *,
         execution: Execution | None = None,
     ) -> tuple[jax.Array, HostKV]:
@@ -197,7 +197,7 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         cache: HostKV,
-        layer: int,
+        layer: int | jax.Array,
         policy: Policy,
         *,
         split: Split,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.stacked import on_layer
 from fluxion_jax.chunk_attention import attend
 from fluxion_jax.sharded import on_shards
 from fluxion_jax.state import merge
@@ -23,7 +24,7 @@ def sliding_decode_attention(
     k_new: jax.Array,
     v_new: jax.Array,
     cache: HostKV,
-    layer: int,
+    layer: int | jax.Array,
     window: int,
     *,
     scale: float,
@@ -49,7 +50,14 @@ def sliding_decode_attention(
             return sliding_decode_attention(q, k_new, v_new, cache, layer, window, scale=scale)
 
         return on_shards(share, cache, (q, k_new, v_new), (), head_axis=1, results=1)
-    index = cache.layout.sliding_index(layer)
+    if cache.stacked:
+        return on_layer(
+            lambda one: sliding_decode_attention(q, k_new, v_new, one, layer, window, scale=scale),
+            cache,
+            layer,
+            sliding=True,
+        )
+    index = cache.sliding_index(layer)
     active = cache.has_room(1)
     slots = cache.sliding_k[index].shape[2]
     slot = jnp.where(active, cache.lengths % slots, slots)
@@ -70,7 +78,7 @@ def sliding_prefill_attention(
     v: jax.Array,
     count: jax.Array,
     cache: HostKV,
-    layer: int,
+    layer: int | jax.Array,
     window: int,
     *,
     scale: float,
@@ -97,7 +105,14 @@ def sliding_prefill_attention(
             return sliding_prefill_attention(q, k, v, count, cache, layer, window, scale=scale)
 
         return on_shards(share, cache, (q, k, v), count, head_axis=2, results=2)
-    index = cache.layout.sliding_index(layer)
+    if cache.stacked:
+        return on_layer(
+            lambda one: sliding_prefill_attention(q, k, v, count, one, layer, window, scale=scale),
+            cache,
+            layer,
+            sliding=True,
+        )
+    index = cache.sliding_index(layer)
     count = jnp.where(cache.has_room(count), count, 0)
     k, v = (jnp.swapaxes(x, 1, 2).astype(cache.layout.jax_dtype) for x in (k, v))
     lengths = cache.lengths

@@ -7,10 +7,13 @@ import host_ops
 STATUS_NAN = 32
 STATUS_FULL = 64
 STATUS_PLAN = 128
+STATUS_LAYER = 256
 
 _MEANINGS = {
     STATUS_PLAN: "expected a granularity of 16, 32, 64 or 128 tokens in the policy's plan, got "
     "another; correct the policy",
+    STATUS_LAYER: "expected the index of a layer of the module's kind, global or sliding, got "
+    "another; correct the indices that the loop over layers runs through",
     host_ops.STATUS_INVALID: "a native operation refused its arguments (this is a defect of "
     "fluxion_jax; please report it with the output of `fluxion info`)",
     host_ops.STATUS_CANCELLED: "the step was cancelled",

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 
-from host_ops import arguments, ordering
+from host_ops import arguments, ordering, rows
 from host_ops.errors import UnavailableError
 from host_ops.types import Collected, Flush, Work
 
@@ -40,6 +40,7 @@ def append(
     flush: Flush,
     after: tuple[jax.Array, ...] = (),
     *,
+    first_row: jax.Array | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """Writes whole blocks and their summaries into the host cache and waits for it; for prefill.
@@ -52,6 +53,8 @@ def append(
         requantised by `shift`, those of coarser units are folded.
       after: small arrays computed from the cache before it changes; only there so that this is so,
         and that no copy of the cache is needed for the readers. Default: nobody reads it.
+      first_row: int32 `[1]` if the arrays hold several layers, as `[R, K, P, 16, H]` with R >= B:
+        the call's sequences are the B rows from this one on. Not in programs for a GPU.
       implementation: see the module.
 
     Returns:
@@ -63,9 +66,15 @@ def append(
       UnavailableError: no implementation asked for can be used.
     """
     arguments.check_cache(k, v, summaries)
-    arguments.check_flush(flush, k)
+    arguments.check_flush(flush, rows.of_one_layer(k, flush.num_blocks.shape[0], first_row))
     flush = flush._replace(num_blocks=ordering.after(flush.num_blocks, after))
-    return _call("append", implementation, lambda op: op(k, v, summaries, flush))
+    more: dict[str, Any] = {}
+    if first_row is not None:
+        if chosen(implementation) == "native":
+            more["first_row"] = first_row
+        else:
+            flush = rows.spread_rows(flush, first_row, k.shape[0])
+    return _call("append", implementation, lambda op: op(k, v, summaries, flush, **more))
 
 
 def submit(
@@ -75,6 +84,7 @@ def submit(
     summaries: jax.Array | None,
     *,
     scale: float,
+    first_row: jax.Array | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
     """Hands the host its share of one layer's attention and returns at once.
@@ -85,6 +95,7 @@ def submit(
       v: likewise.
       summaries: int8 `[B, K, U, 2, H]`, or None; then `work.bitmap` must be given.
       scale: factor of the attention scores.
+      first_row: see `append`.
       implementation: see the module.
 
     Returns:
@@ -96,8 +107,16 @@ def submit(
       UnavailableError: no implementation asked for can be used.
     """
     arguments.check_cache(k, v, summaries)
-    arguments.check_work(work, k, summaries)
-    return _call("submit", implementation, lambda op: op(work, k, v, summaries, scale=scale))
+    arguments.check_work(
+        work, rows.of_one_layer(k, work.host_blocks.shape[0], first_row), summaries
+    )
+    more: dict[str, Any] = {}
+    # The other implementations read nothing before collect.
+    if first_row is not None and chosen(implementation) == "native":
+        more["first_row"] = first_row
+    return _call(
+        "submit", implementation, lambda op: op(work, k, v, summaries, scale=scale, **more)
+    )
 
 
 def collect(
@@ -111,6 +130,7 @@ def collect(
     *,
     scale: float,
     return_selection: bool = False,
+    first_row: jax.Array | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Collected:
     """Waits for the host's share, then writes the blocks that leave the resident window.
@@ -126,6 +146,7 @@ def collect(
         device works before it waits, and reads the cache before it changes.
       scale: the same as given to `submit`.
       return_selection: whether to bring back the selection of the tasks with `boundary > 0`.
+      first_row: the same as given to `submit`.
       implementation: see the module.
 
     Returns:
@@ -138,9 +159,19 @@ def collect(
     """
     arguments.check_tick(tick)
     arguments.check_cache(k, v, summaries)
-    arguments.check_work(work, k, summaries)
-    arguments.check_flush(flush, k)
-    return _call(
+    batch = work.host_blocks.shape[0]
+    layer = rows.of_one_layer(k, batch, first_row)
+    arguments.check_work(work, layer, summaries)
+    arguments.check_flush(flush, layer)
+    more: dict[str, Any] = {}
+    spread = first_row is not None and chosen(implementation) != "native"
+    if first_row is not None:
+        if spread:
+            work = rows.spread_rows(work, first_row, k.shape[0])
+            flush = rows.spread_rows(flush, first_row, k.shape[0])
+        else:
+            more["first_row"] = first_row
+    found = _call(
         "collect",
         implementation,
         lambda op: op(
@@ -153,8 +184,12 @@ def collect(
             after,
             scale=scale,
             return_selection=return_selection,
+            **more,
         ),
     )
+    if spread and first_row is not None:
+        return rows.take_collected(found, first_row, batch)
+    return found
 
 
 def available() -> dict[str, str | None]:
@@ -162,7 +197,7 @@ def available() -> dict[str, str | None]:
     return {name: _unavailable_reason(name) for name in _MODULES}
 
 
-def chosen(implementation: Implementation = None) -> str:
+def chosen(implementation: str | Sequence[str] | None = None) -> str:
     """Returns the name of the implementation that a call with this argument would use.
 
     Raises:

@@ -23,12 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from host_ops import compat, native
+from host_ops.errors import UnavailableError
 from host_ops.memory import HOST, retag
 from host_ops.types import TIMES, Collected, Flush, Work
 
 
 def append(
-    k: jax.Array, v: jax.Array, summaries: jax.Array | None, flush: Flush
+    k: jax.Array,
+    v: jax.Array,
+    summaries: jax.Array | None,
+    flush: Flush,
+    first_row: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """Writes whole blocks into the host cache and waits for it; see `host_ops.api.append`.
 
@@ -37,12 +42,14 @@ def append(
       v: likewise.
       summaries: int8 `[B, K, U, 2, H]`, or None if they are kept on the device.
       flush: the blocks.
+      first_row: int32 `[1]` or None, see `host_ops.api.append`.
 
     Returns:
       `(k, v, summaries, status int32 [1])`.
     """
     native.require()
     if compat.traced_for_gpu():
+        _refuse_rows(first_row)
         k, v, summaries = _keep((k, v, summaries), (flush.num_blocks,))
         optional = [x for x in (summaries,) if x is not None]
         call = jax.ffi.ffi_call(
@@ -50,9 +57,10 @@ def append(
         )
         (status,) = call(k, v, *flush, *optional, has_summaries=summaries is not None)
         return *_keep((k, v, summaries), (status,)), status
-    operands = [k, v, *flush]
+    rows = [] if first_row is None else [first_row]
+    operands = [*rows, k, v, *flush]
     results = [_like(k), _like(v), jax.ShapeDtypeStruct((1,), jnp.int32)]
-    aliases = {0: 0, 1: 1}
+    aliases = {len(rows): 0, len(rows) + 1: 1}
     if summaries is not None:
         aliases[len(operands)] = len(results)
         operands.append(summaries)
@@ -60,13 +68,21 @@ def append(
     call = jax.ffi.ffi_call(
         "fluxion_append", results, has_side_effect=True, input_output_aliases=aliases
     )
-    new_k, new_v, status, *rest = call(*operands, has_summaries=summaries is not None)
+    new_k, new_v, status, *rest = call(
+        *operands, has_summaries=summaries is not None, has_first_row=bool(rows)
+    )
     new_summaries = retag(rest[0], HOST) if rest else None
     return retag(new_k, HOST), retag(new_v, HOST), new_summaries, status
 
 
 def submit(
-    work: Work, k: jax.Array, v: jax.Array, summaries: jax.Array | None, *, scale: float
+    work: Work,
+    k: jax.Array,
+    v: jax.Array,
+    summaries: jax.Array | None,
+    *,
+    scale: float,
+    first_row: jax.Array | None = None,
 ) -> jax.Array:
     """Hands the host its share of one layer's attention; see `host_ops.api.submit`.
 
@@ -76,17 +92,25 @@ def submit(
       v: likewise.
       summaries: int8 `[B, K, U, 2, H]`, or None; then `work.bitmap` must be given.
       scale: factor of the attention scores.
+      first_row: int32 `[1]` or None, see `host_ops.api.append`.
 
     Returns:
       int32 `[2]`, the tick that `collect` needs.
     """
     native.require()
+    # The handler for a GPU knows no rows.
+    more: dict[str, bool] = {}
+    if compat.traced_for_gpu():
+        _refuse_rows(first_row)
+    else:
+        more["has_first_row"] = first_row is not None
     *operands, bitmap = work
     optional = [x for x in (summaries, bitmap) if x is not None]
     call = jax.ffi.ffi_call(
         "fluxion_submit", jax.ShapeDtypeStruct((2,), jnp.int32), has_side_effect=True
     )
     tick: jax.Array = call(
+        *([] if first_row is None else [first_row]),
         k,
         v,
         *operands,
@@ -94,6 +118,7 @@ def submit(
         has_summaries=summaries is not None,
         has_bitmap=bitmap is not None,
         scale=np.float32(scale),
+        **more,
     )
     if compat.traced_for_many() and not compat.traced_for_gpu():
         # What follows an asynchronous call runs on the thread that completes it. That may be an
@@ -118,6 +143,7 @@ def collect(
     *,
     scale: float,
     return_selection: bool,
+    first_row: jax.Array | None = None,
 ) -> Collected:
     """Waits for the host's share, then writes the flush; see `host_ops.api.collect`.
 
@@ -131,6 +157,7 @@ def collect(
       after: small arrays that must have been computed before.
       scale: unused, known since `submit`.
       return_selection: whether to bring back the selection of the tasks.
+      first_row: int32 `[1]` or None, the same as given to `submit`.
 
     Returns:
       The caches, the host's share and what it cost.
@@ -150,6 +177,7 @@ def collect(
     selection = [jax.ShapeDtypeStruct((batch, heads, -(-blocks // 32)), jnp.uint32)]
     selection = selection if return_selection else []
     if compat.traced_for_gpu():
+        _refuse_rows(first_row)
         k, v, summaries = _keep((k, v, summaries), (tick, *after))
         optional = [x for x in (summaries,) if x is not None]
         call = jax.ffi.ffi_call("fluxion_collect", [*small, *selection], has_side_effect=True)
@@ -164,9 +192,10 @@ def collect(
         )
         k, v, summaries = _keep((k, v, summaries), (found[2],))
         return Collected(k, v, summaries, *found, *([] if return_selection else [None]))
-    operands = [k, v, tick, *flush]
+    rows = [] if first_row is None else [first_row]
+    operands = [*rows, k, v, tick, *flush]
     results = [_like(k), _like(v), *small]
-    aliases = {0: 0, 1: 1}
+    aliases = {len(rows): 0, len(rows) + 1: 1}
     if summaries is not None:
         aliases[len(operands)] = len(results)
         operands.append(summaries)
@@ -180,6 +209,7 @@ def collect(
         *after,
         has_summaries=summaries is not None,
         return_selection=return_selection,
+        has_first_row=bool(rows),
     )
     return Collected(
         k=retag(new_k, HOST),
@@ -208,6 +238,14 @@ def _keep(
 
     k, v, summaries = cache
     return keep(k), keep(v), None if summaries is None else keep(summaries)
+
+
+def _refuse_rows(first_row: jax.Array | None) -> None:
+    if first_row is not None:
+        raise UnavailableError(
+            "expected the arrays of one layer in a program for a GPU, got those of several and a "
+            "first row; give every layer arrays of its own"
+        )
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

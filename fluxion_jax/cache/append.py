@@ -17,6 +17,7 @@ import pallas_kernels
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import sketch_blocks
+from fluxion_jax.cache.stacked import on_layer
 from fluxion_jax.cache.summaries import summarise_blocks
 from fluxion_jax.cache.window import leaving_blocks, num_leaving, write_chunk
 from fluxion_jax.errors import refused_by_name
@@ -102,6 +103,7 @@ def append_chunk(
         cache.summaries[index] if on_host else None,
         flush,
         after=(after,),
+        first_row=cache.first_row,
         implementation=implementation,
     )
     # After an error nothing was written, so the scales must stay as they are too.
@@ -161,7 +163,10 @@ def _append_all(
             k_chunk, v_chunk = (
                 jnp.swapaxes(x, 1, 2).astype(cache.layout.jax_dtype) for x in (layer_k, layer_v)
             )
-            cache = append_chunk(cache, index, k_chunk, v_chunk, count, after=count)
+            if cache.stacked:
+                cache = _append_to_stacked(cache, index, k_chunk, v_chunk, count)
+            else:
+                cache = append_chunk(cache, index, k_chunk, v_chunk, count, after=count)
         return None, cache
 
     if cache.placement is None:
@@ -169,3 +174,12 @@ def _append_all(
     else:
         _, cache = on_shards(append, cache, (*k, *v), count, head_axis=2, results=None)
     return cache.advance(count)
+
+
+def _append_to_stacked(
+    cache: HostKV, index: int, k_chunk: jax.Array, v_chunk: jax.Array, count: jax.Array
+) -> HostKV:
+    def append(one: HostKV) -> tuple[None, HostKV]:
+        return None, append_chunk(one, 0, k_chunk, v_chunk, count, after=count)
+
+    return on_layer(append, cache, cache.layout.global_layers[index])[1]

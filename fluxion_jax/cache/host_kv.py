@@ -33,7 +33,7 @@ from fluxion_jax.cache.placement import memory_sharding as memory_sharding
 from fluxion_jax.cache.preflight import require_memory
 from fluxion_jax.cache.sketch import Sketch, empty_sketch, forget_rows
 from fluxion_jax.cache.summaries import MIN_EXPONENT
-from fluxion_jax.errors import CacheFullError, ConfigError, FluxionError
+from fluxion_jax.errors import CacheFullError, ConfigError, FluxionError, UnsupportedError
 from fluxion_jax.status import STATUS_FULL, STATUS_NAN, describe_status
 
 Arrays = tuple[jax.Array, ...]
@@ -67,6 +67,9 @@ class HostKV:
       home: uint32 `[2]` for each device, address of `k[0]` when it was allocated. A program that
         updates the cache in place keeps it there; `check` tells if one did not.
       placement: over which devices the KV heads are spread, static; None for one device.
+      stacked: whether the arrays of all layers are one, static: then each tuple has one array, and
+        its first axis is `L * B`, for loops over layers.
+      first_row: int32 `[1]`, within attention of a stacked cache's layer; else None.
     """
 
     layout: KVLayout = dataclasses.field(metadata=_STATIC)
@@ -87,6 +90,8 @@ class HostKV:
     cancel: jax.Array
     home: jax.Array
     placement: Placement | None = dataclasses.field(default=None, metadata=_STATIC)
+    stacked: bool = dataclasses.field(default=False, metadata=_STATIC)
+    first_row: jax.Array | None = None
 
     @classmethod
     def allocate(
@@ -97,6 +102,7 @@ class HostKV:
         *,
         mesh: jax.sharding.Mesh | None = None,
         axis: str | None = None,
+        stacked: bool = False,
     ) -> HostKV:
         """Allocates an empty cache.
 
@@ -106,23 +112,35 @@ class HostKV:
           max_tokens: capacity of each sequence in tokens, prompt and generation together.
           mesh: several devices, each of which keeps its share of the KV heads; None for one.
           axis: the axis of the mesh that shares them; None for its only one.
+          stacked: one array for all layers instead of one for each, so that a compiled loop over
+            layers (`lax.scan`, `nnx.scan`) can carry the cache; on the CPU backend, on one device,
+            and without a sketch.
 
         Raises:
           ConfigError: `batch` or `max_tokens` is below 1, the KV heads are not a multiple of the
             devices that share them, or the cache does not fit into memory.
+          UnsupportedError: `stacked` with a mesh, with a sketch, or on a GPU.
         """
         if batch < 1 or max_tokens < 1:
             raise ConfigError(
                 f"expected batch >= 1 and max_tokens >= 1, got {batch} and {max_tokens}"
             )
         placement = Placement.over(mesh, axis, layout.num_kv_heads)
+        if stacked and (placement is not None or layout.sketch or jax.default_backend() == "gpu"):
+            raise UnsupportedError(
+                "expected a stacked cache on the CPU backend, on one device and without a sketch, "
+                f"got backend {jax.default_backend()!r}, mesh {mesh} and sketch={layout.sketch}; "
+                "allocate it with stacked=False and unroll the layers"
+            )
         require_memory(layout, batch, max_tokens)
         by_head = PartitionSpec(None, None if placement is None else placement.axis)
 
         def zeros(shape: tuple[int, ...], dtype: Any, kind: str) -> jax.Array:
             return filled(shape, 0, dtype, array_sharding(placement, by_head, kind))
 
-        return cls.allocate_with(zeros, layout, batch, max_tokens, placement=placement)
+        return cls.allocate_with(
+            zeros, layout, batch, max_tokens, placement=placement, stacked=stacked
+        )
 
     @classmethod
     def allocate_with(
@@ -133,6 +151,7 @@ class HostKV:
         max_tokens: int,
         *,
         placement: Placement | None = None,
+        stacked: bool = False,
     ) -> HostKV:
         """Like `allocate`, of arrays that `make(shape, dtype, memory_kind)` returns.
 
@@ -143,6 +162,8 @@ class HostKV:
 
         def each(name: str) -> Arrays:
             count, shape, dtype = shapes[name]
+            if stacked and count:
+                count, shape = 1, (count * shape[0], *shape[1:])
             if name == "exponents":
                 return tuple(whole(shape, MIN_EXPONENT, dtype, by_head) for _ in range(count))
             kind = "pinned_host" if name in on_host else "device"
@@ -165,7 +186,8 @@ class HostKV:
             layout=layout,
             max_tokens=max_tokens,
             placement=placement,
-            **{name: each(name) for name in BY_HEAD},
+            stacked=stacked,
+            **{name: each(name) for name in BY_HEAD},  # type: ignore[arg-type]
             sketch=tuple(
                 empty_sketch(layout, batch, layout.host_blocks(max_tokens))
                 for _ in range(num_sketches)
@@ -193,6 +215,7 @@ class HostKV:
         *,
         mesh: jax.sharding.Mesh | None = None,
         axis: str | None = None,
+        stacked: bool = False,
     ) -> HostKV:
         """Builds a cache from keys and values computed elsewhere.
 
@@ -205,6 +228,7 @@ class HostKV:
           max_tokens: capacity of each sequence.
           mesh: see `allocate`.
           axis: see `allocate`.
+          stacked: see `allocate`.
 
         Raises:
           ConfigError: a shape does not fit the layout, or there are sliding layers.
@@ -233,7 +257,7 @@ class HostKV:
             raise ConfigError(
                 f"expected {batch} lengths within [0, {tokens}], got {counts.tolist()}"
             )
-        cache = cls.allocate(layout, batch, max_tokens, mesh=mesh, axis=axis)
+        cache = cls.allocate(layout, batch, max_tokens, mesh=mesh, axis=axis, stacked=stacked)
         cache.require_room(counts)
         from fluxion_jax.cache.append import append_all
 
@@ -343,7 +367,8 @@ class HostKV:
             lengths=jnp.where(chosen, 0, self.lengths),
             active=self.active | chosen,
             exponents=tuple(
-                jnp.where(chosen[:, None, None], MIN_EXPONENT, e) for e in self.exponents
+                jnp.where(jnp.tile(chosen, len(e) // self.batch)[:, None, None], MIN_EXPONENT, e)
+                for e in self.exponents
             ),
             sketch=tuple(forget_rows(sketch, chosen) for sketch in self.sketch),
             status=jnp.zeros_like(self.status),
@@ -354,10 +379,12 @@ class HostKV:
         index = self._row_index(rows)
         if not index.size:
             raise ConfigError("expected at least one row to fork, got none; name rows to copy")
-        copied = jax.tree.map(
-            lambda x: take_rows(x, index),
-            self.replace(pace=None, status=None, cancel=None, home=None),
-        )
+
+        def taken(x: jax.Array) -> jax.Array:
+            layers = np.arange(len(x) // self.batch, dtype=np.int32)
+            return take_rows(x, (layers[:, None] * self.batch + index).reshape(-1))
+
+        copied = jax.tree.map(taken, self.replace(pace=None, status=None, cancel=None, home=None))
         copied = copied.replace(
             pace=jnp.array(self.pace),
             status=jnp.array(self.status),
@@ -430,6 +457,29 @@ class HostKV:
         """Bytes in device memory."""
         return sum(x.nbytes for x in jax.tree.leaves(self)) - self.host_bytes
 
+    def global_index(self, layer: int | jax.Array) -> int:
+        """Position of a global layer's arrays in the tuples of this cache.
+
+        Raises:
+          ConfigError: there is no such layer, or a compiled loop chooses it and the cache is not
+            stacked.
+        """
+        return self._index(layer, self.layout.global_index)
+
+    def sliding_index(self, layer: int | jax.Array) -> int:
+        """Position of a sliding-window layer's arrays; see `global_index`."""
+        return self._index(layer, self.layout.sliding_index)
+
+    def _index(self, layer: int | jax.Array, find: Callable[[int], int]) -> int:
+        if self.first_row is not None:
+            return 0
+        if isinstance(layer, jax.core.Tracer):
+            raise ConfigError(
+                "expected a Python int as the layer of a cache with arrays for each layer, got a "
+                f"traced {layer.dtype}; for a loop over layers allocate it with stacked=True"
+            )
+        return find(int(layer))
+
     def _addresses(self) -> dict[Any, list[int]]:
         return addresses(self.k[0] if self.num_host_blocks and self.k else None)
 
@@ -463,12 +513,13 @@ class HostKV:
     def __repr__(self) -> str:
         layout = self.layout
         sliding = f", {len(layout.sliding_layers)} sliding" if layout.sliding_layers else ""
+        stacked = ", stacked" if self.stacked else ""
         if isinstance(self.lengths, jax.core.Tracer):
             lengths = "traced"
         else:
             lengths = str(np.asarray(self.lengths).tolist())
         return (
-            f"HostKV {len(layout.global_layers)} layers{sliding}, batch {self.batch}, "
+            f"HostKV {len(layout.global_layers)} layers{sliding}{stacked}, batch {self.batch}, "
             f"{layout.num_kv_heads} KV heads of {layout.head_dim}, {layout.dtype}\n"
             f"  lengths {lengths} of {self.max_tokens} tokens; "
             f"window {layout.sink_tokens} + {layout.recent_tokens} tokens; "

@@ -52,6 +52,11 @@ def save(cache: HostKV, path: str | Path) -> None:
             "expected a cache whose devices all belong to this process, got one of several "
             "processes; save needs a cache of one process"
         )
+    if cache.stacked:
+        raise UnsupportedError(
+            "expected a cache with arrays for each layer, got a stacked one; save needs a cache "
+            "that was allocated with stacked=False"
+        )
     jax.block_until_ready(leaves)
     target = Path(path).expanduser()
     if target.is_dir():

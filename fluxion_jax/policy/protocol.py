@@ -25,7 +25,8 @@ class Features(NamedTuple):
       q: float32 `[B, N, H]`, this step's queries after RoPE, not scaled.
       window_out: float32 `[B, N, H]`, attention over the resident window.
       window_lse: float32 `[B, N]`, its log-sum-exp, natural log.
-      layer: index of the layer in the model, a Python int.
+      layer: index of the layer in the model, a Python int; in a compiled loop over the layers of a
+        stacked cache an int32 scalar.
       num_kv_heads: `K`, a Python int.
       layout: the cache's layout, static.
       scale: factor on the scores, a Python float.
@@ -41,7 +42,7 @@ class Features(NamedTuple):
     q: jax.Array
     window_out: jax.Array
     window_lse: jax.Array
-    layer: int
+    layer: int | jax.Array
     num_kv_heads: int
     layout: KVLayout
     scale: float

@@ -5,9 +5,15 @@ namespace {
 
 using ffi::DataType;
 
-// Reads k and v, the next two operands, and sets the sizes they tell. Queries tell `heads`.
-void read_cache(Operands& in, Geometry* g, CacheView* cache, DataType* dtype) {
-  g->batch = in.peek_arg(0, 0);
+// Reads the first row, if it is there, and k and v, and sets the sizes they tell. Queries tell
+// `heads`; the sequences of the call are counted by the operand `sequences_at` behind k.
+void read_cache(Operands& in, bool has_first_row, size_t sequences_at, Geometry* g, Rows* rows,
+                CacheView* cache, DataType* dtype) {
+  if (has_first_row) {
+    rows->first = static_cast<const int32_t*>(in.arg("first_row", DataType::S32, {1}));
+  }
+  rows->total = in.peek_arg(0, 0);
+  g->batch = has_first_row ? in.peek_arg(sequences_at, 0) : rows->total;
   g->kv_heads = in.peek_arg(0, 1);
   g->blocks = in.peek_arg(0, 2);
   g->head_dim = in.peek_arg(0, 4);
@@ -31,15 +37,19 @@ void read_cache(Operands& in, Geometry* g, CacheView* cache, DataType* dtype) {
             "to 256, got P " + std::to_string(g->blocks) + " and H " +
             std::to_string(g->head_dim) + "; choose another layout");
   }
+  if (g->batch > rows->total) {
+    in.fail("k: expected at least as many rows as sequences, got " + std::to_string(rows->total) +
+            " for " + std::to_string(g->batch) + "; pass the arrays of all layers");
+  }
   cache->k = const_cast<void*>(
-      in.arg("k", *dtype, {g->batch, g->kv_heads, g->blocks, kBlockTokens, g->head_dim}));
+      in.arg("k", *dtype, {rows->total, g->kv_heads, g->blocks, kBlockTokens, g->head_dim}));
   cache->v = const_cast<void*>(
-      in.arg("v", *dtype, {g->batch, g->kv_heads, g->blocks, kBlockTokens, g->head_dim}));
+      in.arg("v", *dtype, {rows->total, g->kv_heads, g->blocks, kBlockTokens, g->head_dim}));
 }
 
-void read_summaries(Operands& in, const Geometry& g, CacheView* cache) {
+void read_summaries(Operands& in, const Geometry& g, const Rows& rows, CacheView* cache) {
   cache->summaries = const_cast<int8_t*>(static_cast<const int8_t*>(in.arg(
-      "summaries", DataType::S8, {g.batch, g.kv_heads, g.summary_rows(), 2, g.head_dim})));
+      "summaries", DataType::S8, {rows.total, g.kv_heads, g.summary_rows(), 2, g.head_dim})));
 }
 
 void check_heads(Operands& in, const Geometry& g) {
@@ -75,42 +85,44 @@ FlushView read_flush(Operands& in, const Geometry& g, DataType dtype) {
 bool returns_cache(const Operands& in) { return in.rank_of_ret() == 5; }
 
 // Reads the results that alias k and v.
-void read_result(Operands& in, const Geometry& g, DataType dtype, CacheView* result) {
-  const std::initializer_list<int64_t> dims = {g.batch, g.kv_heads, g.blocks, kBlockTokens,
+void read_result(Operands& in, const Geometry& g, const Rows& rows, DataType dtype,
+                 CacheView* result) {
+  const std::initializer_list<int64_t> dims = {rows.total, g.kv_heads, g.blocks, kBlockTokens,
                                                g.head_dim};
   result->k = in.ret("k", dtype, dims);
   result->v = in.ret("v", dtype, dims);
 }
 
-void read_result_summaries(Operands& in, const Geometry& g, CacheView* result) {
+void read_result_summaries(Operands& in, const Geometry& g, const Rows& rows, CacheView* result) {
   result->summaries = static_cast<int8_t*>(in.ret(
-      "summaries", DataType::S8, {g.batch, g.kv_heads, g.summary_rows(), 2, g.head_dim}));
+      "summaries", DataType::S8, {rows.total, g.kv_heads, g.summary_rows(), 2, g.head_dim}));
 }
 
 }  // namespace
 
-AppendCall read_append(Operands& in, bool has_summaries) {
+AppendCall read_append(Operands& in, bool has_summaries, bool has_first_row) {
   AppendCall call;
   Geometry& g = call.g;
   DataType dtype;
-  read_cache(in, &g, &call.cache, &dtype);
+  read_cache(in, has_first_row, 2, &g, &call.rows, &call.cache, &dtype);
   call.flush = read_flush(in, g, dtype);
-  if (has_summaries) read_summaries(in, g, &call.cache);
+  if (has_summaries) read_summaries(in, g, call.rows, &call.cache);
   const bool returned = returns_cache(in);
   call.result = call.cache;
-  if (returned) read_result(in, g, dtype, &call.result);
+  if (returned) read_result(in, g, call.rows, dtype, &call.result);
   call.status = static_cast<int32_t*>(in.ret("status", DataType::S32, {1}));
-  if (returned && has_summaries) read_result_summaries(in, g, &call.result);
+  if (returned && has_summaries) read_result_summaries(in, g, call.rows, &call.result);
   return call;
 }
 
-SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float scale) {
+SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float scale,
+                       bool has_first_row) {
   SubmitCall call;
   Geometry& g = call.g;
   WorkView& work = call.work;
   DataType dtype;
   call.scale = scale;
-  read_cache(in, &g, &call.cache, &dtype);
+  read_cache(in, has_first_row, 2, &g, &call.rows, &call.cache, &dtype);
   g.heads = in.peek_arg(0, 1);
   if (in.ok()) check_heads(in, g);
   if (!in.ok()) return call;
@@ -122,7 +134,7 @@ SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float 
   work.host_blocks = as<int32_t>(in.arg("host_blocks", DataType::S32, {g.batch}));
   work.boundary = as<int32_t>(in.arg("boundary", DataType::S32, {g.batch, g.kv_heads}));
   call.cancel = as<int32_t>(in.arg("cancel", DataType::S32, {1}));
-  if (has_summaries) read_summaries(in, g, &call.cache);
+  if (has_summaries) read_summaries(in, g, call.rows, &call.cache);
   if (has_bitmap) {
     work.bitmap =
         as<uint32_t>(in.arg("bitmap", DataType::U32, {g.batch, g.heads, g.words()}));
@@ -135,21 +147,22 @@ SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float 
   return call;
 }
 
-CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection) {
+CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection,
+                         bool has_first_row) {
   CollectCall call;
   Geometry& g = call.g;
   CollectOut& out = call.out;
   DataType dtype;
-  read_cache(in, &g, &call.cache, &dtype);
+  read_cache(in, has_first_row, 3, &g, &call.rows, &call.cache, &dtype);
   const bool returned = returns_cache(in);
   g.heads = in.peek_ret(returned ? 2 : 0, 1);
   if (in.ok()) check_heads(in, g);
   if (!in.ok()) return call;
   call.tick = as<int32_t>(in.arg("tick", DataType::S32, {2}));
   call.flush = read_flush(in, g, dtype);
-  if (has_summaries) read_summaries(in, g, &call.cache);
+  if (has_summaries) read_summaries(in, g, call.rows, &call.cache);
   call.result = call.cache;
-  if (returned) read_result(in, g, dtype, &call.result);
+  if (returned) read_result(in, g, call.rows, dtype, &call.result);
   out.out = static_cast<float*>(in.ret("out", DataType::F32, {g.batch, g.heads, g.head_dim}));
   out.lse = static_cast<float*>(in.ret("lse", DataType::F32, {g.batch, g.heads}));
   out.status = static_cast<int32_t*>(in.ret("status", DataType::S32, {1}));
@@ -158,7 +171,7 @@ CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection
       static_cast<int32_t*>(in.ret("blocks_read", DataType::S32, {g.batch, g.kv_heads}));
   out.units_scanned =
       static_cast<int32_t*>(in.ret("units_scanned", DataType::S32, {g.batch, g.kv_heads}));
-  if (returned && has_summaries) read_result_summaries(in, g, &call.result);
+  if (returned && has_summaries) read_result_summaries(in, g, call.rows, &call.result);
   if (return_selection) {
     out.selection =
         static_cast<uint32_t*>(in.ret("selection", DataType::U32, {g.batch, g.heads, g.words()}));

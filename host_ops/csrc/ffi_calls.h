@@ -1,7 +1,8 @@
 // Reads calls out of XLA's operands and results, for every platform.
 //
 // Operands come in the order in which host_ops/ffi.py passes them; optional ones come last and are
-// announced by attributes. Shape and dtype mistakes are errors of the program and fail the call;
+// announced by attributes. With `has_first_row` the first operand is int32 [1], and the cache's
+// arrays have more rows than the call has sequences. Shape and dtype mistakes are errors of the program and fail the call;
 // mistakes in values become a status, because values are only known while the program runs.
 // After a mistake `in.ok()` is false, and the call must not be used.
 
@@ -13,9 +14,11 @@
 
 namespace fluxion {
 
-AppendCall read_append(Operands& in, bool has_summaries);
-SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float scale);
-CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection);
+AppendCall read_append(Operands& in, bool has_summaries, bool has_first_row = false);
+SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float scale,
+                       bool has_first_row = false);
+CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection,
+                         bool has_first_row = false);
 
 // Does nothing: tells the framework that an array may change in place before this call, seen by
 // what takes the result, and not after it.

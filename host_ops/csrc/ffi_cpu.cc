@@ -1,5 +1,6 @@
 // The XLA FFI handlers of the CPU backend. Thin: read the call, run operations.h.
 
+#include <algorithm>
 #include <cstring>
 
 #include "ffi_calls.h"
@@ -13,36 +14,47 @@ void move(void* to, const void* from, int64_t bytes) {
 
 // Where the framework wants the cache elsewhere, it is copied there, so that the result is a valid
 // cache; returns whether everything was in place.
-bool settle(const Geometry& g, CacheView* cache, const CacheView& result) {
+bool settle(const Geometry& g, const Rows& rows, CacheView* cache, const CacheView& result) {
   const bool in_place = same_place(*cache, result);
-  const int64_t bytes = g.batch * g.kv_heads * g.task_elements() * element_bytes(g.dtype);
+  const int64_t bytes = rows.total * g.kv_heads * g.task_elements() * element_bytes(g.dtype);
   move(result.k, cache->k, bytes);
   move(result.v, cache->v, bytes);
   move(result.summaries, cache->summaries,
-       g.batch * g.kv_heads * g.summary_rows() * 2 * g.head_dim);
+       rows.total * g.kv_heads * g.summary_rows() * 2 * g.head_dim);
   *cache = result;
   return in_place;
 }
 
-ffi::Error append_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, bool has_summaries) {
+// Names no slot: collect answers that the call was invalid.
+constexpr int32_t kNoTick[2] = {-1, 0};
+
+ffi::Error append_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, bool has_summaries,
+                          bool has_first_row) {
   return guarded([&] {
     Operands in(args, rets);
-    AppendCall call = read_append(in, has_summaries);
+    AppendCall call = read_append(in, has_summaries, has_first_row);
     if (!in.ok()) return in.error();
-    const bool in_place = settle(call.g, &call.cache, call.result);
-    *call.status = in_place ? append(call.g, call.cache, call.flush) : kNotInPlace;
+    const bool in_place = settle(call.g, call.rows, &call.cache, call.result);
+    const bool found = choose_rows(call.g, call.rows, &call.cache);
+    *call.status = !in_place ? kNotInPlace
+                   : found   ? append(call.g, call.cache, call.flush)
+                             : static_cast<int32_t>(kInvalid);
     return ffi::Error::Success();
   });
 }
 
 ffi::Error submit_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, bool has_summaries,
-                          bool has_bitmap, float scale) {
+                          bool has_bitmap, float scale, bool has_first_row) {
   return guarded([&] {
     Operands in(args, rets);
-    SubmitCall call = read_submit(in, has_summaries, has_bitmap, scale);
+    SubmitCall call = read_submit(in, has_summaries, has_bitmap, scale, has_first_row);
     if (!in.ok()) return in.error();
     call.work.cancel = *call.cancel;
-    submit(call.g, call.work, call.cache, call.scale, call.tick);
+    if (choose_rows(call.g, call.rows, &call.cache)) {
+      submit(call.g, call.work, call.cache, call.scale, call.tick);
+    } else {
+      std::copy_n(kNoTick, 2, call.tick);
+    }
     return ffi::Error::Success();
   });
 }
@@ -80,13 +92,14 @@ ffi::Future start_handler(ffi::RemainingArgs args, ffi::RemainingRets rets) {
 }
 
 ffi::Error collect_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, bool has_summaries,
-                           bool return_selection) {
+                           bool return_selection, bool has_first_row) {
   return guarded([&] {
     Operands in(args, rets);
-    CollectCall call = read_collect(in, has_summaries, return_selection);
+    CollectCall call = read_collect(in, has_summaries, return_selection, has_first_row);
     if (!in.ok()) return in.error();
-    const bool in_place = settle(call.g, &call.cache, call.result);
-    collect(call.tick, call.g, call.cache, call.flush, in_place, call.out);
+    const bool in_place = settle(call.g, call.rows, &call.cache, call.result);
+    const bool found = choose_rows(call.g, call.rows, &call.cache);
+    collect(call.tick, call.g, call.cache, call.flush, in_place && found, call.out);
     return ffi::Error::Success();
   });
 }
@@ -100,7 +113,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_append_cpu, fluxion::append_handler,
                               xla::ffi::Ffi::Bind()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<bool>("has_summaries"));
+                                  .Attr<bool>("has_summaries")
+                                  .Attr<bool>("has_first_row"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_submit_cpu, fluxion::submit_handler,
                               xla::ffi::Ffi::Bind()
@@ -108,7 +122,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_submit_cpu, fluxion::submit_handler,
                                   .RemainingRets()
                                   .Attr<bool>("has_summaries")
                                   .Attr<bool>("has_bitmap")
-                                  .Attr<float>("scale"));
+                                  .Attr<float>("scale")
+                                  .Attr<bool>("has_first_row"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_start_cpu, fluxion::start_handler,
                               xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets());
@@ -118,7 +133,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_collect_cpu, fluxion::collect_handler,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<bool>("has_summaries")
-                                  .Attr<bool>("return_selection"));
+                                  .Attr<bool>("return_selection")
+                                  .Attr<bool>("has_first_row"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_keep_cpu, fluxion::keep,
                               xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets());

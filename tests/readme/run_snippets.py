@@ -5,7 +5,7 @@
 Blocks of one document share a namespace and run in order, in an empty working directory, with
 whatever `fluxion_jax` this interpreter has installed. The demo's model file lies in that directory
 if its package is installed. A block after a line `<!-- not executed: REASON -->` is left out and
-reported.
+reported. What a document takes for granted stands in a comment that begins with `<!-- setup`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 BLOCK = re.compile(
-    r"^(?:<!-- not executed: (?P<reason>.+?) -->\n+)?```python\n(?P<code>.*?)^```$", re.M | re.S
+    r"^(?:<!-- not executed: (?P<reason>.+?) -->\n+)?```python\n(?P<code>.*?)^```$"
+    r"|^<!-- setup\n(?P<setup>.*?)^-->$",
+    re.M | re.S,
 )
 
 
@@ -35,7 +37,12 @@ class Snippet(NamedTuple):
 def snippets(document: Path) -> list[Snippet]:
     text = document.read_text()
     return [
-        Snippet(document, 1 + text.count("\n", 0, m.start("code")), m["code"], m["reason"])
+        Snippet(
+            document,
+            1 + text.count("\n", 0, max(m.start("code"), m.start("setup"))),
+            m["setup"] if m["code"] is None else m["code"],
+            m["reason"],
+        )
         for m in BLOCK.finditer(text)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,13 +14,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+INLINE_CODE = re.compile(r"`[^`\n]*`")
 FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+
+
+WITH_SNIPPETS = [path for path in DOCUMENTS if "```python" in path.read_text()]
 
 
 @pytest.mark.model
 def test_readme_snippets_run(tmp_path: Path) -> None:
+    """Those of all documents; a document may have a hidden setup."""
+    assert {path.name for path in WITH_SNIPPETS} >= {"README.md", "tutorial.md", "howto.md"}
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("run_snippets.py"), ROOT / "README.md"],
+        [sys.executable, Path(__file__).with_name("run_snippets.py"), *WITH_SNIPPETS],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -29,13 +37,58 @@ def test_readme_snippets_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def anchors(document: Path) -> set[str]:
+    """What headings can be linked as, the way GitHub and MyST make them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", document.read_text()), re.M)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+def broken(path: Path, text: str) -> list[str]:
+    """Links of a document that lead nowhere, or are no links."""
+    found = []
+    for target in re.findall(r"\]\(([^)]*)\)", INLINE_CODE.sub("", FENCED.sub("", text))):
+        if re.match(r"\w+:", target):
+            good = re.fullmatch(r"https://[\w\-]+(\.[\w\-]+)+(/[^\s]*)?", target) is not None
+        else:
+            name, _, anchor = target.partition("#")
+            file = path.parent / name if name else path
+            good = file.exists() and (not anchor or (file.is_file() and anchor in anchors(file)))
+        if not good:
+            found.append(target)
+    return found
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
-def test_relative_links_lead_somewhere(path: Path) -> None:
-    text = FENCED.sub("", path.read_text())
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
-    relative = [target for target in targets if "://" not in target]
-    missing = [target for target in relative if not (path.parent / target).exists()]
-    assert not missing
+def test_links_lead_somewhere(path: Path) -> None:
+    assert not broken(path, path.read_text())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_links_of_notebooks_lead_somewhere(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    text = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    assert not broken(path, "\n".join(text))
+
+
+def test_a_broken_link_is_noticed() -> None:
+    text = (
+        "[a](none.md) [b](howto.md#nowhere) [c](#no) [d](http://x) [e](https://x y.org) "
+        "[f](howto.md#sizing-memory) [g](#how-tos) [h](https://x.org/y) `[i](j)`"
+    )
+    wrong = ["none.md", "howto.md#nowhere", "#no", "http://x", "https://x y.org"]
+    assert broken(ROOT / "docs" / "howto.md", text) == wrong
+
+
+def test_every_page_is_reached_and_results_are_those_of_the_reports() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages == set(re.findall(r"^([\w-]+)$", index, re.M))
+    check = [sys.executable, ROOT / "tools" / "make_results_page.py", "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(check, env=environment, check=False).returncode == 0, (
+        "docs/results.md is not what benchmarks/results says: run tools/make_results_page.py"
+    )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)

@@ -1,0 +1,275 @@
+"""A cache with one array for all layers: scans over layers are in place, with the same numbers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fluxion_jax as fx
+from fluxion_jax.chunk_attention import prefill_attention
+from fluxion_jax.modules import Attention
+from fluxion_jax.policy import parse_split
+from fluxion_jax.rope import Rope
+from tests.hlo import full_size_copies
+
+LAYERS, HEADS, KV_HEADS, SIZE = 2, 6, 2, 32
+LENGTHS = (700, 335)
+SCALE = 0.2
+
+
+def filled(summaries="host", *, stacked, layers=LAYERS, dtype="float32"):
+    layout = fx.KVLayout(layers, KV_HEADS, SIZE, dtype, summaries=summaries)
+    rng = np.random.default_rng(0)
+    shape = (len(LENGTHS), max(LENGTHS), KV_HEADS, SIZE)
+    k, v = ([rng.standard_normal(shape).astype(np.float32) for _ in range(layers)] for _ in "kv")
+    return fx.HostKV.from_arrays(layout, k, v, LENGTHS, 1024, stacked=stacked)
+
+
+def layer_step(cache, q, layer, split, implementation):
+    """One layer of a model whose keys and values follow from what came before."""
+    out, cache, stats = fx.decode_attention(
+        q,
+        q[:, :KV_HEADS],
+        q[:, KV_HEADS : 2 * KV_HEADS],
+        cache,
+        layer,
+        fx.fixed(16, 0.2),
+        scale=SCALE,
+        split=split,
+        execution=fx.Execution(host=implementation, dense_below_tokens=0),
+    )
+    return out + 0.5 * q, cache, stats
+
+
+def unrolled(cache, q, split, implementation):
+    collected = []
+    for layer in range(LAYERS):
+        q, cache, stats = layer_step(cache, q, layer, split, implementation)
+        collected.append(stats)
+    return q, cache.advance(), jax.tree.map(lambda *xs: jnp.stack(xs), *collected)
+
+
+def scanned(cache, q, split, implementation):
+    def body(carry, layer):
+        q, cache = carry
+        q, cache, stats = layer_step(cache, q, layer, split, implementation)
+        return (q, cache), stats
+
+    (q, cache), stats = jax.lax.scan(body, (q, cache), jnp.arange(LAYERS))
+    return q, cache.advance(), stats
+
+
+def compiled(program):
+    return fx.jit(program, static_argnames=("implementation",))
+
+
+def held(cache):
+    """Everything the cache holds, layers one behind the other."""
+    names = ("k", "v", "summaries", "exponents", "window_k", "window_v")
+    arrays = {name: np.concatenate([np.array(x) for x in getattr(cache, name)]) for name in names}
+    return arrays | {"lengths": np.array(cache.lengths)}
+
+
+def places(cache):
+    assert all(x.sharding.memory_kind == "pinned_host" for x in cache.host_arrays)
+    return [x.unsafe_buffer_pointer() for x in cache.host_arrays]
+
+
+@pytest.fixture(scope="module")
+def query():
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.standard_normal((len(LENGTHS), HEADS, SIZE)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "summaries", "split"),
+    [
+        pytest.param("native", "host", "0.5", marks=pytest.mark.native),
+        pytest.param("native", "device", "host", marks=pytest.mark.native),
+        ("xla", "host", "host"),
+        ("numpy", "host", "host"),
+    ],
+)
+def test_a_scan_over_layers_is_in_place_and_equals_unrolled_layers(
+    query, implementation, summaries, split
+):
+    results = []
+    for program, stacked in ((unrolled, False), (scanned, True)):
+        run, cache = compiled(program), filled(summaries, stacked=stacked)
+        if stacked:
+            hlo = run.trace(cache, query, parse_split(split), implementation).lower().compile()
+            assert full_size_copies(hlo.as_text(), [x.shape for x in cache.host_arrays]) == []
+        before, q = places(cache), query
+        for _ in range(18):  # a block leaves the window on the way
+            q, cache, stats = run(cache, q, parse_split(split), implementation)
+        cache.check()
+        assert places(cache) == before
+        results.append((q, stats, held(cache)))
+    (expected, expected_stats, expected_cache), (got, stats, cache) = results
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+    for name in ("host_blocks", "device_blocks", "host_units", "device_units"):
+        np.testing.assert_array_equal(getattr(stats, name), getattr(expected_stats, name))
+    assert int(stats.host_blocks.sum()) > 0
+    for name, array in cache.items():
+        if implementation == "native":
+            np.testing.assert_array_equal(array, expected_cache[name], err_msg=name)
+        else:  # their sums go by how XLA or NumPy vectorise a program
+            np.testing.assert_allclose(array, expected_cache[name], rtol=0, atol=2e-5)
+
+
+def test_a_conditional_over_layers_would_copy(query):
+    """Why there is a stacked cache: choosing among arrays of layers costs a copy of them all."""
+    cache = filled(stacked=False)
+    branches = [
+        lambda q, cache, layer=layer: layer_step(cache, q, layer, parse_split("host"), None)[:2]
+        for layer in range(LAYERS)
+    ]
+
+    def program(cache, q):
+        def body(carry, layer):
+            return jax.lax.switch(layer, branches, *carry), None
+
+        (q, cache), _ = jax.lax.scan(body, (q, cache), jnp.arange(LAYERS))
+        return q, cache.advance()
+
+    hlo = fx.jit(program).trace(cache, query).lower().compile().as_text()
+    assert full_size_copies(hlo, [cache.k[0].shape])
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs, sliding_window=None):
+        rope = Rope(500.0)
+        own = lambda x, positions: rope.rotate(x, positions)  # noqa: E731
+        self.attention = Attention(
+            24, 4, 2, 16, rngs=rngs, rope=own, sliding_window=sliding_window, qk_norm_eps=1e-6
+        )
+
+
+def stacked_layers(count, sliding_window=None):
+    make = nnx.vmap(lambda rngs: Layer(rngs, sliding_window), in_axes=0, out_axes=0)
+    return nnx.split_rngs(splits=count)(make)(nnx.Rngs(3))
+
+
+def test_nnx_scan_of_global_and_sliding_layers():
+    """Two stacks of modules over one cache, prefilled and decoded, against the dense path.
+
+    Compiled by `nnx.jit` with donation for the prefill and by split and merge for the steps.
+    """
+    layout = fx.KVLayout(
+        4, 2, 16, "float32", sliding_window=40, sliding_layers=(0, 2), recent_tokens=64
+    )
+    stacks = (stacked_layers(2, 40), stacked_layers(2))
+    indices = jnp.asarray([[0, 2], [1, 3]], jnp.int32)
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.standard_normal((2, 300, 24)), jnp.float32)
+    cache = fx.HostKV.allocate(layout, 2, 512, stacked=True)
+    before = places(cache)
+
+    @nnx.scan(in_axes=(0, 0, nnx.Carry, 0), out_axes=nnx.Carry)
+    def prefill_pair(sliding, wide, carry, index):
+        x, count, cache = carry
+        for layer, number in ((sliding, index[0]), (wide, index[1])):
+            attended, cache = layer.attention.prefill(x, count, cache, number)
+            x = x + attended
+        return x, count, cache
+
+    @nnx.scan(in_axes=(0, 0, nnx.Carry, 0), out_axes=nnx.Carry)
+    def decode_pair(sliding, wide, carry, index):
+        x, cache = carry
+        for layer, number in ((sliding, index[0]), (wide, index[1])):
+            attended, cache, _ = layer.attention.decode(
+                x, cache, number, fx.full(), split=parse_split("host")
+            )
+            x = x + attended
+        return x, cache
+
+    def prefill(cache, stacks, x):
+        count = jnp.asarray([290, 171], jnp.int32)
+        _, _, cache = prefill_pair(*stacks, (x, count, cache), indices.T)
+        return cache.advance(count)
+
+    run = nnx.jit(prefill, donate_argnums=0, out_shardings=fx.cache_shardings(cache))
+    cache = run(cache, stacks, x[:, :290])
+    graph, states = nnx.split(stacks)
+
+    @fx.jit
+    def step(cache, states, token):
+        out, cache = decode_pair(*nnx.merge(graph, states), (token, cache), indices.T)
+        return out, cache.advance()
+
+    for token in range(290, 300):
+        out, cache = step(cache, states, x[:, token : token + 1])
+    cache.check()
+    assert places(cache) == before
+    assert step.compilations() == 1
+
+    @nnx.scan(in_axes=(0, 0, nnx.Carry), out_axes=nnx.Carry)
+    def dense_pair(sliding, wide, x):
+        x = x + sliding.attention(x)
+        return x + wide.attention(x)
+
+    rows = (x[0], jnp.concatenate([x[1, :171], x[1, 290:]]))
+    for row, tokens in enumerate(rows):
+        wanted = dense_pair(*stacks, tokens[None])[0, -1]
+        np.testing.assert_allclose(out[row, 0], wanted, rtol=0, atol=1e-4)
+
+
+def test_rows_are_reset_and_forked_in_every_layer(query):
+    whole, cache = filled(stacked=False), filled(stacked=True)
+    for rows in ([1], [1, 0, 1]):
+        copied, expected = held(cache.fork(rows)), held(whole.fork(rows))
+        for name, array in expected.items():
+            np.testing.assert_array_equal(copied[name], array, err_msg=name)
+    np.testing.assert_array_equal(
+        held(cache.reset([0]))["exponents"], held(whole.reset([0]))["exponents"]
+    )
+    assert "2 layers, stacked, batch 2" in repr(cache)
+    assert (cache.host_bytes, cache.batch) == (whole.host_bytes, 2)
+
+
+@pytest.mark.native
+def test_a_layer_that_is_none_ends_in_an_error_and_changes_nothing(query):
+    cache = filled(stacked=True)
+    before = held(cache)
+
+    @fx.jit
+    def run(cache, q, layer):
+        q, cache, _ = layer_step(cache, q, layer, parse_split("host"), None)
+        return q, cache.advance()
+
+    for layer in (-1, LAYERS):
+        _, cache = run(cache, query, jnp.asarray(layer, jnp.int32))
+        with pytest.raises(fx.FluxionError, match="the index of a layer of the module's kind"):
+            cache.check()
+        cache = cache.clear_status()
+        for name, array in held(cache).items():
+            np.testing.assert_array_equal(array, before[name])
+    with pytest.raises(fx.ConfigError, match="expected a global layer"):
+        layer_step(cache, query, LAYERS, parse_split("host"), None)
+
+
+def test_what_a_stacked_cache_cannot_do(tmp_path):
+    with pytest.raises(fx.UnsupportedError, match="stacked=False"):
+        filled(stacked=True).save(tmp_path / "cache")
+    sketched = fx.KVLayout(2, 2, 16, num_heads=4, sketch=True)
+    with pytest.raises(fx.UnsupportedError, match="without a sketch"):
+        fx.HostKV.allocate(sketched, 1, 512, stacked=True)
+    mesh = jax.make_mesh((1,), ("heads",))
+    with pytest.raises(fx.UnsupportedError, match="on one device"):
+        fx.HostKV.allocate(fx.KVLayout(2, 2, 16), 1, 512, mesh=mesh, stacked=True)
+
+
+def test_a_loop_over_layers_needs_a_stacked_cache():
+    cache = filled(stacked=False)
+    q = jnp.zeros((2, 4, HEADS, SIZE))
+    k = jnp.zeros((2, 4, KV_HEADS, SIZE))
+    count = jnp.asarray([4, 4], jnp.int32)
+    with pytest.raises(fx.ConfigError, match="allocate it with stacked=True"):
+        jax.eval_shape(
+            lambda cache, layer: prefill_attention(q, k, k, count, cache, layer, scale=SCALE),
+            cache,
+            jnp.asarray(0),
+        )

@@ -110,8 +110,8 @@ def attend_to_table(
         interpret=interpret,
     )
     queries = (q.astype(jnp.float32) * scale).reshape(tasks, group, head_dim)
-    states = attend(queries, k, v, table.block, table.heads, table.total)
-    out, lse = merge_splits(*states, interpret=bool(interpret))
+    out, lse = attend(queries, k, v, table.block, table.heads, table.total)
+    out, lse = merge_splits(out, lse, interpret=bool(interpret))
     return out.reshape(q.shape), lse.reshape(batch, num_heads)
 
 

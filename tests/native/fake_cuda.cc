@@ -32,6 +32,7 @@ int push(CudaDriver::Stream stream, std::function<void()> operation) {
 }
 
 void copy_bytes(uint64_t to, uint64_t from, size_t bytes) {
+  if (bytes == 0) return;
   std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
 }
 

@@ -8,16 +8,19 @@
 # and are committed under benchmarks/results/. Each part ends by itself after its limit; benchmarks
 # keep finished cells in $OUT/PART, so that a part which is run again goes on where it stopped.
 #
-#   kernels     tests of the device's kernels            paths      tests of decode steps, all splits
-#   host        host kernels against memory              roundtrip  handing a layer to the host
-#   device      block-sparse kernels against the buses   machine    ceilings of this machine
-#   step        decode steps at the shapes of 7B and 8B  prefill    chunked prefill
+#   smoke       one test of each kind, a minute      kernels    tests of the device's kernels
+#   paths       tests of decode steps, all splits    host       host kernels against memory
+#   roundtrip   handing a layer to the host, by the  device     block-sparse kernels against the buses
+#               driver's operations and by kernels   machine    ceilings of this machine
+#   step        decode steps at the shapes of 7B     prefill    chunked prefill
+#               and 8B                               long       decoding at 512K tokens
 #   evaluate    the headline table, oracles included
 #   calibrate   weights of the policy fluxion for each of MODELS, packed into $OUT/weights-MODEL.tgz
 #   quality     fluxion's tolerances on the headline table's prompts, beside fixed and oracle
 #   text        real text under fluxion's tolerances for each of MODELS
 #
-# Variables: LIMIT_S (of every part named, default 300), PYTHON, QUICK=--quick. For the last three:
+# Variables: LIMIT_S (of every part named, default 300), TEST_S (of a file of tests, default 120),
+# JOBS (files of tests at once, default 4), PYTHON, QUICK=--quick. For the last three:
 # MODELS (default recall-12m; names or .gguf files), TEXTS and LENGTH of a calibration (56, 16384),
 # CALIBRATE (more of its options), TOLERANCES, POLICIES (what they are compared with), SAMPLES (of
 # each task and length, ascending multiples of the protocol's batch of 8: each is a table of its own,
@@ -27,6 +30,8 @@ set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
+# What the host should have done by then it will never do; an error tells more than a hang.
+export FLUXION_TIMEOUT_S=${FLUXION_TIMEOUT_S:-20}
 OUT=${OUT:-benchmarks/results} PYTHON=${PYTHON:-python3} QUICK=${QUICK:-} limit=${LIMIT_S:-300}
 MODELS=${MODELS:-recall-12m} TOLERANCES=${TOLERANCES:-0.02 0.05 0.1 0.15 0.2 0.3 0.5}
 POLICIES=${POLICIES:-full fixed:16:0.05 fixed:16:0.05:group fixed:32:0.05 oracle:0.1 oracle:0.2 oracle:0.3}
@@ -42,20 +47,40 @@ run() { # run NAME COMMAND...
   shift
   echo "== $name (at $SECONDS s)"
   timeout -s INT -k 10 "$limit" "$@" >"$OUT/$name.txt" 2>"$OUT/$name.err"
-  echo "status $?"
+  echo "status $?, $SECONDS s"
   grep -v Warning "$OUT/$name.err" | tail -5 | cut -c1-300
   tail -40 "$OUT/$name.txt" | cut -c1-220
 }
-tests() { # tests NAME PATH...
-  local name=$1
+# A file at a time, each in a process of its own, so that one that hangs costs only itself.
+tests() { # tests NAME OPTION... -- FILE...
+  local name=$1 options=()
   shift
-  run "$name" "$PYTHON" -m pytest -m gpu -v -p no:cacheprovider --tb=short --durations=8 --maxfail=8 \
-    -o faulthandler_timeout=60 "$@"
+  while [ "$1" != -- ]; do
+    options+=("$1")
+    shift
+  done
+  shift
+  local log=$OUT/$name.txt folder
+  folder=$(mktemp -d)
+  echo "== $name (at $SECONDS s)"
+  printf '%s\n' "$@" | timeout -k 10 "$limit" xargs -P "${JOBS:-4}" -I{} bash -c '
+    file=$1 log=$2/$(basename "$1" .py).txt
+    shift 2
+    timeout -s INT -k 5 "${TEST_S:-120}" "$@" "$file" >"$log" 2>&1
+    echo "$file: status $?, $(tail -1 "$log")"' _ {} "$folder" \
+    "$PYTHON" -m pytest -n 0 -m gpu -v -p no:cacheprovider --tb=short --durations=4 --maxfail=4 \
+    -o faulthandler_timeout=60 "${options[@]}"
+  cat "$folder"/*.txt >"$log"
+  grep -hE "^(FAILED|ERROR|E  )" "$log" | head -30 | cut -c1-220
+  rm -r "$folder"
+}
+with_gpu_tests() { # with_gpu_tests FOLDER...
+  grep -lrE "mark\.gpu" --include="test_*.py" "$@" | sort
 }
 bench() { # bench NAME OPTION...
   local name=$1
   shift
-  run "$name" "$PYTHON" -m fluxion_jax bench "$name" --output "$OUT/$name" "$@"
+  run "$name" "$PYTHON" -m fluxion_jax bench "${name%%-*}" --output "$OUT/$name" "$@"
 }
 name_of() { basename "$1" .gguf; }
 fluxions() { # fluxions MODEL: the options that name its tolerances
@@ -95,15 +120,25 @@ text() { # text MODEL
   cp "$OUT/text/$name/evaluate.json" "$OUT/text-$name.json"
 }
 
+# What runs every kernel of a decode step once, and both ways to call the host.
+smoke="True-bfloat16 or SYNC-kernel or many_steps or small_arrays or half-triton or scores_of_pinned"
+smoke+=" or step_after_step or [4-128-gpu] or [64-1-gpu] or [3-bfloat16-64-gpu] or [4-40-128-gpu]"
+
 run build "$PYTHON" tools/build_native.py
 for part in "$@"; do
   case $part in
-    kernels) tests kernels tests/pallas_kernels tests/host_ops ;;
-    paths) tests paths tests/attention tests/generation ;;
+    smoke) TEST_S=90 tests smoke -k "$smoke" -- $(with_gpu_tests tests/host_ops tests/attention tests/pallas_kernels) ;;
+    kernels) tests kernels -k "not round_trip" -- $(with_gpu_tests tests/pallas_kernels tests/host_ops) ;;
+    paths) tests paths -- $(with_gpu_tests tests/attention) ;;
     host) JAX_PLATFORMS=cpu bench host --compare 1 $QUICK ;;
     device) bench device $QUICK ;;
-    roundtrip | machine) bench "$part" ;;
+    machine) bench machine ;;
+    roundtrip)
+      FLUXION_CUDA_SYNC=memops bench roundtrip
+      FLUXION_CUDA_SYNC=kernel bench roundtrip-kernel
+      ;;
     step) bench step --budget-s $((limit * 4 / 5)) $QUICK ;;
+    long) XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=72 bench step-long --long --budget-s $((limit * 2 / 3)) ;;
     prefill) bench prefill $QUICK ;;
     evaluate)
       run evaluate "$PYTHON" -m fluxion_jax evaluate --shared-prefix --workers "$(($(nproc) - 2))" \

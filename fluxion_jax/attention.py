@@ -22,7 +22,7 @@ from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import remember_query
 from fluxion_jax.cache.stacked import on_layer
-from fluxion_jax.cache.summaries import quantise_query
+from fluxion_jax.cache.summaries import MIN_EXPONENT, quantise_query
 from fluxion_jax.cache.window import window_mask, window_positions, write_token
 from fluxion_jax.errors import ConfigError, UnsupportedError, refused_by_name
 from fluxion_jax.jitting import jit
@@ -31,6 +31,7 @@ from fluxion_jax.policy.scheduler import observe
 from fluxion_jax.policy.split import Split
 from fluxion_jax.sharded import AllHeads, on_shards
 from fluxion_jax.status import STATUS_PLAN
+from pallas_kernels.bitmaps import fold_last
 from pallas_kernels.compat import target_platform
 
 State = tuple[jax.Array, jax.Array]
@@ -198,9 +199,11 @@ def decode_attention(
     index = cache.global_index(layer)
     dtype, q = q.dtype, q.astype(jnp.float32)
     active = cache.has_room(1)
-    flush, exponents, window = _enter_window(cache, index, k_new, v_new, active)
     resident = window_mask(cache.layout, cache.lengths + 1, cache.host_len) & active[:, None]
-    window_state = pallas_kernels.window_attention(q, *window, resident, scale=scale)
+    enter = _enter_window_on_gpu if target_platform() == "gpu" else _enter_window
+    window_state, window, flush, exponents = enter(
+        cache, index, q, k_new, v_new, active, resident, scale
+    )
     sketch = cache.sketch[index] if cache.sketch else None
     features = Features(
         q,
@@ -432,9 +435,16 @@ def _plan(policy: Policy, features: Features, cache: HostKV) -> tuple[Plan, Host
 
 
 def _enter_window(
-    cache: HostKV, index: int, k_new: jax.Array, v_new: jax.Array, active: jax.Array
-) -> tuple[host_ops.Flush, jax.Array, tuple[jax.Array, jax.Array]]:
-    """The new token enters the window; the block that this pushes out is prepared."""
+    cache: HostKV,
+    index: int,
+    q: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    active: jax.Array,
+    resident: jax.Array,
+    scale: float,
+) -> tuple[State, tuple[jax.Array, jax.Array], host_ops.Flush, jax.Array]:
+    """The new token enters the window and attends to it; the block it pushes out is prepared."""
     dtype = cache.layout.jax_dtype
     k_new, v_new = k_new.astype(dtype), v_new.astype(dtype)
     flush, exponents = make_flush(
@@ -444,7 +454,41 @@ def _enter_window(
         write_token(cache.layout, window[index], new, cache.lengths, active)
         for window, new in ((cache.window_k, k_new), (cache.window_v, v_new))
     )
-    return flush, exponents, (window_k, window_v)
+    state = pallas_kernels.window_attention(q, window_k, window_v, resident, scale=scale)
+    return state, (window_k, window_v), flush, exponents
+
+
+def _enter_window_on_gpu(
+    cache: HostKV,
+    index: int,
+    q: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    active: jax.Array,
+    resident: jax.Array,
+    scale: float,
+) -> tuple[State, tuple[jax.Array, jax.Array], host_ops.Flush, jax.Array]:
+    """The same in one kernel, which knows by itself what is resident."""
+    del resident
+    layout = cache.layout
+    step = pallas_kernels.window_step(
+        q,
+        k_new.astype(layout.jax_dtype),
+        v_new.astype(layout.jax_dtype),
+        cache.window_k[index],
+        cache.window_v[index],
+        cache.exponents[index],
+        cache.lengths,
+        active,
+        sinks=layout.sink_tokens,
+        least_exponent=MIN_EXPONENT,
+        scale=scale,
+    )
+    first_block = host_tokens(layout, cache.lengths) // BLOCK_TOKENS
+    flush = host_ops.Flush(
+        step.block_k, step.block_v, step.summaries, step.shift, first_block, step.num_blocks
+    )
+    return (step.out, step.lse), (step.window_k, step.window_v), flush, step.exponents
 
 
 def _make_work(
@@ -465,13 +509,16 @@ def _make_work(
     per_head = jnp.repeat(plan.granularity, group, axis=1)
     k_units = wanted // per_head + (wanted % per_head > 0)
     everything = cache.lengths[:, None] + 1 < execution.dense_below_tokens
-    k_units = jnp.minimum(jnp.where(everything, units.max(), k_units), jnp.repeat(units, group, 1))
+    units_of_head = jnp.repeat(units, group, axis=1)
+    k_units = jnp.where(everything, units_of_head, jnp.minimum(k_units, units_of_head))
     upper_bound = k_units.reshape(*plan.granularity.shape, group)
-    upper_bound = jnp.where(plan.shared, upper_bound.max(-1), upper_bound.sum(-1)) * unit_blocks
+    most, all_heads = fold_last(jnp.maximum, upper_bound), fold_last(jnp.add, upper_bound)
+    upper_bound = jnp.where(plan.shared, most, all_heads) * unit_blocks
     wanted_blocks = jnp.minimum(upper_bound, host_blocks[:, None])
+    quantise = pallas_kernels.quantise_query if target_platform() == "gpu" else quantise_query
     work = host_ops.Work(
         q=q,
-        q8=quantise_query(q, cache.exponents[index], plan.shared),
+        q8=quantise(q, cache.exponents[index], plan.shared),
         granularity=plan.granularity,
         k_units=k_units,
         shared=plan.shared.astype(jnp.int32),
@@ -483,7 +530,9 @@ def _make_work(
     layout = cache.layout
     scanned = _ranked_units(work) * layout.unit_summary_bytes if layout.summaries == "host" else 0
     boundary = split.boundaries(host_blocks, wanted_blocks, layout.block_bytes, scanned)
-    return work._replace(boundary=boundary)
+    # Or XLA would compute it afresh, in a kernel of its own, for each operation that takes it.
+    host_blocks, k_units, boundary = jax.lax.optimization_barrier((host_blocks, k_units, boundary))
+    return work._replace(host_blocks=host_blocks, k_units=k_units, boundary=boundary)
 
 
 def _select(
@@ -591,7 +640,8 @@ def _ranked_units(work: host_ops.Work) -> jax.Array:
     """Units that have to be scored, int32 `[B, K]`; none where all or nothing is wanted."""
     units = -(-work.host_blocks[:, None] // (work.granularity // BLOCK_TOKENS))
     wanted = work.k_units.reshape(*units.shape, -1)
-    ranked = (wanted.max(axis=-1) > 0) & (wanted.min(axis=-1) < units)
+    ranked = fold_last(jnp.maximum, wanted) > 0
+    ranked &= fold_last(jnp.minimum, wanted) < units
     return jnp.where(ranked, units, 0)
 
 
@@ -670,11 +720,7 @@ def _leave_window(
     exponents = jnp.where(succeeded, exponents, cache.exponents[index])
     summaries = collected.summaries
     if summaries is None:
-        flush = flush._replace(
-            num_blocks=jnp.where(succeeded, flush.num_blocks, 0),
-            shift=jnp.where(succeeded, flush.shift, 0),
-        )
-        summaries = write_summaries(cache.summaries[index], flush)
+        summaries = write_summaries(cache.summaries[index], flush, collected.status)
     cache = with_layer(
         cache,
         index,

@@ -209,7 +209,9 @@ def _add_bench(commands: Any) -> None:
     _add_common(machine)
     machine.set_defaults(run=_bench_machine)
     step = kinds.add_parser("step", help="decode steps of 8B-shaped models, against their bytes")
-    step.add_argument("--quick", action="store_true", help="the headline cells only")
+    sizes = step.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_true", help="the headline cells only")
+    sizes.add_argument("--long", action="store_true", help="512K tokens, and nothing else")
     step.add_argument("--budget-s", type=float, metavar="S", help="start no cell after S seconds")
     _add_common(step)
     step.set_defaults(run=_bench_step)
@@ -501,7 +503,7 @@ def _bench_step(arguments: argparse.Namespace) -> int:
     from fluxion_jax.bench import step, step_report
 
     report = step.run(
-        step.QUICK if arguments.quick else step.FULL,
+        step.QUICK if arguments.quick else step.LONG if arguments.long else step.FULL,
         arguments.output / "cells" if arguments.output else None,
         lambda line: print(line, file=sys.stderr, flush=True),
         budget_s=arguments.budget_s,

@@ -46,7 +46,7 @@ def jit(
     Returns:
       The compiled function. A cache given to it is consumed: go on with the one it returns. Its
       attribute `compilations()` counts the programs compiled for it, and `trace(...)` returns what
-      `jax.jit(...).trace` does.
+      `jax.jit(...).trace` does; it takes shapes for arrays.
 
     Raises:
       ConfigError: an argument of the function has no name of its own (`*args`, `**kwargs`,
@@ -56,7 +56,9 @@ def jit(
     _check_signature(function, signature, (*static_argnames, *donate_argnames))
     programs: dict[Any, Any] = {}
 
-    def prepare(*args: P.args, **kwargs: P.kwargs) -> tuple[_Program, dict[str, Any]]:
+    def prepare(
+        also: tuple[type, ...], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[_Program, dict[str, Any]]:
         bound = signature.bind(*args, **kwargs)
         dynamic = {k: v for k, v in bound.arguments.items() if k not in static_argnames}
         static = {k: v for k, v in bound.arguments.items() if k in static_argnames}
@@ -65,7 +67,7 @@ def jit(
         program = programs.get(key)
         if program is None:
             whole = functools.partial(_call_by_name, function, static)
-            _check_arrays(dynamic)
+            _check_arrays(dynamic, also)
             shapes = jax.eval_shape(whole, dynamic)
             donated = sorted({*caches, *donate_argnames} & dynamic.keys())
             program = _Program(whole, donated, dynamic, shapes)
@@ -74,11 +76,11 @@ def jit(
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        program, dynamic = prepare(*args, **kwargs)
+        program, dynamic = prepare((), *args, **kwargs)
         return program(dynamic)  # type: ignore[no-any-return]
 
     def trace(*args: P.args, **kwargs: P.kwargs) -> Any:
-        program, dynamic = prepare(*args, **kwargs)
+        program, dynamic = prepare((jax.ShapeDtypeStruct,), *args, **kwargs)
         return program.trace(dynamic)
 
     call.trace = trace  # type: ignore[attr-defined]
@@ -104,10 +106,11 @@ def _check_signature(
         )
 
 
-def _check_arrays(dynamic: dict[str, Any]) -> None:
+def _check_arrays(dynamic: dict[str, Any], also: tuple[type, ...]) -> None:
+    allowed = (jax.Array, np.ndarray, np.generic, int, float, complex, *also)
     for name, value in dynamic.items():
         for leaf in jax.tree.leaves(value):
-            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+            if not isinstance(leaf, allowed):
                 raise ConfigError(
                     f"expected arrays and pytrees of them in argument {name!r}, got "
                     f"{type(leaf).__name__}; decorate its class with "

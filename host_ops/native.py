@@ -277,10 +277,10 @@ def _cpus_problem(text: str) -> str | None:
 
 
 def _cuda_sync_problem(text: str) -> str | None:
-    if text in ("", "memops", "hostfunc"):
+    if text in ("", "memops", "kernel", "hostfunc"):
         return None
     return (
-        f"expected FLUXION_CUDA_SYNC to be 'memops' or 'hostfunc', got {text!r}; "
+        f"expected FLUXION_CUDA_SYNC to be 'memops', 'kernel' or 'hostfunc', got {text!r}; "
         "unset it for the faster one that works"
     )
 

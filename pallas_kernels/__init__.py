@@ -13,6 +13,7 @@ from pallas_kernels.bitmaps import unpack as unpack
 from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
 from pallas_kernels.copy_blocks import copy_blocks as copy_blocks
 from pallas_kernels.merge_states import merge_states as merge_states
+from pallas_kernels.query_triton import quantise_query as quantise_query
 from pallas_kernels.registry import Implementation as Implementation
 from pallas_kernels.registry import (
     UnsupportedImplementationError as UnsupportedImplementationError,
@@ -22,3 +23,5 @@ from pallas_kernels.scoring import score_units as score_units
 from pallas_kernels.selection import select_units as select_units
 from pallas_kernels.update_summaries import update_summaries as update_summaries
 from pallas_kernels.window_attention import window_attention as window_attention
+from pallas_kernels.window_step import WindowStep as WindowStep
+from pallas_kernels.window_step import window_step as window_step

@@ -8,9 +8,11 @@ Axes: B batch, N query heads, K KV heads, G = N // K, P blocks, W = ceil(P / 32)
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 WORD_BITS = 32
 
@@ -84,7 +86,23 @@ def group_union(bitmap: jax.Array, num_kv_heads: int) -> jax.Array:
     """
     batch, num_heads, words = bitmap.shape
     grouped = bitmap.reshape(batch, num_kv_heads, num_heads // num_kv_heads, words)
-    return jax.lax.reduce(grouped, np.uint32(0), jax.lax.bitwise_or, (2,))
+    return fold_last(jax.lax.bitwise_or, jnp.moveaxis(grouped, 2, -1))
+
+
+def fold_last(op: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Combines the entries of a short last axis, such as that of a group's heads.
+
+    On a GPU a reduction is a kernel of its own, while elementwise operations go into those of
+    others; so short ones are written out.
+
+    Args:
+      op: associative and elementwise.
+      x: `[..., X]`, X at least 1.
+
+    Returns:
+      `[...]`.
+    """
+    return functools.reduce(op, [x[..., i] for i in range(x.shape[-1])])
 
 
 def below(bitmap: jax.Array, boundary: jax.Array) -> jax.Array:

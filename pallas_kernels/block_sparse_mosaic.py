@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_table import MAX_GROUP, BlockTable, block_table
 from pallas_kernels.compat import compute_capability, mosaic_load, target_platform
-from pallas_kernels.merge_states import merge_stacked
+from pallas_kernels.merge_splits_triton import merge_splits
 from pallas_kernels.registry import UnsupportedImplementationError
 
 TILE_TOKENS = 64
@@ -110,7 +110,8 @@ def attend_to_table(
         interpret=interpret,
     )
     queries = (q.astype(jnp.float32) * scale).reshape(tasks, group, head_dim)
-    out, lse = merge_stacked(*attend(queries, k, v, table.block, table.heads, table.total))
+    out, lse = attend(queries, k, v, table.block, table.heads, table.total)
+    out, lse = merge_splits(out, lse, interpret=bool(interpret))
     return out.reshape(q.shape), lse.reshape(batch, num_heads)
 
 

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.block_table import MAX_GROUP, BlockTable, block_table
+from pallas_kernels.block_list_triton import block_table_triton
+from pallas_kernels.block_table import MAX_GROUP, BlockTable
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.merge_states import merge_stacked
+from pallas_kernels.merge_splits_triton import merge_splits
 from pallas_kernels.registry import UnsupportedImplementationError
 
 
@@ -74,7 +75,7 @@ def block_sparse_attention_triton(
     _, num_kv_heads, num_blocks, block_tokens, head_dim = k.shape
     group = q.shape[1] // num_kv_heads
     _check(head_dim, block_tokens, group, interpret)
-    table = block_table(bitmap, num_kv_heads, num_blocks, tiling.tile_blocks)
+    table = block_table_triton(bitmap, num_kv_heads, num_blocks, interpret)
     return attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
 
 
@@ -93,7 +94,7 @@ def attend_to_table(
     _, num_kv_heads, num_blocks, block_tokens, _ = k.shape
     group = num_heads // num_kv_heads
     tasks = batch * num_kv_heads
-    tiles = table.block.shape[1] // tiling.tile_blocks
+    tiles = pl.cdiv(table.block.shape[1], tiling.tile_blocks)
     splits = max(1, min(tiles, tiling.programs // tasks))
 
     def whole_task(*shape: int) -> pl.BlockSpec:
@@ -105,7 +106,9 @@ def attend_to_table(
     )
     silence_triton_deprecation()
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, group=group, splits=splits, tile_blocks=tiling.tile_blocks),
+        functools.partial(
+            _kernel, group=group, splits=splits, tile_blocks=tiling.tile_blocks, scale=scale
+        ),
         grid=(tasks, splits),
         in_specs=[
             whole_task(group, head_dim),
@@ -127,14 +130,14 @@ def attend_to_table(
         interpret=interpret,
         name="block_sparse_attention",
     )(
-        (q.astype(jnp.float32) * scale).reshape(tasks, group, head_dim),
+        q.astype(jnp.float32).reshape(tasks, group, head_dim),
         k,
         v,
         table.block,
         table.heads,
         table.total,
     )
-    out, lse = merge_stacked(out, lse)
+    out, lse = merge_splits(out, lse, interpret)
     return out.reshape(q.shape), lse.reshape(batch, num_heads)
 
 
@@ -167,6 +170,7 @@ def _kernel(
     group: int,
     splits: int,
     tile_blocks: int,
+    scale: float,
 ) -> None:
     """One split of one task: every `splits`-th tile of its table."""
     head_dim = q_ref.shape[-1]
@@ -176,11 +180,17 @@ def _kernel(
 
     def attend_tile(step: jax.Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
         first = (split + step * splits) * tile_blocks
-        entries = pl.ds(first, tile_blocks)
-        block, heads = block_ref[entries], heads_ref[entries]
+        entry = first + jnp.arange(tile_blocks, dtype=jnp.int32)
+        # What is past the end of the table is undefined.
+        block, heads = (
+            pltriton.load(ref.at[entry], mask=entry < total_blocks, other=0)
+            for ref in (block_ref, heads_ref)
+        )
         k = _load_tile(k_ref, block, heads != 0)
         v = _load_tile(v_ref, block, heads != 0)
-        return tuple(_attend(q_ref[g, :], k, v, (heads >> g) & 1, sums[g]) for g in range(group))
+        return tuple(
+            _attend(q_ref[g, :] * scale, k, v, (heads >> g) & 1, sums[g]) for g in range(group)
+        )
 
     start = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((head_dim,), jnp.float32))
     steps = jnp.maximum(tiles - split + splits - 1, 0) // splits

@@ -8,6 +8,7 @@ Axes: B batch, N query heads, H head size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -40,27 +41,18 @@ def merge_states(states: Sequence[State], *, implementation: Implementation = No
 
 
 def _merge_states_xla(states: Sequence[State]) -> State:
-    outs = jnp.stack([out.astype(jnp.float32) for out, _ in states])
-    return merge_stacked(outs, jnp.stack([lse.astype(jnp.float32) for _, lse in states]))
-
-
-def merge_stacked(out: jax.Array, lse: jax.Array) -> State:
-    """Merges states that are stacked along the first axis.
-
-    Args:
-      out: float32 `[states, ..., H]`.
-      lse: float32 `[states, ...]`.
-
-    Returns:
-      `out` float32 `[..., H]` and `lse` float32 `[...]`.
-    """
-    largest = jnp.max(lse, axis=0)
+    # State by state: a stack of them and reductions over it would be kernels of their own.
+    outs, lses = ([x.astype(jnp.float32) for x in part] for part in zip(*states, strict=True))
+    largest = functools.reduce(jnp.maximum, lses)
     # All sets may be empty: -inf - (-inf) would be NaN.
     finite = jnp.where(largest == -jnp.inf, 0.0, largest)
-    weight = jnp.exp(lse - finite)
-    total = jnp.sum(weight, axis=0)
-    known = jnp.where((lse == -jnp.inf)[..., None], 0.0, out)
+    weights = [jnp.exp(lse - finite) for lse in lses]
+    total = functools.reduce(jnp.add, weights)
+    weighted = [
+        weight[..., None] * jnp.where((lse == -jnp.inf)[..., None], 0.0, out)
+        for weight, lse, out in zip(weights, lses, outs, strict=True)
+    ]
     empty = total == 0.0
     divisor = jnp.where(empty, 1.0, total)
-    merged = jnp.sum(weight[..., None] * known, axis=0) / divisor[..., None]
+    merged = functools.reduce(jnp.add, weighted) / divisor[..., None]
     return merged, jnp.where(empty, -jnp.inf, finite + jnp.log(divisor))

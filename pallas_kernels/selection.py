@@ -58,10 +58,10 @@ def select_units(
     return dispatch("select_units", implementation, candidates, *arguments)  # type: ignore[no-any-return]
 
 
-def _triton(*arguments: jax.Array) -> jax.Array:
+def _triton(scores: jax.Array, _units: jax.Array, shift: jax.Array, *rest: jax.Array) -> jax.Array:
     from pallas_kernels.selection_triton import select_units_triton
 
-    return select_units_triton(*arguments)
+    return select_units_triton(scores, shift, *rest)
 
 
 def _xla(

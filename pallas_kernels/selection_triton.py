@@ -31,7 +31,6 @@ _LOWEST = np.int32(BEYOND)
 
 def select_units_triton(
     scores: jax.Array,
-    units: jax.Array,
     shift: jax.Array,
     host_blocks: jax.Array,
     k_units: jax.Array,
@@ -43,7 +42,6 @@ def select_units_triton(
 
     Args:
       scores: int32 `[B, N, P]`.
-      units: int32 `[B, K]`, units that exist.
       shift: int32 `[B, K]`, log2 of the blocks of a unit.
       host_blocks: int32 `[B]`.
       k_units: int32 `[B, N]`.
@@ -58,7 +56,8 @@ def select_units_triton(
     """
     batch, num_heads, num_blocks = scores.shape
     _check(num_blocks, interpret)
-    tasks, group = units.size, num_heads // units.shape[1]
+    tasks, kv_heads = shift.size, shift.shape[1]
+    group = num_heads // kv_heads
     words = pl.next_power_of_2(num_words(num_blocks))
 
     def whole_task(*shape: int) -> pl.BlockSpec:
@@ -68,11 +67,12 @@ def select_units_triton(
         return x.astype(jnp.int32).reshape(tasks)
 
     scalar = pl.BlockSpec((1,), lambda task, _: (task,))
+    row = pl.BlockSpec((1,), lambda task, _: (task // kv_heads,))
     silence_triton_deprecation()
     bitmap = pl.pallas_call(
         functools.partial(_kernel, group=group),
         grid=(tasks, group),
-        in_specs=[whole_task(group, num_blocks), whole_task(group), *[scalar] * 4],
+        in_specs=[whole_task(group, num_blocks), whole_task(group), scalar, row, scalar],
         out_specs=pl.BlockSpec((None, None, words), lambda task, head: (task, head, 0)),
         out_shape=jax.ShapeDtypeStruct((tasks, group, words), jnp.int32),
         compiler_params=pltriton.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
@@ -81,9 +81,8 @@ def select_units_triton(
     )(
         scores.reshape(tasks, group, num_blocks),
         k_units.reshape(tasks, group),
-        per_task(units),
         per_task(shift),
-        per_task(jnp.broadcast_to(host_blocks[:, None], units.shape)),
+        host_blocks.astype(jnp.int32),
         per_task(shared != 0),
     )
     bitmap = bitmap[..., : num_words(num_blocks)].reshape(batch, num_heads, -1)
@@ -104,7 +103,6 @@ def _check(num_blocks: int, interpret: bool) -> None:
 def _kernel(
     scores_ref: Any,
     k_units_ref: Any,
-    units_ref: Any,
     shift_ref: Any,
     host_blocks_ref: Any,
     shared_ref: Any,
@@ -114,7 +112,8 @@ def _kernel(
 ) -> None:
     num_blocks = scores_ref.shape[-1]
     head = pl.program_id(1)
-    units, shared = units_ref[0], shared_ref[0] != 0
+    units = (host_blocks_ref[0] + (jnp.int32(1) << shift_ref[0]) - 1) >> shift_ref[0]
+    shared = shared_ref[0] != 0
 
     def read(unit: jax.Array) -> jax.Array:
         """This head's scores, or the largest of the group's where it ranks once."""

@@ -32,6 +32,7 @@ def update_summaries(
     shift: jax.Array,
     first_block: jax.Array,
     num_blocks: jax.Array,
+    status: jax.Array,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -43,6 +44,7 @@ def update_summaries(
       shift: int32 `[B, K, H]`, by how much a channel's exponent grew.
       first_block: int32 `[B]`, where the first of them goes.
       num_blocks: int32 `[B]`, how many of the `M` are written; a row of 0 stays as it is.
+      status: int32 `[1]`; nothing is written unless it is 0.
       interpret: run on any platform, slowly; for tests.
 
     Returns:
@@ -64,6 +66,7 @@ def update_summaries(
         return pl.BlockSpec((None, *shape), lambda task, *_: (task,) + (0,) * len(shape))
 
     per_row = pl.BlockSpec((1,), lambda task, *_: (task // kv_heads,))
+    once = pl.BlockSpec((1,), lambda *_: (0,))
     table = whole_task(rows, 2, head_dim)
     call = functools.partial(
         pl.pallas_call,
@@ -75,18 +78,19 @@ def update_summaries(
     summaries = call(
         _requantise,
         grid=(tasks, pl.cdiv(rows, TILE_ROWS)),
-        in_specs=[table, whole_task(head_dim), per_row],
+        in_specs=[table, whole_task(head_dim), per_row, once],
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         name="requantise_summaries",
     )(
         summaries.reshape(tasks, rows, 2, head_dim),
         shift.reshape(tasks, head_dim),
         num_blocks.astype(jnp.int32),
+        status,
     )
     summaries = call(
         _store,
         grid=(tasks,),
-        in_specs=[table, whole_task(*new.shape[2:]), per_row, per_row],
+        in_specs=[table, whole_task(*new.shape[2:]), per_row, per_row, once],
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         name="write_summaries",
     )(
@@ -94,6 +98,7 @@ def update_summaries(
         new.reshape(tasks, *new.shape[2:]),
         first_block.astype(jnp.int32),
         num_blocks.astype(jnp.int32),
+        status,
     )
     return summaries.reshape(batch, kv_heads, rows, 2, head_dim)
 
@@ -104,13 +109,20 @@ def _channels(head_dim: int) -> tuple[jax.Array, jax.Array]:
     return channel, channel < head_dim
 
 
-def _requantise(old_ref: Any, shift_ref: Any, num_blocks_ref: Any, out_ref: Any) -> None:
+def _written(num_blocks_ref: Any, status_ref: Any) -> jax.Array:
+    # A scalar `where` of constants would be taken for one of booleans.
+    return num_blocks_ref[0] * (1 - jnp.clip(status_ref[0], 0, 1))
+
+
+def _requantise(
+    old_ref: Any, shift_ref: Any, num_blocks_ref: Any, status_ref: Any, out_ref: Any
+) -> None:
     """Rounds the bounds of one tile of rows outwards to the larger steps of their channels."""
     del old_ref  # The same memory as the result.
     rows, _, head_dim = out_ref.shape
     channel, exists = _channels(head_dim)
     shift = pltriton.load(shift_ref.at[channel], mask=exists, other=0)
-    grown = jnp.clip(jnp.max(shift), 0, 1) * jnp.clip(num_blocks_ref[0], 0, 1)
+    grown = jnp.clip(jnp.max(shift), 0, 1) * jnp.clip(_written(num_blocks_ref, status_ref), 0, 1)
     row = pl.program_id(1) * TILE_ROWS + jnp.arange(TILE_ROWS, dtype=jnp.int32)
     shape = (TILE_ROWS, channel.size)
     # Where nothing has grown, nothing is read either.
@@ -127,7 +139,12 @@ def _requantise(old_ref: Any, shift_ref: Any, num_blocks_ref: Any, out_ref: Any)
 
 
 def _store(
-    old_ref: Any, new_ref: Any, first_block_ref: Any, num_blocks_ref: Any, out_ref: Any
+    old_ref: Any,
+    new_ref: Any,
+    first_block_ref: Any,
+    num_blocks_ref: Any,
+    status_ref: Any,
+    out_ref: Any,
 ) -> None:
     """Writes the rows of one task: the first block of a unit overwrites, later ones fold."""
     del old_ref  # The same memory as the result.
@@ -155,4 +172,4 @@ def _store(
             offset += capacity >> level
         return nothing
 
-    jax.lax.fori_loop(0, num_blocks_ref[0], write, jnp.int32(0))
+    jax.lax.fori_loop(0, _written(num_blocks_ref, status_ref), write, jnp.int32(0))

@@ -55,7 +55,11 @@ class Settings:
     repetitions: int = 7
 
 
-QUICK = Settings(kernels=("triton", "mosaic", "in-tree paged"), repetitions=5)
+QUICK = Settings(
+    kernels=("triton", "triton_mma", "wgmma", "mosaic", "in-tree paged"),
+    granularities=(16,),
+    repetitions=5,
+)
 
 
 def run(

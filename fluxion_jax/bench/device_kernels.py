@@ -35,6 +35,7 @@ class Kernel:
 
 
 def _triton(tile_blocks: int, num_warps: int, programs: int) -> Kernel:
+    from pallas_kernels.block_list_triton import block_table_triton
     from pallas_kernels.block_sparse_triton import Tiling, attend_to_table
 
     tiling = Tiling(tile_blocks, num_warps, programs)
@@ -42,7 +43,7 @@ def _triton(tile_blocks: int, num_warps: int, programs: int) -> Kernel:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, table: Any, scale: float) -> jax.Array:
         return attend_to_table(q, k, v, table, scale=scale, tiling=tiling)[0]
 
-    return Kernel(functools.partial(block_table, tile_blocks=tile_blocks), attend)
+    return Kernel(block_table_triton, attend)
 
 
 def _triton_mma(tile_tokens: int, num_warps: int, programs: int, num_stages: int) -> Kernel:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxion_jax.bench import machine, roundtrip
+from fluxion_jax.bench import machine, offloaded, roundtrip
 from fluxion_jax.bench.cells import cell
 from fluxion_jax.bench.random_arrays import random_array
 from fluxion_jax.bench.stamp import stamp
@@ -37,8 +37,12 @@ from fluxion_jax.bench.step_report import costs
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.policy import CostModel, Split, modelled, parse_policy, split_at
 
-SPLITS = ("host", "device", "model")
+# Best first: what is measured last may be left out.
+SPLITS = ("model", "host", "device")
 _RESIDENT_FRACTION = 0.9
+_REASON_CHARACTERS = 400
+# Models that `transformers` is timed with, too.
+_OFFLOADED = ("llama-3.1-8b",)
 _MACHINE = machine.Settings(roundtrip_layers=None)
 _ROUNDTRIP = roundtrip.Settings((8, 24), 30)
 
@@ -52,12 +56,14 @@ class Case:
       context_tokens: of each row.
       policies: names of fixed policies.
       baselines: whether also to time attention to everything, streamed and resident.
+      splits: who reads; names of splits.
     """
 
     model: str
     context_tokens: tuple[int, ...]
     policies: tuple[str, ...]
     baselines: bool = False
+    splits: tuple[str, ...] = SPLITS
 
     @property
     def name(self) -> str:
@@ -97,6 +103,15 @@ QUICK = Settings(
     (Case("llama-3.1-8b", (131072,), ("fixed:16:0.02:group", "fixed:16:0.05"), baselines=True),),
     calls=8,
     machine=machine.Settings(repetitions=3, roundtrip_layers=None),
+)
+# The longest context that one machine of 128 GiB holds; its keys and values take 64 GiB.
+LONG = Settings(
+    _MODELS,
+    (Case("llama-3.1-8b", (524288,), ("fixed:16:0.02:group",), splits=("model",)),),
+    summaries=("host", "device"),
+    calls=3,
+    machine=machine.Settings(repetitions=3, roundtrip_layers=None),
+    roundtrip=roundtrip.Settings((8, 24), 10),
 )
 FULL = Settings(
     _MODELS,
@@ -140,6 +155,7 @@ def run(
         "roundtrip": handover,
         "rows": rows,
         "left_out": bench.left_out,
+        "failed": bench.failed,
     }
 
 
@@ -170,11 +186,12 @@ class _Bench:
         self.settings, self.folder, self.say = settings, folder, say
         self.end = None if budget_s is None else time.monotonic() + budget_s
         self.left_out: list[str] = []
+        self.failed: dict[str, str] = {}
         self.weights = functools.lru_cache(maxsize=1)(self._weights)
         self.stepper: tuple[Case, str, Stepper] | None = None
 
     def cell(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """A cell's figures, or None if it was not measured before and the time is over."""
+        """A cell's figures, or None if it was not measured before and fails or the time is over."""
 
         def measured() -> dict[str, Any]:
             if self.end is not None and time.monotonic() > self.end:
@@ -188,30 +205,54 @@ class _Bench:
             return cell(self.folder, f"step-{name}".replace(":", "_"), measured)
         except _OutOfTimeError:
             self.left_out.append(name)
-            return None
+        except Exception as error:
+            # One cell that cannot be measured must not cost the others; its cache may be consumed.
+            self.stepper = None
+            self.failed[name] = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
+            self.say(f"failed: {self.failed[name]}")
+        return None
 
     def case(
         self, case: Case, rates: dict[str, float], handover: dict[str, Any]
     ) -> list[dict[str, Any]]:
         config = self.settings.models[case.model]
         floor = self.cell(f"{case.name}-floor", lambda: self._floor(case))
-        rows = []
-        for place in ("pinned_host", "device") if case.baselines else ():
-            row = self.cell(f"{case.name}-full-{place}", lambda p=place: self._full(case, p))  # type: ignore[misc]
-            if row:
-                rows.append(row)
-        for summaries in self.settings.summaries:
+        rows: list[dict[str, Any]] = []
+        for position, summaries in enumerate(self.settings.summaries):
             for policy in case.policies:
                 alone = self._selection_alone(case, summaries, policy)
-                for split in SPLITS:
+                for split in case.splits:
                     name = f"{case.name}-{summaries}-{policy}-{split}"
                     measure = functools.partial(self._step, case, summaries, policy, split, rates)
                     row = self.cell(name, measure)
                     if row and floor and alone:
                         parts = costs(row, floor, alone, handover, rates, config)
                         rows.append({**row, **parts})
+            if position == 0 and case.baselines:
+                rows += self._baselines(case)
         self.stepper = None
         return rows
+
+    def _baselines(self, case: Case) -> list[dict[str, Any]]:
+        """Attention to everything: offloaded by another library, streamed, and resident."""
+        rows = []
+        if jax.default_backend() == "gpu" and case.model in _OFFLOADED:
+            rows.append(self.cell(f"{case.name}-offloaded", lambda: self._offloaded(case)))
+        for place in ("pinned_host", "device"):
+            measure = functools.partial(self._full, case, place)
+            rows.append(self.cell(f"{case.name}-full-{place}", measure))
+        return [row for row in rows if row]
+
+    def _offloaded(self, case: Case) -> dict[str, Any]:
+        config = self.settings.models[case.model]
+        found = offloaded.measure(config, case.context_tokens[0], 2)
+        row = {"kind": "full", "case": case.name, "place": "transformers", **found}
+        return {**row, "kv_bytes": self._kv_bytes(case), "step_s": summarise(found["step_s"])}
+
+    def _kv_bytes(self, case: Case) -> int:
+        config = self.settings.models[case.model]
+        tokens = len(case.context_tokens) * max(case.context_tokens)
+        return 4 * config.num_layers * config.num_kv_heads * config.head_dim * tokens
 
     def _weights(self, model: str) -> Any:
         self.say(f"weights of {model}")
@@ -275,11 +316,10 @@ class _Bench:
 
     def _full(self, case: Case, place: str) -> dict[str, Any]:
         """Attention to everything: the KV streamed over the bus, or resident on the device."""
-        self.stepper = None
         weights = self.weights(case.model)
         config, batch = weights.config, len(case.context_tokens)
         shape = (batch, config.num_kv_heads, max(case.context_tokens), config.head_dim)
-        kv_bytes = 4 * config.num_layers * int(np.prod(shape))
+        kv_bytes = self._kv_bytes(case)
         row = {"kind": "full", "case": case.name, "place": place, "kv_bytes": kv_bytes}
         if place == "device" and not _fits(kv_bytes):
             return {**row, "step_s": None, "reason": "the KV does not fit on the device"}

@@ -90,11 +90,40 @@ def render(report: dict[str, Any]) -> str:
             lines.append(_full_line(r))
     if report["left_out"]:
         lines.append("not measured for lack of time: " + ", ".join(report["left_out"]))
+    lines += [f"failed: {name}: {reason}" for name, reason in report["failed"].items()]
+    lines += _headlines(report["rows"])
     return "\n".join(lines)
 
 
+def _headlines(rows: list[dict[str, Any]]) -> list[str]:
+    """What the best sparse step of a case is worth, next to attention to everything."""
+    lines = []
+    for case in dict.fromkeys(r["case"] for r in rows):
+        steps = [r for r in rows if r["case"] == case and r["kind"] == "sparse"]
+        full = [r for r in rows if r["case"] == case and r["kind"] == "full" and r["step_s"]]
+        for policy in dict.fromkeys(r["policy"] for r in steps):
+            best = min(
+                (r for r in steps if r["policy"] == policy), key=lambda r: r["step_s"]["median"]
+            )
+            step_s = best["step_s"]["median"]
+            lines += [
+                f"{case} {policy}: {1e3 * step_s:.2f} ms (summaries on the {best['summaries']}, "
+                f"split {best['split']}); {_PLACES[r['place']]} {1e3 * r['step_s']['median']:.2f} "
+                f"ms, {r['step_s']['median'] / step_s:.1f} times as long"
+                for r in full
+            ]
+    return lines
+
+
+_PLACES = {
+    "pinned_host": "KV streamed",
+    "device": "KV resident",
+    "transformers": "transformers, KV offloaded",
+}
+
+
 def _full_line(row: dict[str, Any]) -> str:
-    name = "KV streamed" if row["place"] == "pinned_host" else "KV resident"
+    name = _PLACES[row["place"]]
     if row["step_s"] is None:
         return f"{row['case']:24s} {name}: {row['reason']}"
     step_s = row["step_s"]["median"]

@@ -110,24 +110,28 @@ def append_chunk(
     succeeded = status[0] == 0
     exponents = jnp.where(succeeded, exponents, cache.exponents[index])
     if summaries is None:
-        flush = flush._replace(
-            num_blocks=jnp.where(succeeded, flush.num_blocks, 0),
-            shift=jnp.where(succeeded, flush.shift, 0),
-        )
-        summaries = write_summaries(cache.summaries[index], flush)
+        summaries = write_summaries(cache.summaries[index], flush, status)
     cache = with_layer(cache, index, k=k, v=v, summaries=summaries, exponents=exponents)
     cache = sketch_flush(cache, index, flush)
     cache = _write_window(cache, index, k_chunk, v_chunk, count)
     return cache.replace(status=cache.status | status)
 
 
-def write_summaries(summaries: jax.Array, flush: host_ops.Flush) -> jax.Array:
-    """Writes a flush's summaries into those of a layer `[B, K, U, 2, H]` kept on the device."""
-    if target_platform() != "gpu":
-        return host_ops.write_summaries(summaries, flush)
-    return pallas_kernels.update_summaries(
-        summaries, flush.summaries, flush.shift, flush.first_block, flush.num_blocks
+def write_summaries(summaries: jax.Array, flush: host_ops.Flush, status: jax.Array) -> jax.Array:
+    """Writes a flush's summaries into those of a layer `[B, K, U, 2, H]` kept on the device.
+
+    With a status other than 0 the cache was not written either, and the summaries stay.
+    """
+    if target_platform() == "gpu":
+        return pallas_kernels.update_summaries(
+            summaries, flush.summaries, flush.shift, flush.first_block, flush.num_blocks, status
+        )
+    succeeded = status[0] == 0
+    flush = flush._replace(
+        num_blocks=jnp.where(succeeded, flush.num_blocks, 0),
+        shift=jnp.where(succeeded, flush.shift, 0),
     )
+    return host_ops.write_summaries(summaries, flush)
 
 
 def _write_window(

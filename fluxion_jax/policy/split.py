@@ -17,6 +17,10 @@ import numpy as np
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.cost_model import MIN_RANGE_BYTES, CostModel
 from fluxion_jax.policy.scheduler import corrected
+from pallas_kernels.bitmaps import fold_last
+
+# So many are summed within a kernel of something else; a program of more terms compiles for longer.
+_FEW_TASKS = 16
 
 
 @jax.tree_util.register_dataclass
@@ -71,10 +75,10 @@ class Split:
             return everything if self.sides == "host" else jnp.zeros_like(everything)
         size = wanted_blocks.astype(jnp.float32) * block_bytes
         if self.cost is None:
-            host, least = jnp.asarray(self.host_fraction) * size.sum(), 0
+            host, least = jnp.asarray(self.host_fraction) * _total(size.reshape(-1)), 0
         else:
             size = size + scanned_bytes
-            host, least = self.cost.host_bytes(size.sum()), MIN_RANGE_BYTES
+            host, least = self.cost.host_bytes(_total(size.reshape(-1))), MIN_RANGE_BYTES
         share = _host_shares(size.reshape(-1), host, least).reshape(size.shape)
         cut = jnp.round(share * everything.astype(jnp.float32)).astype(jnp.int32)
         return jnp.where(share >= 1.0, everything, cut)
@@ -87,13 +91,18 @@ def _host_shares(size: jax.Array, host: jax.Array, least: int) -> jax.Array:
     """
     task = jnp.arange(size.size)
     earlier = (size > size[:, None]) | ((size == size[:, None]) & (task < task[:, None]))
-    before = jnp.sum(jnp.where(earlier, size, 0.0), axis=1)
+    before = _total(jnp.where(earlier, size, 0.0))
     part = jnp.clip(host - before, 0.0, size)
     too_little = (part < least) | (size - part < least)
     part = jnp.where(too_little, jnp.where(2 * part >= size, size, 0.0), part)
     # A task without work goes where everything goes before it is split.
-    idle = jnp.where(host >= size.sum(), 1.0, 0.0)
+    idle = jnp.where(host >= _total(size), 1.0, 0.0)
     return jnp.where(size > 0, part / jnp.maximum(size, 1.0), idle)
+
+
+def _total(size: jax.Array) -> jax.Array:
+    """Sums the last axis, which has an entry for each task."""
+    return fold_last(jnp.add, size) if size.shape[-1] <= _FEW_TASKS else size.sum(axis=-1)
 
 
 def split_at(host_fraction: float) -> Split:

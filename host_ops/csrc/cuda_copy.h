@@ -23,7 +23,7 @@ struct CudaCopy {
 };
 
 struct CudaCopies {
-  CudaCopy items[kMaxCopies];
+  CudaCopy items[kMaxCopies] = {};
   int count = 0;
 
   // `bytes` is a multiple of 4. Nothing to copy is left out.
@@ -34,12 +34,23 @@ struct CudaCopies {
   }
 };
 
-// The kernel in the current context, or null.
+// The kernel in the current context, for one stream, or null.
 CudaDriver::Function load_copy_kernel(const CudaDriver& driver);
 
 // Enqueues the copies; `kernel` may be null. Returns the driver's error.
 int enqueue_copies(const CudaDriver& driver, CudaDriver::Function kernel,
                    CudaDriver::Stream stream, const CudaCopies& copies);
+
+// The same, and then writes a word of pinned memory; needs the kernel.
+int enqueue_copies_and_signal(const CudaDriver& driver, CudaDriver::Function kernel,
+                              CudaDriver::Stream stream, const CudaCopies& copies,
+                              uint64_t signalled, uint32_t value);
+
+// Waits for a word of pinned memory to reach a value, by difference, before it copies; needs the
+// kernel, which keeps a few multiprocessors waiting.
+int enqueue_wait_and_copies(const CudaDriver& driver, CudaDriver::Function kernel,
+                            CudaDriver::Stream stream, const CudaCopies& copies, uint64_t awaited,
+                            uint32_t value);
 
 }  // namespace fluxion
 

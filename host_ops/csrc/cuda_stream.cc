@@ -59,13 +59,14 @@ class CurrentContext {
 
 CudaStream::CudaStream(const CudaDriver* driver, CudaDriver::Stream stream, CudaSync sync)
     : driver_(driver), stream_(stream), sync_(sync) {
-  if (driver->write_value == nullptr || driver->wait_value == nullptr) {
-    sync_ = CudaSync::kHostFunctions;
-  }
+  const bool has_memory_operations = driver->write_value && driver->wait_value;
   const CurrentContext context(*driver_, stream_);
   if (context.error() == 0) copy_kernel_ = load_copy_kernel(*driver_);
+  if (sync_ == CudaSync::kKernels && copy_kernel_ == nullptr) sync_ = CudaSync::kMemoryOperations;
   std::string problem;
-  if (sync_ == CudaSync::kMemoryOperations && grow(rounded(0), &problem)) {
+  if (sync_ == CudaSync::kMemoryOperations && !has_memory_operations) {
+    sync_ = CudaSync::kHostFunctions;
+  } else if (sync_ == CudaSync::kMemoryOperations && grow(rounded(0), &problem)) {
     const bool works = context.error() == 0 &&
                        driver_->write_value(stream_, address(free_.back()->go), 0, 0) == 0;
     if (!works) sync_ = CudaSync::kHostFunctions;
@@ -169,16 +170,35 @@ void CudaStream::set_generation(uint32_t generation) {
 }
 
 // The exchange is queued first: a driver that executes everything at once calls the host in here.
-int CudaStream::call_host(Exchange* exchange) {
+void CudaStream::announce(Exchange* exchange) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     queue_.push_back(exchange);
-    if (sync_ == CudaSync::kMemoryOperations && !courier_.joinable()) {
+    if (sync_ != CudaSync::kHostFunctions && !courier_.joinable()) {
       const SignalsBlocked blocked;
       courier_ = std::thread([this] { serve(); });
     }
   }
   wake_.notify_one();
+}
+
+int CudaStream::enqueue_with_kernels(Exchange* exchange, const CudaCopies& operands,
+                                     const CudaCopies& results) {
+  announce(exchange);
+  const uint32_t generation = exchange->generation;
+  const int error = enqueue_copies_and_signal(*driver_, copy_kernel_, stream_, operands,
+                                              address(exchange->go), generation);
+  if (error != 0) {
+    exchange->refused.store(true, std::memory_order_release);
+    return error;
+  }
+  if (!exchange->waits) return 0;
+  return enqueue_wait_and_copies(*driver_, copy_kernel_, stream_, results,
+                                 address(exchange->done), generation);
+}
+
+int CudaStream::call_host(Exchange* exchange) {
+  announce(exchange);
   if (sync_ == CudaSync::kHostFunctions) {
     const auto call = [](void* data) {
       Exchange* called = static_cast<Exchange*>(data);
@@ -209,9 +229,13 @@ std::string CudaStream::enqueue(Exchange* exchange, const CudaCopies& operands,
   exchange->waits = waits;
   // After an error the exchange is given up, because the stream may still write to it.
   int error = context.error();
-  if (error == 0) error = enqueue_copies(*driver_, copy_kernel_, stream_, operands);
-  if (error == 0) error = call_host(exchange);
-  if (error == 0) error = enqueue_copies(*driver_, copy_kernel_, stream_, results);
+  if (error == 0 && sync_ == CudaSync::kKernels) {
+    error = enqueue_with_kernels(exchange, operands, results);
+  } else {
+    if (error == 0) error = enqueue_copies(*driver_, copy_kernel_, stream_, operands);
+    if (error == 0) error = call_host(exchange);
+    if (error == 0) error = enqueue_copies(*driver_, copy_kernel_, stream_, results);
+  }
   if (error == 0) return "";
   return "expected the CUDA stream to take host work, got " + driver_->describe(error) +
          "; look for an earlier failure on this device";

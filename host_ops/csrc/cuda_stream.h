@@ -5,7 +5,8 @@
 // enqueues it runs ahead of the data and sees none of it.
 // With memory operations the stream writes the exchange's generation to a pinned word, for which a
 // thread of ours (the courier, one for each stream) watches, and waits for another word that the
-// courier writes. With host functions the driver calls the host itself, which takes longer.
+// courier writes. With kernels, the kernels that copy write and wait for these words themselves,
+// which saves the driver's operations. With host functions the driver calls the host itself, which takes longer.
 // Ownership: a stream owns its exchanges and never gives their memory back. One is reused once
 // the stream has passed its last copy, which shows when a later exchange arrives.
 // Threads: any may enqueue. Neither courier nor host functions call CUDA.
@@ -30,9 +31,9 @@
 
 namespace fluxion {
 
-enum class CudaSync { kMemoryOperations, kHostFunctions };
+enum class CudaSync { kMemoryOperations, kKernels, kHostFunctions };
 
-// FLUXION_CUDA_SYNC ("memops" or "hostfunc"), else host functions where CUDA_LAUNCH_BLOCKING asks
+// FLUXION_CUDA_SYNC ("memops", "kernel" or "hostfunc"), else host functions where CUDA_LAUNCH_BLOCKING asks
 // for simple execution, else memory operations.
 CudaSync wanted_cuda_sync();
 
@@ -81,6 +82,9 @@ class CudaStream {
   void set_generation(uint32_t generation);
 
  private:
+  void announce(Exchange* exchange);
+  int enqueue_with_kernels(Exchange* exchange, const CudaCopies& operands,
+                           const CudaCopies& results);
   int call_host(Exchange* exchange);
   bool grow(int64_t capacity, std::string* problem);
   Exchange* take(int64_t capacity);

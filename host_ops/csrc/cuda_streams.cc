@@ -39,7 +39,7 @@ void at_exit() {
   if (instance == nullptr) return;
   std::lock_guard<std::mutex> lock(instance->mutex);
   for (auto& [name, stream] : instance->by_name) {
-    if (stream->sync() == CudaSync::kMemoryOperations) stream.reset();
+    if (stream != nullptr && stream->sync() != CudaSync::kHostFunctions) stream.reset();
   }
 }
 
@@ -72,6 +72,7 @@ CudaSync wanted_cuda_sync() {
   const char* wanted = std::getenv("FLUXION_CUDA_SYNC");
   if (wanted != nullptr && std::strcmp(wanted, "hostfunc") == 0) return CudaSync::kHostFunctions;
   if (wanted != nullptr && std::strcmp(wanted, "memops") == 0) return CudaSync::kMemoryOperations;
+  if (wanted != nullptr && std::strcmp(wanted, "kernel") == 0) return CudaSync::kKernels;
   const char* blocking = std::getenv("CUDA_LAUNCH_BLOCKING");
   const bool simple = blocking != nullptr && *blocking != '\0' && std::strcmp(blocking, "0") != 0;
   return simple ? CudaSync::kHostFunctions : CudaSync::kMemoryOperations;
@@ -94,6 +95,7 @@ const char* describe_cuda() {
   std::lock_guard<std::mutex> lock(instance->mutex);
   for (const auto& [name, stream] : instance->by_name) {
     if (stream == nullptr) continue;
+    if (stream->sync() == CudaSync::kKernels) return "kernels";
     if (stream->sync() == CudaSync::kHostFunctions) {
       return stream->has_copy_kernel() ? "hostfunc, kernel" : "hostfunc, memcpy";
     }

@@ -5,6 +5,8 @@ XLA would compute with them on the host, and search for all that follows in expo
 
 from __future__ import annotations
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -73,3 +75,56 @@ def test_the_search_finds_what_it_is_for():
     assert set(computed_with(traced_for_gpu(lambda c: jax.jit(program).trace(c), cache))) >= {
         "slice"
     }
+
+
+# XLA makes kernels of their own of these; elementwise operations share one.
+KERNELS = {
+    *("pallas_call", "ffi_call", "dot_general", "scatter", "gather", "sort", "cumsum"),
+    *("while", "scan", "cond", "concatenate", "dynamic_update_slice", "argmax", "top_k"),
+}
+
+
+def kernels(jaxpr):
+    """How often a program has an operation that XLA makes a kernel of, by name."""
+    found = collections.Counter()
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in KERNELS or name.startswith("reduce_"):
+            found[name] += 1
+        if name not in ("pallas_call", "ffi_call"):
+            for body in (eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params):
+                found += kernels(getattr(body, "jaxpr", body))
+    return found
+
+
+@pytest.mark.parametrize("summaries", ["host", "device"])
+def test_a_layer_has_few_kernels(summaries):
+    """A kernel takes longer to start than most of those between two layers take to run."""
+    execution = fx.Execution(host="native", dense_below_tokens=0)
+
+    def program(layers):
+        layout = fx.KVLayout(layers, 8, 128, summaries=summaries)
+        cache = fx.HostKV.allocate(layout, 1, 4096)
+        q, kv = jnp.zeros((1, 32, 128)), jnp.zeros((1, 8, 128))
+
+        @fx.jit
+        def step(cache, q, k, v, policy, split):
+            for layer in range(layers):
+                q, cache, _ = fx.decode_attention(
+                    q, k, v, cache, layer, policy, scale=0.1, split=split, execution=execution
+                )
+            return q, cache.advance()
+
+        policy = fx.parse_policy("fixed:16:0.05:group")
+        return traced_for_gpu(step.trace, cache, q, kv, kv, policy, parse_split("model"))
+
+    layer = kernels(program(2)) - kernels(program(1))
+    # The query, scores, selection, list, attention, its merge, and the window; and where the device
+    # keeps the summaries, their rescaling and writing.
+    assert layer["pallas_call"] == (9 if summaries == "device" else 7)
+    # Submit, its start and collect; and a hand-over of each array on either side of collect.
+    assert layer["ffi_call"] == 3 + 2 * (2 if summaries == "device" else 3)
+    # The blocks that were read; the check of the plan, once for all layers with the same; and the
+    # window's mask and positions, which XLA drops where no policy looks at them.
+    others = {"reduce_sum": 1, "reduce_and": 1, "reduce_or": 1, "concatenate": 2}
+    assert {k: n for k, n in layer.items() if k not in ("pallas_call", "ffi_call")} == others

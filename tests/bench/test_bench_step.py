@@ -42,7 +42,11 @@ def test_every_cell_has_its_figures(measured):
         assert row["of_model"] == pytest.approx(row["step_s"]["median"] / row["model_s"])
         assert (row["selection_s"] > 0) == (row["summaries"] == "device")
     assert [r["place"] for r in report["rows"] if r["kind"] == "full"] == ["pinned_host", "device"]
-    assert len(render(report).splitlines()) == 4 + len(report["rows"])
+    assert report["failed"] == {}
+    headlines = 2 * len(TINY.cases[0].policies)
+    text = render(report).splitlines()
+    assert len(text) == 4 + len(report["rows"]) + headlines
+    assert sum(line.endswith("times as long") for line in text) == headlines
 
 
 def test_bytes_go_where_the_split_sends_them(measured):
@@ -71,7 +75,7 @@ def test_no_rate_is_shown_where_the_floor_hides_it(measured):
     shown = []
     for factor in (0.9, 1.04, 2.0):
         step_s = {**row["step_s"], "median": factor * floor_s}
-        text = render({"rows": [{**row, "step_s": step_s}], "left_out": []})
+        text = render({"rows": [{**row, "step_s": step_s}], "left_out": [], "failed": {}})
         shown.append(text.splitlines()[-1].split()[-4])
     total = row["host_bytes"] + row["device_bytes"]
     assert shown == ["-", "-", f"{total / floor_s / 1e9:.1f}"]
@@ -93,6 +97,20 @@ def test_a_spent_budget_leaves_cells_out(measured, tmp_path):
     assert report["rows"] == []
     assert len(report["left_out"]) == 1 + 2 + 12 + 2
     assert "not measured for lack of time" in render(report)
+
+
+def test_a_cell_that_fails_costs_no_other(measured, tmp_path, monkeypatch):
+    folder, report = measured
+    for path in folder.iterdir():
+        if "full" not in path.name:
+            (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(step._Bench, "_full", lambda *_: 1 / 0)
+    again = step.run(TINY, tmp_path)
+    names = [f"tiny-1500-2000-b2-full-{place}" for place in ("pinned_host", "device")]
+    assert list(again["failed"]) == names
+    assert again["failed"][names[1]].startswith("ZeroDivisionError: division")
+    assert len(again["rows"]) == len(report["rows"]) - 2
+    assert f"failed: {names[1]}: ZeroDivisionError" in render(again)
 
 
 def test_calls_start_from_the_same_context_with_weights_of_every_layer():

@@ -90,15 +90,15 @@ def test_a_step_equals_the_reference(dtype, bitmap):
 
 
 @pytest.mark.parametrize(
-    "environment",
+    ("variable", "value", "mode"),
     [
-        {"FLUXION_CUDA_SYNC": "hostfunc"},
-        {"CUDA_LAUNCH_BLOCKING": "1"},
-        {"FLUXION_NUM_THREADS": "1"},
+        ("FLUXION_CUDA_SYNC", "kernel", "kernels"),
+        ("FLUXION_CUDA_SYNC", "hostfunc", "hostfunc"),
+        ("CUDA_LAUNCH_BLOCKING", "1", "hostfunc"),
+        ("FLUXION_NUM_THREADS", "1", "memops"),
     ],
-    ids=lambda environment: next(iter(environment)),
 )
-def test_a_step_equals_the_reference_in_other_modes(environment):
+def test_a_step_equals_the_reference_in_other_modes(variable, value, mode):
     script = (
         "from tests.host_ops import test_gpu as t; t.check(t.flushing_case()); "
         "t.test_many_steps_of_several_layers_run_ahead_of_their_data(); "
@@ -107,21 +107,20 @@ def test_a_step_equals_the_reference_in_other_modes(environment):
     done = subprocess.run(
         [sys.executable, "-c", script],
         # Two processes have to share the memory of the device.
-        env=os.environ | environment | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        env=os.environ | {variable: value, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=90,
     )
     assert done.returncode == 0, done.stderr
-    mode = "memops" if "FLUXION_NUM_THREADS" in environment else "hostfunc"
-    assert done.stdout.split(",")[0] == mode
+    assert done.stdout.strip().split(",")[0] == mode
 
 
 def test_small_arrays_are_copied_by_our_kernel():
     check(flushing_case())
-    print(native.info()["cuda"])
-    assert native.info()["cuda"] == "memops, kernel"
+    if os.environ.get("FLUXION_CUDA_SYNC", "memops") == "memops":
+        assert native.info()["cuda"] == "memops, kernel"
 
 
 def test_append_equals_the_reference():

@@ -62,7 +62,7 @@ def test_a_file_that_is_no_library_is_explained(tmp_path):
         ("FLUXION_CPUS", "1-0", "to ascend, got '1-0'; write '0-1'"),
         ("FLUXION_CPUS", "0,60000", "leave out [60000]"),
         ("FLUXION_TIMEOUT_S", "soon", "got 'soon'; unset it for the default of 300"),
-        ("FLUXION_CUDA_SYNC", "fast", "to be 'memops' or 'hostfunc', got 'fast'"),
+        ("FLUXION_CUDA_SYNC", "fast", "to be 'memops', 'kernel' or 'hostfunc', got 'fast'"),
         ("FLUXION_TIMEOUT_S", "-1", "expected FLUXION_TIMEOUT_S to be a positive number"),
     ],
 )

@@ -32,6 +32,7 @@ int push(CudaDriver::Stream stream, std::function<void()> operation) {
 }
 
 void copy_bytes(uint64_t to, uint64_t from, size_t bytes) {
+  if (bytes == 0) return;
   std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
 }
 
@@ -39,13 +40,29 @@ int copy(uint64_t to, uint64_t from, size_t bytes, CudaDriver::Stream stream) {
   return push(stream, [=] { copy_bytes(to, from, bytes); });
 }
 
+void wait_for(const FakeStream* stream, uint64_t address, uint32_t value) {
+  const auto* word = reinterpret_cast<const uint32_t*>(address);
+  const auto reached = [&] {
+    return static_cast<int32_t>(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0;
+  };
+  while (!reached() && !stream->ending()) std::this_thread::yield();
+}
+
 int launch_kernel(CudaDriver::Function, unsigned, unsigned rows, unsigned, unsigned, unsigned,
                   unsigned, unsigned, CudaDriver::Stream stream, void** arguments, void**) {
   // Like the driver, reads the arguments now.
   std::vector<CudaCopy> table(rows);
   std::memcpy(table.data(), arguments[0], rows * sizeof(CudaCopy));
-  return push(stream, [table = std::move(table)] {
+  const uint64_t awaited = *static_cast<const uint64_t*>(arguments[1]);
+  const uint64_t signalled = *static_cast<const uint64_t*>(arguments[2]);
+  const uint32_t value = *static_cast<const uint32_t*>(arguments[3]);
+  auto* fake = static_cast<FakeStream*>(stream);
+  return push(stream, [=, table = std::move(table)] {
+    if (awaited != 0) wait_for(fake, awaited, value);
     for (const CudaCopy& entry : table) copy_bytes(entry.to, entry.from, 4 * entry.words);
+    if (signalled != 0) {
+      __atomic_store_n(reinterpret_cast<uint32_t*>(signalled), value, __ATOMIC_RELEASE);
+    }
   });
 }
 
@@ -58,13 +75,7 @@ int write_value(CudaDriver::Stream stream, uint64_t address, uint32_t value, uns
 
 int wait_value(CudaDriver::Stream stream, uint64_t address, uint32_t value, unsigned) {
   auto* fake = static_cast<FakeStream*>(stream);
-  return push(stream, [=] {
-    const auto* word = reinterpret_cast<const uint32_t*>(address);
-    const auto reached = [&] {
-      return static_cast<int32_t>(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0;
-    };
-    while (!reached() && !fake->ending()) std::this_thread::yield();
-  });
+  return push(stream, [=] { wait_for(fake, address, value); });
 }
 
 }  // namespace

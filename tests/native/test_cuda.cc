@@ -1,5 +1,6 @@
 // The operations on a stream of a driver without a device.
 
+#include <atomic>
 #include <memory>
 #include <thread>
 
@@ -28,46 +29,9 @@ void check_device(Device& on) {
   CHECK(on.stream.drain(Clock::time_point::max()));
 }
 
-}  // namespace
-
-TEST(a_stream_runs_steps_ahead_of_their_data_in_every_mode) {
-  runtime().pool.set_threads(3);
-  for (const CudaSync sync : {CudaSync::kMemoryOperations, CudaSync::kHostFunctions}) {
-    for (const bool no_kernels : {false, true}) {
-      fake_faults().no_kernels = no_kernels;
-      Device on(sync);
-      reset_faults();
-      CHECK(on.stream.sync() == sync);
-      CHECK_EQ(on.stream.has_copy_kernel(), !no_kernels);
-      check_device(on);
-    }
-  }
-}
-
-TEST(a_stream_without_memory_operations_uses_host_functions) {
-  fake_faults().no_memory_operations = true;
-  Device on;
-  reset_faults();
-  CHECK(on.stream.sync() == CudaSync::kHostFunctions);
-  check_device(on);
-}
-
-TEST(generations_of_a_stream_wrap_around) {
-  for (const uint32_t first : {0xfffffffdu, 0x7ffffffdu}) {
-    Device on;
-    on.fake.synchronize();
-    on.stream.set_generation(first);
-    for (int i = 0; i < 8; ++i) {
-      Step step(small_case());
-      step.run_on(on);
-      on.fake.synchronize();
-      check_step(step, small_case());
-    }
-  }
-}
-
-TEST(a_stream_writes_the_flush_and_appends) {
-  Device on;
+// A step that writes a block, and an append.
+void check_writes(CudaSync sync) {
+  Device on(sync);
   Step step(small_case());
   step.c.num_blocks = {1, 1};
   step.c.first_block = step.device.first_block = {3, 71};
@@ -92,6 +56,90 @@ TEST(a_stream_writes_the_flush_and_appends) {
   on.fake.synchronize();
   CHECK_EQ(status, 0);
   CHECK(appended.k == plain.k && appended.v == plain.v && appended.summaries == plain.summaries);
+}
+
+}  // namespace
+
+TEST(a_stream_runs_steps_ahead_of_their_data_in_every_mode) {
+  runtime().pool.set_threads(3);
+  for (const CudaSync wanted :
+       {CudaSync::kMemoryOperations, CudaSync::kKernels, CudaSync::kHostFunctions}) {
+    for (const bool no_kernels : {false, true}) {
+      fake_faults().no_kernels = no_kernels;
+      Device on(wanted);
+      reset_faults();
+      const bool instead = no_kernels && wanted == CudaSync::kKernels;
+      CHECK(on.stream.sync() == (instead ? CudaSync::kMemoryOperations : wanted));
+      CHECK_EQ(on.stream.has_copy_kernel(), !no_kernels);
+      check_device(on);
+    }
+  }
+}
+
+TEST(a_stream_without_memory_operations_uses_host_functions) {
+  fake_faults().no_memory_operations = true;
+  Device on;
+  reset_faults();
+  CHECK(on.stream.sync() == CudaSync::kHostFunctions);
+  check_device(on);
+}
+
+TEST(generations_of_a_stream_wrap_around) {
+  for (const CudaSync sync : {CudaSync::kMemoryOperations, CudaSync::kKernels}) {
+    for (const uint32_t first : {0xfffffffdu, 0x7ffffffdu}) {
+      Device on(sync);
+      on.fake.synchronize();
+      on.stream.set_generation(first);
+      for (int i = 0; i < 8; ++i) {
+        Step step(small_case());
+        step.run_on(on);
+        on.fake.synchronize();
+        check_step(step, small_case());
+      }
+    }
+  }
+}
+
+TEST(a_stream_writes_the_flush_and_appends) {
+  for (const CudaSync sync : {CudaSync::kMemoryOperations, CudaSync::kKernels}) {
+    check_writes(sync);
+  }
+}
+
+TEST(kernels_call_the_host_with_nothing_to_copy) {
+  Device on(CudaSync::kKernels);
+  std::string problem;
+  std::atomic<int> calls{0};
+  for (const bool waits : {false, true}) {
+    Exchange* exchange = on.stream.acquire(64, &problem);
+    CHECK_EQ(on.stream.enqueue(exchange, {}, [&] { ++calls; }, waits, {}), "");
+  }
+  on.fake.synchronize();
+  CHECK(on.stream.drain(Clock::time_point::max()));
+  CHECK_EQ(calls.load(), 2);
+}
+
+TEST(large_arrays_are_copied_by_the_driver_in_their_turn) {
+  for (const CudaSync sync : {CudaSync::kMemoryOperations, CudaSync::kKernels}) {
+    Device on(sync);
+    std::string problem;
+    // Larger than what the kernel copies.
+    std::vector<int32_t> device(200000, 1), result(200000, 0);
+    const int64_t bytes = 4 * static_cast<int64_t>(device.size());
+    Exchange* exchange = on.stream.acquire(bytes, &problem);
+    int32_t* staged = reinterpret_cast<int32_t*>(exchange->staging);
+    CudaCopies operands, results;
+    operands.add(staged, device.data(), bytes);
+    results.add(result.data(), staged, bytes);
+    const auto work = [&] {
+      for (size_t i = 0; i < device.size(); ++i) staged[i] += static_cast<int32_t>(i);
+    };
+    CHECK_EQ(on.stream.enqueue(exchange, operands, work, true, results), "");
+    on.fake.synchronize();
+    for (size_t i = 0; i < device.size(); ++i) {
+      CHECK_EQ(result[i], 1 + static_cast<int32_t>(i));
+    }
+  }
 }
 
 TEST(a_stream_needs_no_more_memory_however_far_it_runs_ahead) {

@@ -17,8 +17,8 @@ SCORE = jax.jit(score_units)
 
 @jax.jit
 def interpreted(scores, granularity, host_blocks, k_units, shared):
-    units, shift = num_units(granularity, host_blocks), unit_shift(granularity)
-    return select_units_triton(scores, units, shift, host_blocks, k_units, shared, interpret=True)
+    _units, shift = num_units(granularity, host_blocks), unit_shift(granularity)
+    return select_units_triton(scores, shift, host_blocks, k_units, shared, interpret=True)
 
 
 # What this machine takes by default (on a GPU the kernel), and the kernel interpreted.

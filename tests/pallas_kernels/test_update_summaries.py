@@ -56,7 +56,11 @@ def test_writing_block_by_block_equals_summarising_afresh(update, head_dim, at_o
         new = np.stack([np.floor(block[..., 0, :] * scale), np.ceil(block[..., 1, :] * scale)], 3)
         before = np.asarray(summaries)
         arguments = (jnp.asarray(new, jnp.int8), jnp.asarray(shift, jnp.int32), jnp.full(2, first))
-        summaries = update(summaries, *arguments, jnp.asarray([block.shape[2], 0]))
+        counts = jnp.asarray([block.shape[2], 0])
+        # After a failure nothing is written at all.
+        failed = update(jnp.array(before), *arguments, counts, jnp.full(1, 4))
+        np.testing.assert_array_equal(failed, before)
+        summaries = update(summaries, *arguments, counts, jnp.zeros(1, jnp.int32))
         # The second sequence writes nothing and stays as it is.
         np.testing.assert_array_equal(summaries[1], before[1])
         for row, (low, high) in expected(
@@ -68,8 +72,8 @@ def test_writing_block_by_block_equals_summarising_afresh(update, head_dim, at_o
 
 
 def test_is_two_kernels_without_a_loop_of_xla_on_a_gpu():
-    shapes = [(2, 8, 960, 2, 128), (2, 8, 4, 2, 128), (2, 8, 128), (2,), (2,)]
-    kinds = [jnp.int8, jnp.int8, jnp.int32, jnp.int32, jnp.int32]
+    shapes = [(2, 8, 960, 2, 128), (2, 8, 4, 2, 128), (2, 8, 128), (2,), (2,), (1,)]
+    kinds = [jnp.int8, jnp.int8, *[jnp.int32] * 4]
     text = lowering.lower_for_cuda(
         update_summaries,
         *(jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, kinds, strict=True)),
@@ -89,4 +93,5 @@ def test_is_refused_without_a_gpu():
             jnp.zeros((1, 1, 64), jnp.int32),
             jnp.zeros(1, jnp.int32),
             jnp.ones(1, jnp.int32),
+            jnp.zeros(1, jnp.int32),
         )

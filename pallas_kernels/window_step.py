@@ -1,0 +1,303 @@
+"""What a decode step does with the resident window, in one kernel.
+
+One new token per sequence enters the window, its query attends to the window, and the block that
+the token pushes out is taken out and summarised. XLA needs some twenty kernels for it, each of
+which takes longer to start than to run.
+
+Axes: B batch, N query heads, K KV heads, G = N // K, S window slots (sinks, then a ring of R), C
+tokens of a block, H head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from pallas_kernels.compat import silence_triton_deprecation, target_platform
+from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.scoring import BLOCK_TOKENS
+
+TILE_SLOTS = 128
+"""Slots of one loop step."""
+
+_NUM_WARPS = 8
+_INT8_MAX = 127
+# 127 = 1.984375 * 2**6: fraction bits of float32 above which the next power of two is needed.
+_FRACTION_OF_127 = 0x7E0000
+
+
+class WindowStep(NamedTuple):
+    """What comes out of a step.
+
+    Attributes:
+      out: float32 `[B, N, H]`, attention to the window with the new token in it.
+      lse: float32 `[B, N]`; `-inf` for rows that take no part.
+      window_k: `[B, K, S, H]`, in place if the program donates it.
+      window_v: likewise.
+      block_k: `[B, K, 1, C, H]`, the oldest block of the window's ring.
+      block_v: likewise.
+      summaries: int8 `[B, K, 1, 2, H]`, the block's least and largest keys under the new exponents.
+      exponents: int32 `[B, K, H]`, grown to what the block needs if it leaves.
+      shift: int32 `[B, K, H]`, by how much they grew.
+      num_blocks: int32 `[B]`, 1 where the block leaves the window, else 0.
+    """
+
+    out: jax.Array
+    lse: jax.Array
+    window_k: jax.Array
+    window_v: jax.Array
+    block_k: jax.Array
+    block_v: jax.Array
+    summaries: jax.Array
+    exponents: jax.Array
+    shift: jax.Array
+    num_blocks: jax.Array
+
+
+def window_step(
+    q: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    window_k: jax.Array,
+    window_v: jax.Array,
+    exponents: jax.Array,
+    lengths: jax.Array,
+    active: jax.Array,
+    *,
+    sinks: int,
+    least_exponent: int,
+    scale: float,
+    interpret: bool = False,
+) -> WindowStep:
+    """Takes a token into the window, attends to it, and prepares the block that leaves.
+
+    Args:
+      q: float32 `[B, N, H]`, not scaled.
+      k_new: `[B, K, H]`, in the window's dtype.
+      v_new: likewise.
+      window_k: bfloat16, float16 or float32 `[B, K, S, H]`; the token with position `p` lies in
+        slot `p` if that is below `sinks`, else in slot `sinks + (p - sinks) mod R`.
+      window_v: likewise.
+      exponents: int32 `[B, K, H]`, powers of two that scale the summaries, `least_exponent` to 126.
+      lengths: int32 `[B]`, tokens before this one.
+      active: bool `[B]`; other rows stay as they are.
+      sinks: first slots, that never leave.
+      least_exponent: of a channel whose keys are all zero.
+      scale: multiplies `q . k`.
+      interpret: run on any platform, slowly; for tests.
+
+    Raises:
+      UnsupportedImplementationError: not on a GPU.
+    """
+    if not interpret and target_platform() != "gpu":
+        raise UnsupportedImplementationError(
+            f"expected a CUDA device, got platform {target_platform()!r}; use XLA's operations"
+        )
+    batch, num_heads, head_dim = q.shape
+    kv_heads, slots = window_k.shape[1:3]
+    tasks, group = batch * kv_heads, num_heads // kv_heads
+    dtype = window_k.dtype
+
+    def whole_task(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda task, _: (task,) + (0,) * len(shape))
+
+    row = pl.BlockSpec((1,), lambda task, _: (task // kv_heads,))
+    channels, window = whole_task(head_dim), whole_task(slots, head_dim)
+    block = whole_task(BLOCK_TOKENS, head_dim)
+    of_head = pl.BlockSpec((None, None, head_dim), lambda task, head: (task, head, 0))
+    window_shape = jax.ShapeDtypeStruct((tasks, slots, head_dim), dtype)
+    block_shape = jax.ShapeDtypeStruct((tasks, BLOCK_TOKENS, head_dim), dtype)
+    per_channel = jax.ShapeDtypeStruct((tasks, head_dim), jnp.int32)
+    silence_triton_deprecation()
+    found = pl.pallas_call(
+        functools.partial(_kernel, sinks=sinks, least_exponent=least_exponent, scale=scale),
+        grid=(tasks, group),
+        in_specs=[of_head, channels, channels, window, window, channels, row, row],
+        out_specs=[
+            of_head,
+            pl.BlockSpec((None, 1), lambda task, head: (task, head)),
+            *[window] * 2,
+            *[block] * 2,
+            whole_task(2, head_dim),
+            *[channels] * 2,
+            row,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((tasks, group, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((tasks, group), jnp.float32),
+            *[window_shape] * 2,
+            *[block_shape] * 2,
+            jax.ShapeDtypeStruct((tasks, 2, head_dim), jnp.int8),
+            *[per_channel] * 2,
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+        ],
+        input_output_aliases={3: 2, 4: 3},
+        compiler_params=pltriton.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
+        interpret=interpret,
+        name="window_step",
+    )(
+        q.astype(jnp.float32).reshape(tasks, group, head_dim),
+        k_new.reshape(tasks, head_dim),
+        v_new.reshape(tasks, head_dim),
+        window_k.reshape(tasks, slots, head_dim),
+        window_v.reshape(tasks, slots, head_dim),
+        exponents.reshape(tasks, head_dim),
+        lengths.astype(jnp.int32),
+        active.astype(jnp.int32),
+    )
+    out, lse, window_k, window_v, block_k, block_v, summaries, grown, shift, num_blocks = found
+    heads = (batch, kv_heads)
+    return WindowStep(
+        out.reshape(q.shape),
+        lse.reshape(batch, num_heads),
+        window_k.reshape(*heads, slots, head_dim),
+        window_v.reshape(*heads, slots, head_dim),
+        block_k.reshape(*heads, 1, BLOCK_TOKENS, head_dim),
+        block_v.reshape(*heads, 1, BLOCK_TOKENS, head_dim),
+        summaries.reshape(*heads, 1, 2, head_dim),
+        grown.reshape(*heads, head_dim),
+        shift.reshape(*heads, head_dim),
+        num_blocks,
+    )
+
+
+def _kernel(
+    q_ref: Any,
+    k_new_ref: Any,
+    v_new_ref: Any,
+    _old_k_ref: Any,
+    _old_v_ref: Any,
+    exponents_ref: Any,
+    lengths_ref: Any,
+    active_ref: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    block_k_ref: Any,
+    block_v_ref: Any,
+    summaries_ref: Any,
+    grown_ref: Any,
+    shift_ref: Any,
+    num_blocks_ref: Any,
+    *,
+    sinks: int,
+    least_exponent: int,
+    scale: float,
+) -> None:
+    """One query head; the first of a group also writes what belongs to the whole group."""
+    slots, head_dim = k_ref.shape
+    ring = slots - sinks
+    channel = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
+    in_head = channel < head_dim
+    length, active = lengths_ref[0], active_ref[0]
+    first = _on_host(length, sinks, ring)
+    num_blocks = jax.lax.div(_on_host(length + active, sinks, ring) - first, BLOCK_TOKENS)
+    new_slot = jnp.where(length < sinks, length, sinks + jax.lax.rem(length - sinks, ring))
+
+    def load(ref: Any, new_ref: Any, slot: jax.Array, is_new: jax.Array, wanted: jax.Array) -> Any:
+        """Rows of the window in float32; the new token's is never read where it is written."""
+        shape = (slot.size, channel.size)
+        index = (
+            jnp.broadcast_to(slot[:, None], shape),
+            jnp.broadcast_to(channel[None, :], shape),
+        )
+        mask = jnp.broadcast_to((wanted & ~is_new)[:, None] & in_head[None, :], shape)
+        rows = pltriton.load(ref.at[index], mask=mask, other=0).astype(jnp.float32)
+        new = pltriton.load(new_ref.at[channel], mask=in_head, other=0).astype(jnp.float32)
+        return jnp.where((wanted & is_new)[:, None], new[None, :], rows)
+
+    q = pltriton.load(q_ref.at[channel], mask=in_head, other=0.0) * scale
+
+    def attend(step: jax.Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+        largest, total, weighted = sums
+        slot = step * TILE_SLOTS + jnp.arange(TILE_SLOTS, dtype=jnp.int32)
+        # The stream index of the newest token of a slot, counting the one that enters.
+        behind = jax.lax.rem(length - slot + slots * ring, ring)
+        stream = length - sinks - behind
+        recent = (slot >= sinks) & (slot < slots) & (stream >= first) & (stream >= 0)
+        resident = (((slot < sinks) & (slot <= length)) | recent) & (active > 0)
+        is_new = slot == new_slot
+        k = load(k_ref, k_new_ref, slot, is_new, resident)
+        scores = jnp.where(resident, jnp.sum(k * q[None, :], axis=1), -jnp.inf)
+        new_largest = jnp.maximum(largest, jnp.max(scores))
+        finite = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
+        weights = jnp.exp(scores - finite)
+        decay = jnp.exp(largest - finite)
+        v = load(v_ref, v_new_ref, slot, is_new, resident)
+        return (
+            new_largest,
+            total * decay + jnp.sum(weights),
+            weighted * decay + jnp.sum(weights[:, None] * v, axis=0),
+        )
+
+    start = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros(channel.shape, jnp.float32))
+    steps = (slots + TILE_SLOTS - 1) // TILE_SLOTS
+    largest, total, weighted = jax.lax.fori_loop(0, steps, attend, start)
+    divisor = jnp.where(total == 0.0, 1.0, total)
+    pltriton.store(out_ref.at[channel], weighted / divisor, mask=in_head)
+    lse_ref[0] = jnp.where(total == 0.0, -jnp.inf, largest + jnp.log(divisor))
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        num_blocks_ref[0] = num_blocks
+        token = jnp.arange(BLOCK_TOKENS, dtype=jnp.int32)
+        slot = sinks + jax.lax.rem(first + token, ring)
+        shape = (BLOCK_TOKENS, channel.size)
+        index = (
+            jnp.broadcast_to(token[:, None], shape),
+            jnp.broadcast_to(channel[None, :], shape),
+        )
+        mask = jnp.broadcast_to(in_head[None, :], shape)
+        # A token that leaves is older than the one that enters, by all recent ones.
+        at = (jnp.broadcast_to(slot[:, None], shape), index[1])
+        for ref, block_ref in ((k_ref, block_k_ref), (v_ref, block_v_ref)):
+            rows = pltriton.load(ref.at[at], mask=mask, other=0)
+            pltriton.store(block_ref.at[index], rows, mask=mask)
+        keys = pltriton.load(k_ref.at[at], mask=mask, other=0).astype(jnp.float32)
+
+        old = pltriton.load(exponents_ref.at[channel], mask=in_head, other=least_exponent)
+        finite = jnp.abs(keys) < jnp.inf
+        known = jnp.where(finite, keys, 0.0)
+        largest = jnp.max(jnp.abs(known), axis=0)
+        needed = jnp.maximum(_exponent(largest), least_exponent)
+        grown = jnp.where(num_blocks > 0, jnp.maximum(old, needed), old)
+        scaled = known * _power_of_two(-grown)[None, :]
+        low = jnp.where(finite, jnp.floor(scaled), -_INT8_MAX)
+        high = jnp.where(finite, jnp.ceil(scaled), _INT8_MAX)
+        bounds = (jnp.min(low, axis=0), jnp.max(high, axis=0))
+        for half, bound in enumerate(bounds):
+            bound = jnp.minimum(jnp.maximum(bound, -_INT8_MAX), _INT8_MAX)
+            pltriton.store(
+                summaries_ref.at[half, channel],
+                bound.astype(jnp.int32).astype(jnp.int8),
+                mask=in_head,
+            )
+        pltriton.store(grown_ref.at[channel], grown, mask=in_head)
+        pltriton.store(shift_ref.at[channel], grown - old, mask=in_head)
+
+        entering = in_head & (active > 0)
+        for ref, new_ref in ((k_ref, k_new_ref), (v_ref, v_new_ref)):
+            new = pltriton.load(new_ref.at[channel], mask=in_head, other=0)
+            pltriton.store(ref.at[new_slot, channel], new, mask=entering)
+
+
+def _on_host(length: jax.Array, sinks: int, ring: int) -> jax.Array:
+    """Stream tokens that have left the window of a sequence of this length."""
+    recent = ring - BLOCK_TOKENS
+    return jax.lax.div(jnp.maximum(length - sinks - recent, 0), BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def _exponent(largest: jax.Array) -> jax.Array:
+    """The least `e` with `largest <= 127 * 2**e` for normal floats; below -126 for others."""
+    bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
+    return (bits >> 23) - 133 + jnp.where((bits & 0x7FFFFF) > _FRACTION_OF_127, 1, 0)
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

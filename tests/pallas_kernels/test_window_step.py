@@ -1,0 +1,164 @@
+"""The window's decode step in one kernel, against the operations that it stands for."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fluxion_jax as fx
+from fluxion_jax.cache.append import make_flush
+from fluxion_jax.cache.summaries import MIN_EXPONENT
+from fluxion_jax.cache.window import window_mask, write_token
+from pallas_kernels import UnsupportedImplementationError, window_attention, window_step
+from tests.pallas_kernels import lowering
+
+EXECUTIONS = [
+    pytest.param(functools.partial(window_step, interpret=True), id="interpreted"),
+    pytest.param(window_step, id="gpu", marks=pytest.mark.gpu),
+]
+SCALE = 0.125
+# Empty, within the sinks, the first in the ring, before and after the first block leaves, a step in
+# which a block leaves, around the ring many times.
+LENGTHS = [0, 17, 32, 79, 80, 95, 96, 111, 4001]
+
+
+def operands(dtype, head_dim, group, lengths=LENGTHS, seed=0):
+    rng = np.random.default_rng(seed)
+    layout = fx.KVLayout(1, 2, head_dim, dtype, sink_tokens=32, recent_tokens=48)
+    batch, kv_heads = len(lengths), 2
+
+    def normal(*shape, size=1.0):
+        return jnp.asarray(rng.normal(size=shape) * size, jnp.float32)
+
+    cache = fx.HostKV.allocate(layout, batch, 8192)
+    window = (batch, kv_heads, layout.window_tokens, head_dim)
+    # Channels of very different sizes, zeros among them, so that exponents grow in some.
+    sizes = 2.0 ** rng.integers(-20, 20, head_dim) * (rng.random(head_dim) < 0.9)
+    cache = cache.replace(
+        lengths=jnp.asarray(lengths, jnp.int32),
+        window_k=((normal(*window) * sizes).astype(layout.jax_dtype),),
+        window_v=(normal(*window).astype(layout.jax_dtype),),
+        exponents=(jnp.asarray(rng.integers(-60, 3, (batch, kv_heads, head_dim)), jnp.int32),),
+    )
+    q = normal(batch, kv_heads * group, head_dim) / jnp.maximum(jnp.asarray(sizes), 1.0)
+    new = [normal(batch, kv_heads, head_dim).astype(layout.jax_dtype) for _ in range(2)]
+    return cache, q, *new
+
+
+def by_xla(cache, q, k_new, v_new, active):
+    layout = cache.layout
+    flush, exponents = make_flush(
+        cache, 0, k_new[:, :, None], v_new[:, :, None], active.astype(jnp.int32)
+    )
+    windows = [
+        write_token(layout, window[0], new, cache.lengths, active)
+        for window, new in ((cache.window_k, k_new), (cache.window_v, v_new))
+    ]
+    resident = window_mask(layout, cache.lengths + 1, cache.host_len) & active[:, None]
+    state = window_attention(q, *windows, resident, scale=SCALE, implementation="xla")
+    return state, windows, flush, exponents
+
+
+def by_kernel(step, cache, q, k_new, v_new, active):
+    return jax.jit(functools.partial(step, sinks=32, least_exponent=MIN_EXPONENT, scale=SCALE))(
+        *(q, k_new, v_new, cache.window_k[0], cache.window_v[0], cache.exponents[0]),
+        *(cache.lengths, active),
+    )
+
+
+def check(got, want, active):
+    state, windows, flush, exponents = want
+    np.testing.assert_allclose(got.out, state[0], atol=2e-5)
+    np.testing.assert_allclose(got.lse, state[1], rtol=1e-5, atol=2e-5)
+    for found, expected in zip((got.window_k, got.window_v), windows, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(got.num_blocks, flush.num_blocks)
+    np.testing.assert_array_equal(got.exponents, exponents)
+    np.testing.assert_array_equal(got.shift, flush.shift)
+    leaves = np.asarray(flush.num_blocks) > 0
+    assert leaves.any()
+    assert not leaves.all()
+    assert not leaves[~np.asarray(active)].any()
+    for name, found in (("k", got.block_k), ("v", got.block_v), ("summaries", got.summaries)):
+        expected = np.asarray(getattr(flush, name))
+        np.testing.assert_array_equal(np.asarray(found)[leaves], expected[leaves], err_msg=name)
+
+
+@pytest.mark.parametrize("step", EXECUTIONS)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group"),
+    [("bfloat16", 128, 4), ("float32", 72, 3), ("float16", 64, 1)],
+)
+def test_equals_the_operations_that_it_stands_for(step, dtype, head_dim, group):
+    arguments = operands(dtype, head_dim, group)
+    active = jnp.asarray([True] * 8 + [False])
+    check(by_kernel(step, *arguments, active), by_xla(*arguments, active), active)
+
+
+@pytest.mark.parametrize("step", EXECUTIONS)
+def test_a_window_step_after_step(step):
+    """Each step takes what the one before left."""
+    cache, *_ = operands("bfloat16", 64, 2, [60, 90])
+    active = jnp.ones(2, bool)
+    left = 0
+    for seed in range(40):
+        _, *arguments = operands("bfloat16", 64, 2, [60, 90], seed + 1)
+        got, want = by_kernel(step, cache, *arguments, active), by_xla(cache, *arguments, active)
+        np.testing.assert_allclose(got.out, want[0][0], atol=2e-5)
+        np.testing.assert_array_equal(got.exponents, want[3])
+        left += int(got.num_blocks.sum())
+        cache = cache.replace(
+            lengths=cache.lengths + 1,
+            window_k=(got.window_k,),
+            window_v=(got.window_v,),
+            exponents=(got.exponents,),
+        )
+    assert left == 4
+
+
+@pytest.mark.parametrize("step", EXECUTIONS)
+def test_faults_stay_where_they_are(step):
+    """What is not finite surfaces where it is attended to, widens bounds, and moves no scale."""
+    cache, q, k_new, v_new = operands("float32", 64, 2, [95, 100, 20])
+    k, v = (np.array(x[0]) for x in (cache.window_k, cache.window_v))
+    # In the block that leaves row 0; in a slot of row 2 that holds nothing yet.
+    k[0, 0, 32 + 3, 5], v[2, :, 40:] = np.inf, np.nan
+    cache = cache.replace(window_k=(jnp.asarray(k),), window_v=(jnp.asarray(v),))
+    active = jnp.ones(3, bool)
+    arguments = (cache, q, k_new, v_new)
+    got, want = by_kernel(step, *arguments, active), by_xla(*arguments, active)
+    assert np.isfinite(np.asarray(got.out)[1:]).all()
+    assert np.isnan(np.asarray(got.out)[0, :2]).any()
+    np.testing.assert_array_equal(got.exponents, want[3])
+    np.testing.assert_array_equal(got.summaries[0], want[2].summaries[0])
+    assert np.asarray(got.summaries)[0, 0, 0, :, 5].tolist() == [-127, 127]
+
+
+def test_is_one_kernel_on_a_gpu():
+    cache, q, k_new, v_new = operands("bfloat16", 128, 4)
+    arrays = (q, k_new, v_new, cache.window_k[0], cache.window_v[0], cache.exponents[0])
+    text = lowering.lower_for_cuda(
+        functools.partial(window_step, sinks=32, least_exponent=-60, scale=SCALE),
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, cache.lengths)),
+        jax.ShapeDtypeStruct(cache.lengths.shape, jnp.bool_),
+    )
+    assert text.count("xla.gpu.triton") == 1
+
+
+def test_is_refused_without_a_gpu():
+    cache, q, k_new, v_new = operands("bfloat16", 128, 4)
+    with (
+        jax.default_device(jax.devices("cpu")[0]),
+        pytest.raises(UnsupportedImplementationError, match="expected a CUDA device"),
+    ):
+        window_step(
+            *(q, k_new, v_new, cache.window_k[0], cache.window_v[0], cache.exponents[0]),
+            *(cache.lengths, cache.active),
+            sinks=32,
+            least_exponent=-60,
+            scale=SCALE,
+        )

@@ -190,6 +190,9 @@ def adapt(
       sliding_window: tokens that a query of a sliding-window layer sees, itself included.
       sliding_layers: indices of these layers.
 
+    Returns:
+      A decoder that `generate`, `prefill`, `score` and `stream` take.
+
     Raises:
       ConfigError: a part returns other shapes.
     """
@@ -240,6 +243,9 @@ def adapt_qwen3(model: nnx.Module, *, rope: Rope | None = None) -> AdaptedDecode
     Args:
       model: such a decoder.
       rope: rotary embedding; None for that of Qwen3, with theta 1,000,000.
+
+    Returns:
+      A decoder that `generate`, `prefill`, `score` and `stream` take.
     """
     rope = rope or Rope(1_000_000.0)
 

@@ -60,6 +60,12 @@ class Execution:
       measure: also attend to everything and report recall and output error of each head; costs as
         much as full attention.
       record: also bring back every step's plans, so that a generation can be replayed.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> execution = fx.Execution(host=["native", "xla"], dense_below_tokens=0)
+      >>> execution.host, execution.measure
+      (('native', 'xla'), False)
     """
 
     host: host_ops.Implementation = None
@@ -102,6 +108,19 @@ class LayerStats(NamedTuple):
       recall: float32 `[B, N]`, share of the attention mass that was read, or None.
       output_error: float32 `[B, N]`, error of the output over the step's largest head output, or
         None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fluxion_jax as fx
+      >>> cache = fx.HostKV.allocate(fx.KVLayout(1, 2, 64, "float32"), batch=1, max_tokens=512)
+      >>> q, kv = jnp.ones((1, 4, 64)), jnp.ones((1, 2, 64))
+      >>> host = fx.policy.parse_split("host")
+      >>> out, cache, stats = fx.decode_attention(
+      ...     q, kv, kv, cache, 0, fx.full(), scale=64**-0.5, split=host
+      ... )
+
+      >>> stats.granularity.tolist(), stats.host_blocks.tolist()
+      ([[128, 128]], [[0, 0]])
     """
 
     host_blocks: jax.Array
@@ -117,6 +136,17 @@ class LayerStats(NamedTuple):
     lse: jax.Array | None
     recall: jax.Array | None
     output_error: jax.Array | None
+
+    def __str__(self) -> str:
+        if isinstance(self.host_blocks, jax.core.Tracer):
+            return f"LayerStats of {list(self.host_blocks.shape)} groups, traced"
+        span = float(self.host_times_s[..., host_ops.TIMES.index("span")].sum())
+        return (
+            f"LayerStats of {list(self.host_blocks.shape)} groups: blocks read by the host "
+            f"{int(self.host_blocks.sum())}, by the device {int(self.device_blocks.sum())}; "
+            f"summaries scored {int(self.host_units.sum())} and {int(self.device_units.sum())}; "
+            f"heads clipped {int(self.clipped.sum())}; host {span * 1e3:.3g} ms"
+        )
 
 
 @refused_by_name()
@@ -156,6 +186,20 @@ def decode_attention(
       ConfigError: shapes do not fit the cache, or the policy's plan does not fit them.
       UnsupportedError: more than 64 query heads share a KV head, or an implementation that was
         asked for cannot be used here.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fluxion_jax as fx
+      >>> cache = fx.HostKV.allocate(fx.KVLayout(1, 2, 64, "float32"), batch=1, max_tokens=512)
+      >>> q, kv = jnp.ones((1, 4, 64)), jnp.ones((1, 2, 64))
+      >>> host = fx.policy.parse_split("host")
+      >>> out, cache, stats = fx.decode_attention(
+      ...     q, kv, kv, cache, 0, fx.full(), scale=64**-0.5, split=host
+      ... )
+
+      >>> cache = cache.advance()  # after the last layer
+      >>> out.shape, cache.lengths.tolist()
+      ((1, 4, 64), [1])
     """
     execution = execution or Execution()
     _check_shapes(q, k_new, v_new, cache)

@@ -10,6 +10,7 @@ W words of a bitmap over base blocks.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from fluxion_jax.cache.sketch import remember_query
 from fluxion_jax.cache.stacked import on_layer
 from fluxion_jax.cache.summaries import quantise_query
 from fluxion_jax.cache.window import window_mask, window_positions, write_token
-from fluxion_jax.errors import ConfigError, UnsupportedError, refused_by_name
+from fluxion_jax.errors import ConfigError, UnsupportedError, refused_by_name, require
 from fluxion_jax.jitting import jit
 from fluxion_jax.policy.protocol import Features, Plan, Policy
 from fluxion_jax.policy.scheduler import observe
@@ -183,7 +184,8 @@ def decode_attention(
       which counts once `cache.advance()` was called after the last layer.
 
     Raises:
-      ConfigError: shapes do not fit the cache, or the policy's plan does not fit them.
+      ConfigError: an argument is of another type, shapes do not fit the cache, or the policy's
+        plan does not fit them.
       UnsupportedError: more than 64 query heads share a KV head, or an implementation that was
         asked for cannot be used here.
 
@@ -202,6 +204,12 @@ def decode_attention(
       ((1, 4, 64), [1])
     """
     execution = execution or Execution()
+    require("cache", cache, HostKV, "allocate one with HostKV.allocate")
+    require("execution", execution, Execution, "make one with Execution(...)")
+    require("split", split, Split, "make one with fluxion_jax.policy.parse_split")
+    require("policy", policy, Policy, "make one with parse_policy")
+    if not math.isfinite(scale):
+        raise ConfigError(f"expected a finite number as scale, got {scale!r}; H ** -0.5 is usual")
     _check_shapes(q, k_new, v_new, cache)
     if not isinstance(jnp.asarray(q), jax.core.Tracer):
         return _decode_attention_compiled(
@@ -806,6 +814,11 @@ def _check_shapes(q: jax.Array, k_new: jax.Array, v_new: jax.Array, cache: HostK
     for name, array in (("k_new", k_new), ("v_new", v_new)):
         if array.shape != expected:
             raise ConfigError(f"expected {name} of shape [B, K, H] = {expected}, got {array.shape}")
+    if not all(jnp.issubdtype(array.dtype, jnp.floating) for array in (q, k_new, v_new)):
+        raise ConfigError(
+            f"expected q, k_new and v_new of a float dtype, got {q.dtype}, {k_new.dtype} and "
+            f"{v_new.dtype}; cast them"
+        )
     batch, kv_heads, head_dim = expected
     if q.ndim != 3 or q.shape[0] != batch or q.shape[2] != head_dim:
         raise ConfigError(

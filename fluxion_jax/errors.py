@@ -83,6 +83,14 @@ class IntegrityError(FluxionError):
     """
 
 
+def require(name: str, value: Any, kind: type, remedy: str) -> None:
+    """Raises ConfigError unless a value is of a kind."""
+    if not isinstance(value, kind):
+        raise ConfigError(
+            f"expected a {kind.__name__} as {name}, got {type(value).__name__}; {remedy}"
+        )
+
+
 @contextlib.contextmanager
 def refused_by_name() -> Iterator[None]:
     """Turns a leaf package's refusal of an implementation into this package's error.

@@ -33,7 +33,13 @@ from fluxion_jax.cache.placement import memory_sharding as memory_sharding
 from fluxion_jax.cache.preflight import require_memory
 from fluxion_jax.cache.sketch import Sketch, empty_sketch, forget_rows
 from fluxion_jax.cache.summaries import MIN_EXPONENT
-from fluxion_jax.errors import CacheFullError, ConfigError, FluxionError, UnsupportedError
+from fluxion_jax.errors import (
+    CacheFullError,
+    ConfigError,
+    FluxionError,
+    UnsupportedError,
+    require,
+)
 from fluxion_jax.status import STATUS_FULL, STATUS_NAN, describe_status
 
 Arrays = tuple[jax.Array, ...]
@@ -133,6 +139,10 @@ class HostKV:
             devices that share them, or the cache does not fit into memory.
           UnsupportedError: `stacked` with a mesh, with a sketch, or on a GPU.
         """
+        require("layout", layout, KVLayout, "take that of model.config.kv_layout()")
+        for name, value in (("batch", batch), ("max_tokens", max_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise ConfigError(f"expected an integer {name} >= 1, got {value!r}")
         if batch < 1 or max_tokens < 1:
             raise ConfigError(
                 f"expected batch >= 1 and max_tokens >= 1, got {batch} and {max_tokens}"
@@ -645,6 +655,7 @@ def cache_shardings(cache: HostKV) -> HostKV:
       >>> fx.cache_shardings(cache).k[0].memory_kind
       'pinned_host'
     """
+    require("cache", cache, HostKV, "allocate one with HostKV.allocate")
     placement = cache.placement
     if placement is None:
         spec: Any = jax.tree.map(lambda _: PartitionSpec(), cache)

@@ -71,6 +71,12 @@ class KVLayout:
     sketch: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "head_dim", "sink_tokens", "recent_tokens"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int | np.integer) and not isinstance(value, bool),
+                f"expected an integer {name}, got {value!r}",
+            )
         _require(self.num_layers >= 1, f"expected num_layers >= 1, got {self.num_layers}")
         _require(self.num_kv_heads >= 1, f"expected num_kv_heads >= 1, got {self.num_kv_heads}")
         _require(

@@ -73,10 +73,6 @@ class Session:
         check_count("max_new_tokens", max_new_tokens)
         check_count("chunk_tokens", chunk_tokens)
         self.model = unwrap(model)
-        self.rows = check_prompts(prompts, self.model)
-        self.forced = forced
-        self.policy = _default(model, cache) if policy is None else parse_policy(policy, model)
-        self.split = parse_split(split)
         for name, value, kind, remedy in (
             ("sampling", sampling, Sampling, "make one with greedy() or top_p()"),
             ("execution", execution, Execution, "make one with Execution(...)"),
@@ -86,6 +82,10 @@ class Session:
                 require(name, value, kind, remedy)
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
             raise ConfigError(f"expected an integer seed, got {seed!r}; 0 is the default")
+        self.rows = check_prompts(prompts, self.model)
+        self.forced = forced
+        self.policy = _default(model, cache) if policy is None else parse_policy(policy, model)
+        self.split = parse_split(split)
         self.sampling = sampling or greedy()
         if stop_tokens is None:
             stop_tokens = getattr(getattr(model, "tokenizer", None), "eos_ids", ())

@@ -9,6 +9,7 @@ Axes: B batch, T tokens, D model width, N query heads, K KV heads, H head size, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -190,6 +191,9 @@ def adapt(
       sliding_window: tokens that a query of a sliding-window layer sees, itself included.
       sliding_layers: indices of these layers.
 
+    Returns:
+      A decoder that `generate`, `prefill`, `score` and `stream` take.
+
     Raises:
       ConfigError: a part returns other shapes.
     """
@@ -197,19 +201,35 @@ def adapt(
     rows = (1, 13)
     tokens = jax.ShapeDtypeStruct(rows, jnp.int32)
 
-    def one_layer(tokens: jax.Array) -> tuple[QKV, jax.Array, jax.Array]:
-        x = embed(model, tokens, tokens)
-        layer = layers(model)[0]
-        q, k, v = qkv(layer, x, tokens)
-        return (q, k, v), finish(layer, x, q), logits(model, x)
+    if not len(layers(model)):
+        raise ConfigError("expected at least one layer, got none; correct `layers`")
+    if scale is not None and not math.isfinite(scale):
+        raise ConfigError(f"expected a finite scale, got {scale}; None for H ** -0.5")
 
-    (q, k, v), after, behind = nnx.eval_shape(one_layer, tokens)
+    def projected(tokens: jax.Array) -> Any:
+        x = embed(model, tokens, tokens)
+        return qkv(layers(model)[0], x, tokens)
+
+    found = nnx.eval_shape(projected, tokens)
+    if not isinstance(found, tuple | list) or len(found) != 3:
+        raise ConfigError(
+            f"expected qkv to return three arrays q, k and v, got {jax.tree.structure(found)}; "
+            "return a tuple"
+        )
+    q, k, v = found
     fits = len(q.shape) == len(k.shape) == 4 and k.shape == v.shape
     if not fits or q.shape[:2] != rows or k.shape[:2] != rows or q.shape[3] != k.shape[3]:
         raise ConfigError(
             "expected qkv to return q [B, T, N, H], k and v [B, T, K, H], got "
             f"{q.shape}, {k.shape} and {v.shape} for B=1, T=13; put heads before the head size"
         )
+
+    def one_layer(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = embed(model, tokens, tokens)
+        layer = layers(model)[0]
+        return finish(layer, x, qkv(layer, x, tokens)[0]), logits(model, x)
+
+    after, behind = nnx.eval_shape(one_layer, tokens)
     if len(after.shape) != 3 or len(behind.shape) != 3:
         raise ConfigError(
             "expected finish to return [B, T, D] and logits [B, T, V], got "
@@ -240,6 +260,9 @@ def adapt_qwen3(model: nnx.Module, *, rope: Rope | None = None) -> AdaptedDecode
     Args:
       model: such a decoder.
       rope: rotary embedding; None for that of Qwen3, with theta 1,000,000.
+
+    Returns:
+      A decoder that `generate`, `prefill`, `score` and `stream` take.
     """
     rope = rope or Rope(1_000_000.0)
 

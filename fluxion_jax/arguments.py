@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.decode import NO_TOKEN
-from fluxion_jax.errors import ConfigError, FluxionError
+from fluxion_jax.errors import ConfigError, FluxionError, require
 
 Prompts = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 
@@ -58,6 +59,7 @@ def check_scored(
     Raises:
       ConfigError: the shape does not fit the cache, or they are not ids of the model.
     """
+    require("cache", cache, HostKV, "allocate one with HostKV.allocate")
     ids = _as_ids(tokens, "as many integer token ids to score in each row")
     if ids.ndim != 2 or ids.shape[0] != cache.batch or ids.shape[1] < 2:
         raise ConfigError(
@@ -75,6 +77,7 @@ def check_cache(cache: HostKV, model: Any, new_tokens: np.ndarray) -> None:
       FluxionError: its buffers are gone, or an error of an earlier step is pending.
       CacheFullError: a row would grow beyond the cache.
     """
+    require("cache", cache, HostKV, "allocate one with HostKV.allocate")
     if len(new_tokens) != cache.batch:
         raise ConfigError(f"expected {cache.batch} prompts for this cache, got {len(new_tokens)}")
     config, layout = model.config, cache.layout
@@ -124,7 +127,13 @@ def check_recorded(cache: HostKV, policy: Any) -> None:
 
 def stop_slots(stop_tokens: Sequence[int]) -> np.ndarray:
     """Stop tokens, int32, filled up with `NO_TOKEN`."""
-    ids = [int(token) for token in stop_tokens]
+    try:
+        ids = [operator.index(token) for token in stop_tokens]
+    except TypeError:
+        raise ConfigError(
+            f"expected integer token ids as stop_tokens, got {stop_tokens!r}; encode text with the "
+            "model's tokenizer"
+        ) from None
     free = _STOP_SLOTS if not ids else -len(ids) % _STOP_SLOTS
     return np.asarray([*ids, *[NO_TOKEN] * free], np.int32)
 

@@ -10,6 +10,7 @@ W words of a bitmap over base blocks.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from fluxion_jax.cache.sketch import remember_query
 from fluxion_jax.cache.stacked import on_layer
 from fluxion_jax.cache.summaries import MIN_EXPONENT, quantise_query
 from fluxion_jax.cache.window import window_mask, window_positions, write_token
-from fluxion_jax.errors import ConfigError, UnsupportedError, refused_by_name
+from fluxion_jax.errors import ConfigError, UnsupportedError, refused_by_name, require
 from fluxion_jax.jitting import jit
 from fluxion_jax.policy.protocol import Features, Plan, Policy
 from fluxion_jax.policy.scheduler import observe
@@ -61,6 +62,12 @@ class Execution:
       measure: also attend to everything and report recall and output error of each head; costs as
         much as full attention.
       record: also bring back every step's plans, so that a generation can be replayed.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> execution = fx.Execution(host=["native", "xla"], dense_below_tokens=0)
+      >>> execution.host, execution.measure
+      (('native', 'xla'), False)
     """
 
     host: host_ops.Implementation = None
@@ -103,6 +110,19 @@ class LayerStats(NamedTuple):
       recall: float32 `[B, N]`, share of the attention mass that was read, or None.
       output_error: float32 `[B, N]`, error of the output over the step's largest head output, or
         None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fluxion_jax as fx
+      >>> cache = fx.HostKV.allocate(fx.KVLayout(1, 2, 64, "float32"), batch=1, max_tokens=512)
+      >>> q, kv = jnp.ones((1, 4, 64)), jnp.ones((1, 2, 64))
+      >>> host = fx.policy.parse_split("host")
+      >>> out, cache, stats = fx.decode_attention(
+      ...     q, kv, kv, cache, 0, fx.full(), scale=64**-0.5, split=host
+      ... )
+
+      >>> stats.granularity.tolist(), stats.host_blocks.tolist()
+      ([[128, 128]], [[0, 0]])
     """
 
     host_blocks: jax.Array
@@ -118,6 +138,17 @@ class LayerStats(NamedTuple):
     lse: jax.Array | None
     recall: jax.Array | None
     output_error: jax.Array | None
+
+    def __str__(self) -> str:
+        if isinstance(self.host_blocks, jax.core.Tracer):
+            return f"LayerStats of {list(self.host_blocks.shape)} groups, traced"
+        span = float(self.host_times_s[..., host_ops.TIMES.index("span")].sum())
+        return (
+            f"LayerStats of {list(self.host_blocks.shape)} groups: blocks read by the host "
+            f"{int(self.host_blocks.sum())}, by the device {int(self.device_blocks.sum())}; "
+            f"summaries scored {int(self.host_units.sum())} and {int(self.device_units.sum())}; "
+            f"heads clipped {int(self.clipped.sum())}; host {span * 1e3:.3g} ms"
+        )
 
 
 @refused_by_name()
@@ -154,11 +185,32 @@ def decode_attention(
       which counts once `cache.advance()` was called after the last layer.
 
     Raises:
-      ConfigError: shapes do not fit the cache, or the policy's plan does not fit them.
+      ConfigError: an argument is of another type, shapes do not fit the cache, or the policy's
+        plan does not fit them.
       UnsupportedError: more than 64 query heads share a KV head, or an implementation that was
         asked for cannot be used here.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fluxion_jax as fx
+      >>> cache = fx.HostKV.allocate(fx.KVLayout(1, 2, 64, "float32"), batch=1, max_tokens=512)
+      >>> q, kv = jnp.ones((1, 4, 64)), jnp.ones((1, 2, 64))
+      >>> host = fx.policy.parse_split("host")
+      >>> out, cache, stats = fx.decode_attention(
+      ...     q, kv, kv, cache, 0, fx.full(), scale=64**-0.5, split=host
+      ... )
+
+      >>> cache = cache.advance()  # after the last layer
+      >>> out.shape, cache.lengths.tolist()
+      ((1, 4, 64), [1])
     """
     execution = execution or Execution()
+    require("cache", cache, HostKV, "allocate one with HostKV.allocate")
+    require("execution", execution, Execution, "make one with Execution(...)")
+    require("split", split, Split, "make one with fluxion_jax.policy.parse_split")
+    require("policy", policy, Policy, "make one with parse_policy")
+    if not math.isfinite(scale):
+        raise ConfigError(f"expected a finite number as scale, got {scale!r}; H ** -0.5 is usual")
     _check_shapes(q, k_new, v_new, cache)
     if not isinstance(jnp.asarray(q), jax.core.Tracer):
         return _decode_attention_compiled(
@@ -808,6 +860,11 @@ def _check_shapes(q: jax.Array, k_new: jax.Array, v_new: jax.Array, cache: HostK
     for name, array in (("k_new", k_new), ("v_new", v_new)):
         if array.shape != expected:
             raise ConfigError(f"expected {name} of shape [B, K, H] = {expected}, got {array.shape}")
+    if not all(jnp.issubdtype(array.dtype, jnp.floating) for array in (q, k_new, v_new)):
+        raise ConfigError(
+            f"expected q, k_new and v_new of a float dtype, got {q.dtype}, {k_new.dtype} and "
+            f"{v_new.dtype}; cast them"
+        )
     batch, kv_heads, head_dim = expected
     if q.ndim != 3 or q.shape[0] != batch or q.shape[2] != head_dim:
         raise ConfigError(

@@ -371,7 +371,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if arguments.data is None
         else runner.DEFAULT_TASKS,
         lengths_tokens=tuple(arguments.length or runner.DEFAULT_LENGTHS),
-        samples=arguments.samples or runner.DEFAULT_SAMPLES,
+        samples=runner.DEFAULT_SAMPLES if arguments.samples is None else arguments.samples,
         seed=arguments.seed,
         batch=arguments.batch,
         text=None if arguments.text is None else _read_prompt(str(arguments.text)),

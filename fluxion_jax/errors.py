@@ -15,25 +15,80 @@ class FluxionError(Exception):
 
     Attributes:
       partial: what was generated before the error came, a `Result`, or None.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> try:
+      ...     fx.fixed(17, 0.05)
+      ... except fx.FluxionError as error:
+      ...     print(error)
+      expected a granularity of (16, 32, 64, 128) tokens, got 17
     """
 
     partial: Any = None
 
 
 class ConfigError(FluxionError, ValueError):
-    """An argument or a configuration value is outside its domain."""
+    """An argument or a configuration value is outside its domain.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> fx.top_p(1.5)
+      Traceback (most recent call last):
+      ...
+      fluxion_jax.errors.ConfigError: expected top-p in (0, 1], got 1.5
+    """
 
 
 class CacheFullError(FluxionError):
-    """A sequence would grow beyond the `max_tokens` its cache was allocated for."""
+    """A sequence would grow beyond the `max_tokens` its cache was allocated for.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> cache = fx.HostKV.allocate(fx.KVLayout(1, 1, 64), batch=1, max_tokens=512)
+      >>> try:
+      ...     cache.require_room(513)
+      ... except fx.CacheFullError as error:
+      ...     print(str(error)[:64])
+      expected at most max_tokens=512 tokens in a sequence, got 513 in
+    """
 
 
 class UnsupportedError(FluxionError, NotImplementedError):
-    """A feature that is refused by name, because ignoring it would change results."""
+    """A feature that is refused by name, because ignoring it would change results.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.models import ModelConfig
+      >>> try:
+      ...     ModelConfig.from_hf({"model_type": "mamba"})
+      ... except fx.UnsupportedError as error:
+      ...     print(type(error).__name__)
+      UnsupportedError
+    """
 
 
 class IntegrityError(FluxionError):
-    """A file is truncated, incomplete, or not what its name or header says."""
+    """A file is truncated, incomplete, or not what its name or header says.
+
+    Example:
+      >>> import fluxion_jax as fx, pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "cache.kv"
+      >>> _ = path.write_bytes(b"something else")
+      >>> try:
+      ...     fx.HostKV.load(path)
+      ... except fx.IntegrityError as error:
+      ...     print(str(error)[:39])
+      expected a file that HostKV.save wrote,
+    """
+
+
+def require(name: str, value: Any, kind: type, remedy: str) -> None:
+    """Raises ConfigError unless a value is of a kind."""
+    if not isinstance(value, kind):
+        raise ConfigError(
+            f"expected a {kind.__name__} as {name}, got {type(value).__name__}; {remedy}"
+        )
 
 
 @contextlib.contextmanager

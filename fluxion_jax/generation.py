@@ -39,6 +39,16 @@ class Result:
       cache: the cache, all fed tokens included; the last generated token has not been fed yet.
       plans: every step's plans, with `Execution(record=True)`: a policy that repeats this
         generation, here or from a file (`save`). Otherwise None.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.models import Decoder, ModelConfig
+      >>> model = Decoder.random(ModelConfig.tiny_llama())
+      >>> prompt = list(range(100))
+
+      >>> result = fx.generate(model, prompt, max_new_tokens=4)
+      >>> result.tokens[0].dtype, result.log_probs[0].shape, result.cache.lengths.tolist()
+      (dtype('int32'), (4,), [103])
     """
 
     tokens: list[np.ndarray]
@@ -46,6 +56,11 @@ class Result:
     stats: DecodeStats
     cache: HostKV
     plans: ReplayPolicy | None = None
+
+    def __str__(self) -> str:
+        first = ", ".join(map(str, self.tokens[0][:8])) if self.tokens else ""
+        more = ", ..." if self.tokens and len(self.tokens[0]) > 8 else ""
+        return f"Result of {len(self.tokens)} rows, the first [{first}{more}]\n{self.stats}"
 
 
 @dataclasses.dataclass
@@ -109,6 +124,16 @@ def generate(
       KeyboardInterrupt: on Ctrl-C, once the step that was running has stopped; `cache` holds
         everything up to the last good step. An error that comes while decoding, and this one, have
         an attribute `partial`: the `Result` so far.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.models import Decoder, ModelConfig
+      >>> model = Decoder.random(ModelConfig.tiny_llama())
+      >>> prompt = list(range(100))
+
+      >>> result = fx.generate(model, prompt, policy="fixed:16:0.05", max_new_tokens=4)
+      >>> len(result.tokens[0]), result.stats.num_steps
+      (4, 4)
     """
     session = Session(
         model,
@@ -165,6 +190,15 @@ def stream(model: Any, prompts: Prompts, **options: Any) -> Iterator[Step]:
 
     Yields:
       One `Step` per decode step.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.models import Decoder, ModelConfig
+      >>> model = Decoder.random(ModelConfig.tiny_llama())
+      >>> prompt = list(range(100))
+
+      >>> [step.tokens.shape for step in fx.stream(model, prompt, max_new_tokens=4)]
+      [(1,), (1,), (1,), (1,)]
     """
     unset = dict.fromkeys(("sampling", "stop_tokens", "cache", "split", "execution"))
     options = {
@@ -190,12 +224,31 @@ class Scores:
       likeliest: int32 `[B, S]`, the model's most likely token in its place.
       stats: counts and times.
       distributions: float32 `[B, S, V]`, log-probabilities of all tokens; None unless measured.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.models import Decoder, ModelConfig
+      >>> model = Decoder.random(ModelConfig.tiny_llama())
+      >>> prompt = list(range(100))
+      >>> cache = fx.HostKV.allocate(model.config.kv_layout("float32"), batch=1, max_tokens=512)
+      >>> logits = fx.prefill(model, prompt, cache)
+
+      >>> scores = fx.score(model, cache, [[5, 6, 7, 8]])
+      >>> scores.likeliest.shape, scores.perplexity > 1
+      ((1, 3), True)
     """
 
     log_probs: np.ndarray
     likeliest: np.ndarray
     stats: DecodeStats
     distributions: np.ndarray | None = None
+
+    def __str__(self) -> str:
+        rows, tokens = self.log_probs.shape
+        return (
+            f"Scores of {tokens} tokens in {rows} rows, perplexity {self.perplexity:.4g}\n"
+            f"{self.stats}"
+        )
 
     @property
     def perplexity(self) -> float:
@@ -225,9 +278,24 @@ def score(
         the result has the whole distributions.
       progress: see `generate`.
 
+    Returns:
+      `Scores` of the `S` tokens.
+
     Raises:
       ConfigError: the shape does not fit the cache or ids are unknown.
       CacheFullError: the continuation does not fit.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.models import Decoder, ModelConfig
+      >>> model = Decoder.random(ModelConfig.tiny_llama())
+      >>> prompt = list(range(100))
+      >>> cache = fx.HostKV.allocate(model.config.kv_layout("float32"), batch=1, max_tokens=512)
+      >>> logits = fx.prefill(model, prompt, cache)
+
+      >>> scores = fx.score(model, cache, [[5, 6, 7, 8]], policy="fixed:16:0.05")
+      >>> scores.log_probs.shape
+      (1, 3)
     """
     tokens = check_scored(tokens, cache, unwrap(model))
     session = Session(
@@ -281,6 +349,17 @@ def prefill(
 
     Raises:
       ConfigError, CacheFullError, FluxionError, KeyboardInterrupt: see `generate`.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.models import Decoder, ModelConfig
+      >>> model = Decoder.random(ModelConfig.tiny_llama())
+      >>> prompt = list(range(100))
+      >>> cache = fx.HostKV.allocate(model.config.kv_layout("float32"), batch=1, max_tokens=512)
+      >>> logits = fx.prefill(model, prompt, cache)
+
+      >>> logits.shape, cache.lengths.tolist()
+      ((1, 256), [100])
     """
     model = unwrap(model)
     rows = check_prompts(prompts, model)

@@ -51,6 +51,16 @@ def jit(
     Raises:
       ConfigError: an argument of the function has no name of its own (`*args`, `**kwargs`,
         positional-only), or a given name is none of them.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> @fx.jit
+      ... def count(cache):
+      ...     return cache.advance(3)
+      >>> cache = fx.HostKV.allocate(fx.KVLayout(1, 2, 64), batch=2, max_tokens=512)
+      >>> cache = count(cache)
+      >>> cache.lengths.tolist(), count.compilations()
+      ([3, 3], 1)
     """
     signature = inspect.signature(function)
     _check_signature(function, signature, (*static_argnames, *donate_argnames))

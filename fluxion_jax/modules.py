@@ -16,7 +16,7 @@ from flax import nnx
 from fluxion_jax.attention import Execution, LayerStats, decode_attention
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.chunk_attention import prefill_attention
-from fluxion_jax.errors import ConfigError
+from fluxion_jax.errors import ConfigError, require
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.split import Split
 from fluxion_jax.rope import Rope
@@ -150,7 +150,11 @@ class Attention(nnx.Module):
 
         Returns:
           `[B, S, D]` in the dtype of `x`; rows behind `lengths` are unspecified.
+
+        Raises:
+          ConfigError: `x` has another shape.
         """
+        self._check_input(x, None, None)
         batch, tokens, _ = x.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
@@ -178,7 +182,18 @@ class Attention(nnx.Module):
 
         Returns:
           `[B, T, D]`, rows behind `count` unspecified, and the cache.
+
+        Raises:
+          ConfigError: shapes do not fit the module or the cache, or `layer` is no layer of the
+            module's kind, global or sliding.
         """
+        require("cache", cache, HostKV, "allocate one with HostKV.allocate")
+        self._check_input(x, cache, None)
+        if count.shape != x.shape[:1] or not jnp.issubdtype(count.dtype, jnp.integer):
+            raise ConfigError(
+                f"expected count as integers [{x.shape[0]}], got {count.dtype}"
+                f"{list(count.shape)}; say how many tokens of each row count"
+            )
         batch, tokens, _ = x.shape
         positions = cache.lengths[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         q, k, v = self._project(x, positions)
@@ -218,7 +233,13 @@ class Attention(nnx.Module):
         Returns:
           `[B, 1, D]`, the cache, and the layer's statistics: None for a sliding-window layer,
           whose keys all stay on the device.
+
+        Raises:
+          ConfigError: shapes do not fit the module or the cache, or `layer` is no layer of the
+            module's kind, global or sliding.
         """
+        require("cache", cache, HostKV, "allocate one with HostKV.allocate")
+        self._check_input(x, cache, 1)
         q, k, v = (y[:, 0] for y in self._project(x, cache.lengths[:, None]))
         stats = None
         if self.sliding_window is None:
@@ -239,6 +260,25 @@ class Attention(nnx.Module):
                 q, k, v, cache, layer, self.sliding_window, scale=self.scale
             )
         return self.o(out.astype(x.dtype).reshape(x.shape[0], 1, -1)), cache, stats
+
+    def _check_input(self, x: jax.Array, cache: HostKV | None, tokens: int | None) -> None:
+        """Checks the shape of `x`, and the cache it is for."""
+        batch: Any = "B"
+        if cache is not None:
+            batch, layout = cache.batch, cache.layout
+            if (layout.num_kv_heads, layout.head_dim) != (self.num_kv_heads, self.head_dim):
+                raise ConfigError(
+                    f"expected a cache of {self.num_kv_heads} KV heads of {self.head_dim}, got "
+                    f"{layout.num_kv_heads} of {layout.head_dim}; allocate it for this model"
+                )
+        width = self.q.in_features
+        good = x.ndim == 3 and x.shape[2] == width and tokens in (None, x.shape[1])
+        if not good or (cache is not None and x.shape[0] != batch):
+            wanted = "S" if tokens is None else tokens
+            raise ConfigError(
+                f"expected x of shape [{batch}, {wanted}, {width}], got {list(x.shape)}; see "
+                "modules.Attention"
+            )
 
     def _project(
         self, x: jax.Array, positions: jax.Array

@@ -24,15 +24,34 @@ class Sampling:
       temperature: float32 scalar; 0 takes the most likely token.
       top_p: float32 scalar, probability mass of the nucleus, in (0, 1].
       top_k: int32 scalar, how many of the likeliest tokens may be drawn at all.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> print(fx.top_p(0.9, temperature=0.7, top_k=40))
+      top_p(0.9, temperature=0.7, top_k=40)
     """
 
     temperature: jax.Array | np.ndarray
     top_p: jax.Array | np.ndarray
     top_k: jax.Array | np.ndarray
 
+    def __str__(self) -> str:
+        if isinstance(self.temperature, jax.core.Tracer):
+            return "a traced sampling"
+        if not self.temperature > 0:
+            return "greedy()"
+        top_k = "" if int(self.top_k) >= _EVERY_TOKEN else f", top_k={int(self.top_k)}"
+        return f"top_p({float(self.top_p):.6g}, temperature={float(self.temperature):.6g}{top_k})"
+
 
 def greedy() -> Sampling:
-    """Always the most likely token, ties to the lowest id."""
+    """Always the most likely token, ties to the lowest id.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> print(fx.greedy())
+      greedy()
+    """
     return Sampling(np.asarray(0.0, np.float32), np.asarray(1.0, np.float32), _EVERY_TOKEN)
 
 
@@ -45,8 +64,16 @@ def top_p(p: float = 0.9, *, temperature: float = 1.0, top_k: int | None = None)
         by their probabilities among themselves. None for all.
       temperature: divides the logits; above 0.
 
+    Returns:
+      The sampling; its numbers are data, so another one compiles nothing.
+
     Raises:
       ConfigError: a value is out of range.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> print(fx.top_p(0.95))
+      top_p(0.95, temperature=1)
     """
     if not 0.0 < p <= 1.0:
         raise ConfigError(f"expected top-p in (0, 1], got {p}")

@@ -32,7 +32,7 @@ from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.rebuild import rebuild_summaries
 from fluxion_jax.compilations import compilations
 from fluxion_jax.decode import NO_TOKEN, Steps, decode_chunk, prefill_chunk
-from fluxion_jax.errors import FluxionError, refused_by_name
+from fluxion_jax.errors import ConfigError, FluxionError, refused_by_name, require
 from fluxion_jax.interrupt import cancel_word, interrupt_held, wait
 from fluxion_jax.policy.fixed_policy import full
 from fluxion_jax.policy.parse import parse_policy
@@ -73,6 +73,15 @@ class Session:
         check_count("max_new_tokens", max_new_tokens)
         check_count("chunk_tokens", chunk_tokens)
         self.model = unwrap(model)
+        for name, value, kind, remedy in (
+            ("sampling", sampling, Sampling, "make one with greedy() or top_p()"),
+            ("execution", execution, Execution, "make one with Execution(...)"),
+            ("cache", cache, HostKV, "allocate one, or leave it out"),
+        ):
+            if value is not None:
+                require(name, value, kind, remedy)
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+            raise ConfigError(f"expected an integer seed, got {seed!r}; 0 is the default")
         self.rows = check_prompts(prompts, self.model)
         self.forced = forced
         self.policy = _default(model, cache) if policy is None else parse_policy(policy, model)
@@ -237,8 +246,18 @@ def _finish(cache: HostKV, new: HostKV, outputs: Any, held: list[Any]) -> None:
 
 
 def unwrap(model: Any) -> Any:
-    """The NNX module of a loaded model; a module is one itself, whatever its attributes."""
-    return model if isinstance(model, nnx.Module) else getattr(model, "model", model)
+    """The NNX module of a loaded model; a module is one itself, whatever its attributes.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    module = model if isinstance(model, nnx.Module) else getattr(model, "model", model)
+    if not isinstance(module, nnx.Module) or not hasattr(module, "decode_step"):
+        raise ConfigError(
+            "expected a loaded model, or an NNX module with prefill_chunk and decode_step, got "
+            f"{type(model).__name__}; load one with load_model, or adapt yours with adapters.adapt"
+        )
+    return module
 
 
 def _default(model: Any, cache: HostKV | None) -> Policy:

@@ -33,7 +33,13 @@ from fluxion_jax.cache.placement import memory_sharding as memory_sharding
 from fluxion_jax.cache.preflight import require_memory
 from fluxion_jax.cache.sketch import Sketch, empty_sketch, forget_rows
 from fluxion_jax.cache.summaries import MIN_EXPONENT
-from fluxion_jax.errors import CacheFullError, ConfigError, FluxionError, UnsupportedError
+from fluxion_jax.errors import (
+    CacheFullError,
+    ConfigError,
+    FluxionError,
+    UnsupportedError,
+    require,
+)
 from fluxion_jax.status import STATUS_FULL, STATUS_NAN, describe_status
 
 Arrays = tuple[jax.Array, ...]
@@ -70,6 +76,15 @@ class HostKV:
       stacked: whether the arrays of all layers are one, static: then each tuple has one array, and
         its first axis is `L * B`, for loops over layers.
       first_row: int32 `[1]`, within attention of a stacked cache's layer; else None.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> layout = fx.KVLayout(num_layers=2, num_kv_heads=2, head_dim=64)
+      >>> print(fx.HostKV.allocate(layout, batch=1, max_tokens=4096))
+      HostKV 2 layers, batch 1, 2 KV heads of 64, bfloat16
+        lengths [0] of 4096 tokens; window 64 + 256 tokens; summaries on the host
+        host 4.0 MiB: keys and values 3.8 MiB, summaries 0.2 MiB
+        device 0.3 MiB: window 0.3 MiB, rest 0.0 MiB
     """
 
     layout: KVLayout = dataclasses.field(metadata=_STATIC)
@@ -116,11 +131,18 @@ class HostKV:
             layers (`lax.scan`, `nnx.scan`) can carry the cache; on the CPU backend, on one device,
             and without a sketch.
 
+        Returns:
+          An empty cache: every row active, of length 0.
+
         Raises:
           ConfigError: `batch` or `max_tokens` is below 1, the KV heads are not a multiple of the
             devices that share them, or the cache does not fit into memory.
           UnsupportedError: `stacked` with a mesh, with a sketch, or on a GPU.
         """
+        require("layout", layout, KVLayout, "take that of model.config.kv_layout()")
+        for name, value in (("batch", batch), ("max_tokens", max_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise ConfigError(f"expected an integer {name} >= 1, got {value!r}")
         if batch < 1 or max_tokens < 1:
             raise ConfigError(
                 f"expected batch >= 1 and max_tokens >= 1, got {batch} and {max_tokens}"
@@ -153,9 +175,19 @@ class HostKV:
         placement: Placement | None = None,
         stacked: bool = False,
     ) -> HostKV:
-        """Like `allocate`, of arrays that `make(shape, dtype, memory_kind)` returns.
+        """Like `allocate`, of arrays that somebody else makes; for benchmarks.
 
-        They must be typed as memory of that kind, `"pinned_host"` or `"device"`; for benchmarks.
+        Args:
+          make: `(shape, dtype, memory_kind) -> array`, typed as memory of that kind,
+            `"pinned_host"` or `"device"`.
+          layout: see `allocate`.
+          batch: see `allocate`.
+          max_tokens: see `allocate`.
+          placement: over which devices the KV heads are spread; None for one.
+          stacked: see `allocate`.
+
+        Returns:
+          The cache; its keys and values are what `make` returned.
         """
         shapes = layout.array_shapes(batch, max_tokens)
         on_host = {"k", "v", *(("summaries",) if layout.summaries == "host" else ())}
@@ -230,6 +262,9 @@ class HostKV:
           axis: see `allocate`.
           stacked: see `allocate`.
 
+        Returns:
+          A cache that holds the first `lengths` tokens of every row.
+
         Raises:
           ConfigError: a shape does not fit the layout, or there are sliding layers.
           CacheFullError: a row is longer than `max_tokens`.
@@ -296,6 +331,9 @@ class HostKV:
           mesh: see `allocate`.
           axis: see `allocate`.
 
+        Returns:
+          A new cache with the same sequences, bit for bit.
+
         Raises:
           ConfigError: there is no such file, or the mesh does not fit.
           IntegrityError: the file is truncated, damaged, or something else.
@@ -305,7 +343,14 @@ class HostKV:
         return load(path, mesh=mesh, axis=axis)
 
     def require_room(self, count: np.ndarray | int) -> None:
-        """Raises CacheFullError unless each active row has room for `count` more tokens."""
+        """Checks that each active row has room for more tokens.
+
+        Args:
+          count: int, or int `[B]`, how many.
+
+        Raises:
+          CacheFullError: a row would grow beyond `max_tokens`.
+        """
         after = np.asarray(self.lengths) + np.where(np.asarray(self.active), count, 0)
         if (after > self.max_tokens).any():
             row = int(np.argmax(after))
@@ -332,9 +377,15 @@ class HostKV:
         return host_tokens(self.layout, self.lengths)  # type: ignore[no-any-return]
 
     def advance(self, count: jax.Array | int = 1) -> HostKV:
-        """Counts `count` more tokens in each active row, unless an error is pending.
+        """Counts more tokens in each active row, unless an error is pending.
 
         Call it once per step, after every layer; only then do the tokens belong to the sequence.
+
+        Args:
+          count: int, or int32 `[B]`, how many; 1 as in a decode step.
+
+        Returns:
+          The cache with new lengths, or with a status if a row would grow beyond `max_tokens`.
         """
         full = (self.active & (self.lengths + count > self.max_tokens)).any()
         status = self.status | jnp.where(full, STATUS_FULL, 0)
@@ -342,7 +393,14 @@ class HostKV:
         return self.replace(lengths=self.lengths + jnp.where(succeeded, count, 0), status=status)
 
     def has_room(self, count: jax.Array | int) -> jax.Array:
-        """Rows that take part in a step of `count` tokens: bool `[B]`."""
+        """Rows that take part in a step.
+
+        Args:
+          count: int, or int32 `[B]`, tokens of the step.
+
+        Returns:
+          bool `[B]`.
+        """
         fits = self.lengths + count <= self.max_tokens
         return self.active & (self.status[0] == 0) & fits
 
@@ -352,15 +410,25 @@ class HostKV:
         Args:
           values: `[B, ...]`, for instance logits.
           rows: bool `[B]`, the rows that count.
+
+        Returns:
+          The cache, with the status bit set where a value was not finite.
         """
         finite = jnp.isfinite(values).reshape(self.batch, -1).all(axis=1)
         bad = (rows & ~finite).any()
         return self.replace(status=self.status | jnp.where(bad, STATUS_NAN, 0))
 
     def reset(self, rows: Sequence[int] | None = None) -> HostKV:
-        """Empties rows (all by default), makes them active again and clears the status.
+        """Empties rows, makes them active again and clears the status.
 
-        The result shares its buffers with this object; use only one of the two afterwards.
+        Args:
+          rows: indices; None for all.
+
+        Returns:
+          A cache that shares its buffers with this object; use only one of the two afterwards.
+
+        Raises:
+          ConfigError: there is no such row.
         """
         chosen = jnp.asarray(np.isin(np.arange(self.batch), self._row_index(rows)))
         return self.replace(
@@ -375,7 +443,18 @@ class HostKV:
         )
 
     def fork(self, rows: Sequence[int] | None = None) -> HostKV:
-        """Copies rows (all by default, repeats allowed) into a new, independent cache."""
+        """Copies rows into a new, independent cache.
+
+        Args:
+          rows: indices, repeats allowed; None for all.
+
+        Returns:
+          A cache with as many rows as were named, at the same lengths.
+
+        Raises:
+          ConfigError: there is no such row, or none was named.
+          UnsupportedError: devices of the cache belong to other processes.
+        """
         index = self._row_index(rows)
         if not index.size:
             raise ConfigError("expected at least one row to fork, got none; name rows to copy")
@@ -394,9 +473,13 @@ class HostKV:
         return copied.at_home()  # type: ignore[no-any-return]
 
     def check(self) -> None:
-        """Raises FluxionError if a step reported an error or copied the cache.
+        """Raises if a step reported an error or copied the cache.
 
         The cache itself stays usable: nothing that it holds is lost.
+
+        Raises:
+          CacheFullError: a row reached `max_tokens`.
+          FluxionError: another error; the text names it and the remedy.
         """
         status = int(self.status[0])
         homes = {
@@ -433,11 +516,22 @@ class HostKV:
         return self.replace(home=home)
 
     def replace(self, **changes: Any) -> HostKV:
-        """Returns a copy of this object with fields replaced; buffers are shared."""
+        """Returns a copy of this object with fields replaced; buffers are shared.
+
+        Args:
+          **changes: new values by the name of the field.
+
+        Returns:
+          The copy.
+        """
         return dataclasses.replace(self, **changes)
 
     def adopt(self, other: HostKV) -> None:
-        """Makes this object hold another's buffers, after a program consumed its own."""
+        """Makes this object hold another's buffers, after a program consumed its own.
+
+        Args:
+          other: the cache that the program returned.
+        """
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(other, field.name))
 
@@ -460,6 +554,12 @@ class HostKV:
     def global_index(self, layer: int | jax.Array) -> int:
         """Position of a global layer's arrays in the tuples of this cache.
 
+        Args:
+          layer: index of the layer in the model.
+
+        Returns:
+          A Python int.
+
         Raises:
           ConfigError: there is no such layer, or a compiled loop chooses it and the cache is not
             stacked.
@@ -467,7 +567,17 @@ class HostKV:
         return self._index(layer, self.layout.global_index)
 
     def sliding_index(self, layer: int | jax.Array) -> int:
-        """Position of a sliding-window layer's arrays; see `global_index`."""
+        """Position of a sliding-window layer's arrays in the tuples of this cache.
+
+        Args:
+          layer: index of the layer in the model.
+
+        Returns:
+          A Python int.
+
+        Raises:
+          ConfigError: see `global_index`.
+        """
         return self._index(layer, self.layout.sliding_index)
 
     def _index(self, layer: int | jax.Array, find: Callable[[int], int]) -> int:
@@ -538,7 +648,14 @@ def cache_shardings(cache: HostKV) -> HostKV:
     Returns:
       A HostKV whose leaves are shardings on the cache's devices, in pinned host memory for what
       lives there. `fluxion_jax.jit` applies it by itself.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> cache = fx.HostKV.allocate(fx.KVLayout(1, 2, 64), batch=1, max_tokens=512)
+      >>> fx.cache_shardings(cache).k[0].memory_kind
+      'pinned_host'
     """
+    require("cache", cache, HostKV, "allocate one with HostKV.allocate")
     placement = cache.placement
     if placement is None:
         spec: Any = jax.tree.map(lambda _: PartitionSpec(), cache)

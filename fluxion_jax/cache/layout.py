@@ -50,6 +50,12 @@ class KVLayout:
 
     Raises:
       ConfigError: a field is out of range.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> layout = fx.KVLayout(num_layers=32, num_kv_heads=8, head_dim=128)
+      >>> layout.block_bytes, layout.host_blocks(131_072)
+      (8192, 8176)
     """
 
     num_layers: int
@@ -65,6 +71,12 @@ class KVLayout:
     sketch: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "head_dim", "sink_tokens", "recent_tokens"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int | np.integer) and not isinstance(value, bool),
+                f"expected an integer {name}, got {value!r}",
+            )
         _require(self.num_layers >= 1, f"expected num_layers >= 1, got {self.num_layers}")
         _require(self.num_kv_heads >= 1, f"expected num_kv_heads >= 1, got {self.num_kv_heads}")
         _require(
@@ -175,7 +187,17 @@ class KVLayout:
         }
 
     def global_index(self, layer: int) -> int:
-        """Position of `layer` among the global layers."""
+        """Position of a layer among the global layers.
+
+        Args:
+          layer: index of the layer in the model.
+
+        Returns:
+          A Python int.
+
+        Raises:
+          ConfigError: there is no such layer.
+        """
         _require(
             layer in self.global_layers,
             f"expected a global layer, one of {self.global_layers}, got {layer}",
@@ -183,7 +205,17 @@ class KVLayout:
         return self.global_layers.index(layer)
 
     def sliding_index(self, layer: int) -> int:
-        """Position of `layer` among the sliding-window layers."""
+        """Position of a layer among the sliding-window layers.
+
+        Args:
+          layer: index of the layer in the model.
+
+        Returns:
+          A Python int.
+
+        Raises:
+          ConfigError: there is no such layer.
+        """
         _require(
             layer in self.sliding_layers,
             f"expected a sliding layer, one of {self.sliding_layers}, got {layer}",
@@ -191,7 +223,14 @@ class KVLayout:
         return self.sliding_layers.index(layer)
 
     def host_blocks(self, max_tokens: int) -> int:
-        """Host blocks `P` needed for sequences of up to `max_tokens`, in whole coarsest units."""
+        """Host blocks `P` needed for sequences of some length, in whole coarsest units.
+
+        Args:
+          max_tokens: capacity of a sequence in tokens.
+
+        Returns:
+          A multiple of 8; 0 if everything fits into the resident window.
+        """
         blocks = host_tokens(self, max_tokens) // BLOCK_TOKENS
         return -(-blocks // _BLOCKS_PER_COARSEST) * _BLOCKS_PER_COARSEST
 

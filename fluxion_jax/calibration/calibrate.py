@@ -130,6 +130,12 @@ def calibrate(
 
     Raises:
       ConfigError: a setting does not fit, or there is too little text.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.calibration.calibrate import Settings
+      >>> settings = Settings(length_tokens=2048, texts=3, training_steps=200)
+      >>> policy, report = fx.calibrate("recall-12m", settings)  # doctest: +SKIP
     """
     settings = settings or Settings()
     if not isinstance(model, LoadedModel):

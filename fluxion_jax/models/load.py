@@ -45,6 +45,9 @@ def load_model(path_or_name: str | Path, *, dtype: str | None = None) -> LoadedM
       dtype: dtype of parameters and activations, "float32" or "bfloat16"; None means float32 on
         the CPU and bfloat16 on an accelerator.
 
+    Returns:
+      The decoder with its weights, its tokenizer and its configuration.
+
     Raises:
       ConfigError: nothing there, or an unknown dtype.
       FluxionError: the package of a packaged model or of the `models` extra is missing.

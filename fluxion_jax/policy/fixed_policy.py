@@ -68,8 +68,16 @@ def fixed(
         cache, in (0, 1]; the resident window is not counted; rounded up to units.
       per_group: rank once per group, by the maximum over its heads, instead of per query head.
 
+    Returns:
+      A policy whose numbers are data; printed, it is the name that `parse_policy` takes.
+
     Raises:
       ConfigError: a value is out of range.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> print(fx.fixed(32, 0.02, per_group=True))
+      fixed:32:0.02:group
     """
     if granularity_tokens not in GRANULARITIES_TOKENS:
         raise ConfigError(
@@ -85,5 +93,11 @@ def fixed(
 
 
 def full() -> FixedPolicy:
-    """Every head reads everything, in the coarsest units because they are never ranked."""
+    """Every head reads everything, in the coarsest units because they are never ranked.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> print(fx.full())
+      full
+    """
     return fixed(GRANULARITIES_TOKENS[-1], 1.0)

@@ -46,10 +46,18 @@ def parse_policy(policy: str | Policy, model: Any = None) -> Policy:
         method.
       model: the model that it is for, loaded; `fluxion` looks for the weights calibrated for it.
 
+    Returns:
+      The policy.
+
     Raises:
       ConfigError: the text is not a policy, a value in it is out of range, or there are no
         calibrated weights for the model.
       IntegrityError: the file to replay, or the calibrated weights, hold something else.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> fx.parse_policy("fixed:16:0.05").budget_fraction
+      array(0.05, dtype=float32)
     """
     if not isinstance(policy, str):
         if isinstance(policy, Policy):

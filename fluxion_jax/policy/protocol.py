@@ -64,6 +64,17 @@ class Plan(NamedTuple):
       clipped: bool `[B, N]`, heads that the policy wanted to give more than the host holds; counted
         in the statistics. None for policies that cannot tell.
       notes: any pytree of arrays, handed through to `LayerStats.notes` for research.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fluxion_jax as fx
+      >>> plan = fx.Plan(  # one sequence, one KV head, two query heads
+      ...     granularity=jnp.full((1, 1), 32),
+      ...     budget_tokens=jnp.asarray([[64, 0]]),
+      ...     shared=jnp.zeros((1, 1), bool),
+      ... )
+      >>> plan.clipped is None
+      True
     """
 
     granularity: jax.Array
@@ -75,7 +86,24 @@ class Plan(NamedTuple):
 
 @runtime_checkable
 class Policy(Protocol):
-    """Anything with a `plan`; register the class as a pytree to change its numbers freely."""
+    """Anything with a `plan`; register the class as a pytree to change its numbers freely.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import fluxion_jax as fx
+      >>> @jax.tree_util.register_static
+      ... class Window:
+      ...     def plan(self, features, lengths):
+      ...         groups = (lengths.shape[0], features.num_kv_heads)
+      ...         return fx.Plan(
+      ...             granularity=jnp.full(groups, 16),
+      ...             budget_tokens=jnp.zeros(features.q.shape[:2], jnp.int32),
+      ...             shared=jnp.zeros(groups, bool),
+      ...         )
+
+      >>> isinstance(Window(), fx.Policy)
+      True
+    """
 
     def plan(self, features: Features, lengths: jax.Array) -> Plan:
         """Plans one layer of one decode step.
@@ -83,6 +111,9 @@ class Policy(Protocol):
         Args:
           features: see `Features`.
           lengths: int32 `[B]`, tokens of each sequence, the current one included.
+
+        Returns:
+          What each head may read.
         """
         ...
 

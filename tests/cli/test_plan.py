@@ -15,6 +15,7 @@ import fluxion_jax as fx
 from fluxion_jax.cli import main
 from fluxion_jax.models import Decoder, ModelConfig
 from fluxion_jax.planning import SHAPES, Machine, plan
+from fluxion_jax.policy import CostModel
 from tests.goldens import load as goldens
 
 MACHINE = Machine("a machine", 1e9, 1e10, 1e-3)
@@ -99,3 +100,8 @@ def test_bad_input(
 ) -> None:
     assert main(["plan", *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+def test_the_planner_and_the_split_assume_the_same_host() -> None:
+    """Both predict with the constants of one machine, so that neither drifts from the other."""
+    assert Machine.load().host_bytes_per_s == CostModel().host_bytes_per_s

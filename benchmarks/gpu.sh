@@ -100,7 +100,7 @@ for part in "$@"; do
   case $part in
     kernels) tests kernels tests/pallas_kernels tests/host_ops ;;
     paths) tests paths tests/attention tests/generation ;;
-    host) JAX_PLATFORMS=cpu bench host --compare 1 $QUICK ;;
+    host) JAX_PLATFORMS=cpu bench host --compare 1 --budget-s $((limit * 4 / 5)) $QUICK ;;
     device) bench device $QUICK ;;
     roundtrip | machine) bench "$part" ;;
     step) bench step --budget-s $((limit * 4 / 5)) $QUICK ;;

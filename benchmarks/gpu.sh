@@ -130,7 +130,7 @@ for part in "$@"; do
     smoke) TEST_S=90 tests smoke -k "$smoke" -- $(with_gpu_tests tests/host_ops tests/attention tests/pallas_kernels) ;;
     kernels) tests kernels -k "not round_trip" -- $(with_gpu_tests tests/pallas_kernels tests/host_ops) ;;
     paths) tests paths -- $(with_gpu_tests tests/attention) ;;
-    host) JAX_PLATFORMS=cpu bench host --compare 1 $QUICK ;;
+    host) JAX_PLATFORMS=cpu bench host --compare 1 --budget-s $((limit * 4 / 5)) $QUICK ;;
     device) bench device $QUICK ;;
     machine) bench machine ;;
     roundtrip)

@@ -202,6 +202,10 @@ def _add_bench(commands: Any) -> None:
     host.add_argument(
         "--compare", type=int, default=4, metavar="N", help="shapes to compare with other libraries"
     )
+    host.add_argument("--budget-s", type=float, metavar="S", help="start no cell after S seconds")
+    host.add_argument(
+        "--report", type=Path, metavar="FILE", help="measure nothing, show and draw this report"
+    )
     _add_common(host)
     host.set_defaults(run=_bench_host)
     machine = kinds.add_parser("machine", help="memories and buses; a report for split model:FILE")
@@ -469,24 +473,32 @@ def _heads(arguments: argparse.Namespace) -> int:
 
 
 def _bench_host(arguments: argparse.Namespace) -> int:
-    from fluxion_jax.bench import host
-    from fluxion_jax.plotting import host_figure, require_matplotlib
+    from fluxion_jax.bench import host, host_report
+    from fluxion_jax.plotting import host_figure
 
-    if arguments.output:
-        require_matplotlib()
-    cells = arguments.output / "cells" if arguments.output else None
-    settings = host.QUICK if arguments.quick else host.Settings()
-    report = host.run(
-        dataclasses.replace(settings, compared_shapes=arguments.compare),
-        cells,
-        lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    _emit(arguments, report, host.render(report), "bench-host.json")
-    if arguments.output:
+    if arguments.report:
+        report = json.loads(arguments.report.read_text(encoding="utf-8"))
+    else:
+        settings = host.QUICK if arguments.quick else host.Settings()
+        report = host.run(
+            dataclasses.replace(settings, compared_shapes=arguments.compare),
+            arguments.output / "cells" if arguments.output else None,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            budget_s=arguments.budget_s,
+        )
+    _emit(arguments, report, host_report.render(report), "bench-host.json")
+    if arguments.output and report["rows"]:
         path = arguments.output / "bench-host.png"
         title = f"Host kernels with {report['threads']} threads ({report['variant']})"
-        host_figure(report, title).savefig(path)
-        print(f"figure: {path}", file=sys.stderr)
+        try:
+            host_figure(report, title).savefig(path)
+        except FluxionError as error:
+            # What was measured is kept; another machine can draw it.
+            document = arguments.output / "bench-host.json"
+            again = f"fluxion bench host --report {document} --output {arguments.output}"
+            print(f"no figure: {error}, then draw it by `{again}`", file=sys.stderr)
+        else:
+            print(f"figure: {path}", file=sys.stderr)
     return 0
 
 

@@ -70,6 +70,15 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
+def pytest_report_header() -> str:
+    from host_ops import native
+
+    found = native.info()
+    if not found["loaded"]:
+        return f"host kernels: none, {found['reason']}"
+    return f"host kernels: {found['variant']} of {', '.join(found['variants'])}"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, why_not in NEEDS.items():
         if item.get_closest_marker(marker) is None:

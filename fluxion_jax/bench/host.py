@@ -16,6 +16,7 @@ import numpy as np
 import host_ops
 from fluxion_jax.bench.cells import cell
 from fluxion_jax.bench.comparators import GATHER, attention_times_s, scoring_times_s
+from fluxion_jax.bench.host_report import requirements
 from fluxion_jax.bench.stamp import cache_bytes, stamp
 from fluxion_jax.bench.statistics import summarise
 from fluxion_jax.cache.host_kv import memory_sharding
@@ -58,13 +59,17 @@ def run(
     settings: Settings = Settings(),
     folder: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
+    *,
+    budget_s: float | None = None,
 ) -> dict[str, Any]:
-    """Measures ceiling, attention, scoring and selection with one thread and with all.
+    """Measures ceiling, attention, scoring and selection with all threads and with one.
 
     Args:
       settings: what is measured.
       folder: where finished cells are kept and looked for; None keeps nothing.
       say: told in one line what is measured next.
+      budget_s: no further cell is begun after so many seconds; what is missing is named in the
+        report and measured by the next run with the same folder.
 
     Raises:
       FluxionError: the native library cannot be used.
@@ -73,19 +78,56 @@ def run(
         raise FluxionError(f"expected the native host library, got none: {reason}")
     wanted = settings.cache_bytes or _default_bytes()
     threads = native.info()["threads"]
-    rows = []
+    cells = _Cells(folder, say, budget_s)
+    rows: list[dict[str, Any]] = []
+    # Before the rest, because it is short.
+    noop = cells.get(f"host-noop-{threads}", "a call without work", lambda: noop_call_us(9))
     for index, (head_dim, group) in enumerate(settings.shapes):
         compare = index < settings.compared_shapes
-        rows += _shape_rows(head_dim, group, wanted, threads, compare, settings, folder, say)
-    return {
+        rows += _shape_rows(head_dim, group, wanted, threads, compare, settings, cells)
+    report = {
         "benchmark": "host",
         "threads": threads,
         "variant": native.info()["variant"],
         "stamp": stamp(),
         "settings": {**dataclasses.asdict(settings), "cache_bytes": wanted, "kv_heads": KV_HEADS},
-        "noop_call_us": cell(folder, f"host-noop-{threads}", lambda: noop_call_us(9)),
+        "noop_call_us": noop,
         "rows": rows,
+        "left_out": cells.left_out,
     }
+    return {**report, "requirements": requirements(report)}
+
+
+class _Cells:
+    """Cells that are kept in a folder, as long as there is time."""
+
+    def __init__(
+        self, folder: Path | None, say: Callable[[str], None], budget_s: float | None
+    ) -> None:
+        self.folder, self.say = folder, say
+        self.end = None if budget_s is None else time.monotonic() + budget_s
+        self.left_out: list[str] = []
+
+    def get(
+        self, name: str, words: str, measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """A cell's figures, or None if it was not measured before and the time is over."""
+
+        def measured() -> dict[str, Any]:
+            if self.end is not None and time.monotonic() > self.end:
+                raise _OutOfTimeError
+            self.say(words)
+            return measure()
+
+        try:
+            return cell(self.folder, name, measured)
+        except _OutOfTimeError:
+            self.left_out.append(words)
+            return None
+
+
+class _OutOfTimeError(Exception):
+    pass
 
 
 def _shape_rows(
@@ -95,14 +137,12 @@ def _shape_rows(
     threads: int,
     compare: bool,
     settings: Settings,
-    folder: Path | None,
-    say: Callable[[str], None],
+    cells: _Cells,
 ) -> list[dict[str, Any]]:
     # Built by the first cell that has to be measured, and gone with the last.
     benches: list[_Bench] = []
 
     def measure(granularity: int, count: int) -> dict[str, Any]:
-        say(f"head size {head_dim}, group {group}, unit {granularity}, {count} threads")
         if not benches:
             benches.append(_Bench(head_dim, group, wanted))
         native.set_threads(count)
@@ -111,15 +151,16 @@ def _shape_rows(
         finally:
             native.set_threads(threads)
 
-    return [
-        cell(
-            folder,
+    rows = [
+        cells.get(
             f"host-{wanted}-{head_dim}-{group}-{granularity}-{count}-{native.info()['variant']}",
+            f"head size {head_dim}, group {group}, unit {granularity}, {count} threads",
             partial(measure, granularity, count),
         )
-        for count in sorted({1, threads})
+        for count in sorted({1, threads}, reverse=True)
         for granularity in settings.granularities
     ]
+    return [row for row in rows if row is not None]
 
 
 def _default_bytes() -> int:
@@ -362,28 +403,3 @@ def noop_call_us(repetitions: int) -> dict[str, float | int]:
         least = [min(run() for _ in range(30)) for run in (short, long)]
         taken.append(1e6 * (least[1] - least[0]) / 32)
     return summarise(taken)
-
-
-def render(report: dict[str, Any]) -> str:
-    """The report as a table for a terminal."""
-    lines = [
-        "GB/s of useful bytes, medians; in brackets the share of the streaming read",
-        " H  G unit threads  ceiling       attention         scoring selection    rest",
-    ]
-    for r in report["rows"]:
-        lines.append(
-            f"{r['head_dim']:3d} {r['group']:2d} {r['granularity']:4d} {r['threads']:6d} "
-            f"{r['ceiling_gb_s']['median']:8.1f} "
-            f"{r['attention_gb_s']['median']:8.1f} ({r['attention_of_ceiling']:.2f}) "
-            f"{r['scoring_gb_s']['median']:8.1f} ({r['scoring_of_ceiling']:.2f}) "
-            f"{r['selection_of_scoring']['median']:9.1%} {r['rest_us']['median']:5.0f}us"
-        )
-        for stage in ("attention", "scoring"):
-            if others := r.get(f"{stage}_comparators_gb_s"):
-                speeds = ", ".join(f"{name} {speed:.1f}" for name, speed in others.items())
-                lines.append(
-                    f"    {stage}: {r[f'{stage}_over_fastest']:.1f}x the fastest of the same work; "
-                    f"{speeds}"
-                )
-    lines.append(f"a call without work: {report['noop_call_us']['median']:.2f} us")
-    return "\n".join(lines)

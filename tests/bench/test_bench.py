@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +13,11 @@ from fluxion_jax.bench import comparators, roundtrip, selection
 from fluxion_jax.bench import selection_quality as quality
 from fluxion_jax.bench.capture import Captured
 from fluxion_jax.bench.cells import cell
-from fluxion_jax.bench.host import Settings, render, run
+from fluxion_jax.bench.host import Settings, run
+from fluxion_jax.bench.host_report import render, requirements
 from fluxion_jax.bench.stamp import cache_bytes
 from fluxion_jax.bench.statistics import summarise
+from fluxion_jax.cli import main
 from fluxion_jax.plotting import host_figure
 from host_ops import ceiling
 
@@ -66,7 +69,7 @@ def test_a_tiny_run_has_every_figure(tmp_path):
         assert row["scoring_of_ceiling"] > 0
         assert row["rest_us"]["repetitions"] == row["rest_first_us"]["repetitions"] == 2
         assert ("attention_over_fastest" in row) == (row["group"] == 2 and row["threads"] > 1)
-    last = [row for row in report["rows"] if row["group"] == 2][-1]
+    last = [row for row in report["rows"] if row["group"] == 2 and row["threads"] > 1][-1]
     others = last["attention_comparators_gb_s"]
     assert {"jax", "jax with gather", "numpy with gather"} <= others.keys()
     fastest = max(others[name] for name in others if name.endswith("with gather"))
@@ -82,6 +85,89 @@ def test_a_tiny_run_has_every_figure(tmp_path):
     said = []
     assert run(settings, tmp_path, said.append)["rows"] == report["rows"]
     assert said == []
+    assert all(item["met"] is None for item in report["requirements"][:-1])
+    late = run(settings, None, budget_s=0)
+    assert (late["rows"], late["noop_call_us"], len(late["left_out"])) == ([], None, 9)
+    assert "not measured: head size 16, group 2, unit 16, 1 threads" in render(late)
+
+
+def host_report_of(**changes) -> dict:
+    """A report that meets everything by a hair, but for the changes to its row of unit 32."""
+
+    def row(granularity, threads):
+        return {
+            "head_dim": 128,
+            "group": 4,
+            "granularity": granularity,
+            "threads": threads,
+            "ceiling_gb_s": {"median": 80.0},
+            "attention_gb_s": {"median": 60.0},
+            "attention_of_ceiling": 0.65 if granularity == 16 else 0.75,
+            "scoring_gb_s": {"median": 60.0},
+            "scoring_of_ceiling": 0.75,
+            "selection_of_scoring": {"median": 0.15},
+            "rest_us": {"median": 10.0},
+            **({"attention_over_fastest": 4.0, "scoring_over_fastest": 4.0} if threads > 1 else {}),
+        }
+
+    rows = [row(granularity, threads) for threads in (8, 1) for granularity in (16, 32)]
+    rows[1] |= changes
+    # What other shapes do does not count.
+    rows.append(row(32, 8) | {"group": 7, "attention_of_ceiling": 0.1})
+    report = {"threads": 8, "rows": rows, "noop_call_us": {"median": 2.0}, "left_out": []}
+    report["settings"] = {"granularities": [16, 32]}
+    return {**report, "requirements": requirements(report)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "missed"),
+    [
+        ({}, None),
+        ({"attention_of_ceiling": 0.7499}, "attention, share of the ceiling, units of 32"),
+        ({"scoring_of_ceiling": 0.7499}, "scoring, share of the ceiling"),
+        ({"attention_over_fastest": 3.9999}, "attention over its fastest comparator"),
+        ({"scoring_over_fastest": 3.9999}, "scoring over its fastest comparator"),
+        ({"selection_of_scoring": {"median": 0.15001}}, "selection, share of scoring"),
+        ({"rest_us": {"median": 10.001}}, "rest of a layer in us, all threads"),
+    ],
+)
+def test_the_report_on_the_host_says_what_is_met_and_what_is_missed(changes, missed):
+    report = host_report_of(**changes)
+    lines = [line for line in render(report).splitlines() if "MISSED" in line]
+    assert len(lines) == (missed is not None)
+    assert [item["met"] for item in report["requirements"]].count(False) == len(lines)
+    assert not any(item["goal_met"] for item in report["requirements"])
+    if missed:
+        assert missed in lines[0]
+        assert "(unit 32, 8 threads)" in lines[0]
+
+
+def test_a_report_is_drawn_later_where_there_was_no_matplotlib(tmp_path, monkeypatch, capsys):
+    document = tmp_path / "from-elsewhere.json"
+    document.write_text(json.dumps(host_report_of() | {"variant": "scalar"}))
+    command = ["bench", "host", "--report", str(document), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        assert main(command) == 0
+    said = capsys.readouterr()
+    assert "required of head size 128, group 4" in said.out
+    assert "no figure: expected matplotlib" in said.err
+    kept = tmp_path / "out" / "bench-host.json"
+    assert f"fluxion bench host --report {kept}" in said.err
+    assert json.loads(kept.read_text()) == json.loads(document.read_text())
+    assert main(command) == 0
+    assert (tmp_path / "out" / "bench-host.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_row_that_is_missing_leaves_its_requirements_open():
+    report = host_report_of(attention_over_fastest=None)
+    open_ones = [item["figure"] for item in report["requirements"] if item["met"] is None]
+    assert open_ones == ["attention over its fastest comparator"]
+    del report["rows"][1]
+    found = requirements(report | {"noop_call_us": None})
+    # Units of 16 tokens and one thread were measured.
+    assert [item["met"] for item in found].count(True) == 2
+    assert [item["met"] for item in found].count(None) == 7
 
 
 def test_comparators_compute_the_same_and_start_cold():

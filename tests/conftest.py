@@ -8,11 +8,14 @@ is required and absent fails instead.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,6 +30,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.en
 # start inherit this.
 if tuple(map(int, metadata.version("jax").split(".")[:2])) >= (0, 12):
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+# JAX keeps every program it has compiled: gigabytes, over a whole run.
+MOST_BYTES_BETWEEN_MODULES = 3 << 30
 
 REQUIRED = frozenset(filter(None, os.environ.get("FLUXION_REQUIRE", "").split(",")))
 
@@ -68,6 +74,18 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"expected FLUXION_REQUIRE to name some of {', '.join(NEEDS)}, got {', '.join(unknown)}"
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_go_when_memory_is_short() -> Iterator[None]:
+    yield
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except FileNotFoundError:  # Only Linux has it.
+        return
+    if "jax" in sys.modules and pages * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES_BETWEEN_MODULES:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def pytest_report_header() -> str:

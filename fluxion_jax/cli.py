@@ -166,6 +166,12 @@ def _add_calibrate(commands: Any) -> None:
         "--under-budget", type=float, metavar="F", help="share that may fall short; default 0.025"
     )
     parser.add_argument(
+        "--missed",
+        type=float,
+        metavar="F",
+        help="share that may fall short of the budgets above 0; default 0.25",
+    )
+    parser.add_argument(
         "--ablate", action="store_true", help="also train without each family of features"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -427,6 +433,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         "points": arguments.points,
         "training_steps": arguments.training_steps,
         "under_budget": arguments.under_budget,
+        "missed": arguments.missed,
         "ablate": arguments.ablate,
     }
     _, report = calibrate(

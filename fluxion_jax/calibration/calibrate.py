@@ -45,7 +45,7 @@ class Settings:
         within the lengths that were seen.
       texts: at least 3; a third of them, rounded down, at least one, each for choosing the safety
         and for the report.
-      points: stretches of decode steps in each text.
+      points: stretches of decode steps in each prose text; a question has fewer before its answer.
       steps: consecutive steps of a stretch, up to 16; the host's tokens stay the same in it.
       tolerances: of the output error; the range within which the tolerance may be set later.
       under_budget: share of heads and steps whose budget may fall short where the safety is chosen;

@@ -32,13 +32,15 @@ def render(report: dict[str, Any]) -> str:
         )
     if report["ablation"]:
         lines += ["", "without a family of features: given/needed (short) by tolerance"]
-        for family in dict.fromkeys(row["method"] for row in report["ablation"]):
+        whole = [row for row in report["rows"] if row["method"] == "predictor"]
+        for family in dict.fromkeys(row["method"] for row in [*whole, *report["ablation"]]):
             cells = [
                 f"{row['over_provisioning']:.2f} ({row['under_budget']:.1%})"
-                for row in report["ablation"]
+                for row in [*whole, *report["ablation"]]
                 if row["method"] == family
             ]
-            lines.append(f"{family:<24}  " + "  ".join(cells))
+            name = "with all families" if family == "predictor" else family
+            lines.append(f"{name:<24}  " + "  ".join(cells))
     lines += [
         "",
         "class: streaming or retrieval told right; short: budgets below the smallest that keeps to",
@@ -80,6 +82,9 @@ def calibration_figure(report: dict[str, Any]) -> Any:
             target = 100 * report["settings"]["under_budget"]
             panel.axhline(target, color="black", linestyle="--", linewidth=1)
         panel.set_xscale("log")
+        tolerances = sorted({row["tolerance"] for row in report["rows"]})
+        panel.set_xticks(tolerances, [f"{t:g}" for t in tolerances])
+        panel.set_xticks([], minor=True)
         panel.set_xlabel("tolerance of the output error", fontsize=9)
         panel.set_title(title, fontsize=11, loc="left")
         panel.spines[["top", "right"]].set_visible(False)

@@ -53,6 +53,8 @@ _MODULES = (
 )
 # Answers are wanted far and near: after the whole length, half of it and a quarter.
 _SHORTER = (1, 2, 4)
+# A question has this many times fewer stretches before its answer than prose has.
+_BEFORE_ANSWER = 3
 # Coprime to the number of tasks: whatever part of the texts is taken, its tasks differ in kind.
 _TASK_STRIDE = 5
 _SUFFIXES = {".txt", ".md", ".rst", ".py", ".json"}
@@ -87,8 +89,8 @@ def calibration_texts(
       model: its tokenizer counts the tokens.
       length_tokens: of every third text; others are half and a quarter as long.
       count: texts in all; without `data` every other one is a question.
-      points: stretches of each text; in a question the last is where its answer begins, and one
-        more lies further on in a long answer.
+      points: stretches of each prose text; a question has a third of them before it is asked, one
+        where its answer begins, and one more further on in a long answer.
       steps: of a stretch.
       data: a UTF-8 file, or a folder of which text, Markdown, Python and JSON files are read; None
         takes the standard library and questions.
@@ -146,7 +148,9 @@ def _question(
     answer = model.tokenizer.encode(" " + ", ".join(sample.references) + ".\n")
     layout = model.config.kv_layout()
     first = layout.sink_tokens + layout.recent_tokens
-    positions = _positions(len(prompt) - 2 * steps, max(points - 1, 1), steps, first)
+    # Before the question is asked, its text is like any other: the answer is what it is here for.
+    before = max(points // _BEFORE_ANSWER, 1)
+    positions = _positions(len(prompt) - 2 * steps, before, steps, first)
     positions.append(len(prompt) - 1)
     if len(answer) >= _ALIGNMENT_TOKENS + steps:
         positions.append(len(prompt) - 1 + _ALIGNMENT_TOKENS)

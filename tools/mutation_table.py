@@ -202,8 +202,8 @@ MUTATIONS = (
     Mutation(
         "device: merging keeps only the first state",
         "pallas_kernels/merge_states.py",
-        "merged = jnp.sum(weight[..., None] * known, axis=0)",
-        "merged = jnp.sum(weight[:1, ..., None] * known[:1], axis=0)",
+        "merged = functools.reduce(jnp.add, weighted) / divisor[..., None]",
+        "merged = weighted[0] / divisor[..., None]",
         MERGE,
     ),
     # Shifting a block table by one.

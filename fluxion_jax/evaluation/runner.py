@@ -21,6 +21,7 @@ from fluxion_jax.evaluation.making import Key, made_groups, one_sample
 from fluxion_jax.evaluation.real_text import compare, stretches
 from fluxion_jax.evaluation.report import answer_rows, text_rows
 from fluxion_jax.evaluation.samples import Sample
+from fluxion_jax.evaluation.summary import summary_rows
 from fluxion_jax.evaluation.tasks import TASKS
 from fluxion_jax.models.load import LoadedModel, load_model
 from fluxion_jax.models.packaged import SHIPPED_MODEL
@@ -127,8 +128,8 @@ def evaluate(
 
     Returns:
       The report, JSON-ready: `stamp`, `settings`, `prompts_sha256` per task and length, `rows`,
-      `text_rows` and `samples`. Scores are from 0 to 1; a row has the `difference` from the
-      reference and its paired 95 % bootstrap `interval`.
+      `text_rows`, `samples`, and `summary` over all tasks of a length. Scores are from 0 to 1; a
+      row has the `difference` from the reference and its paired 95 % bootstrap `interval`.
 
     Raises:
       ConfigError: a setting does not fit the model, or the model has no tokenizer.
@@ -195,7 +196,7 @@ def evaluate(
                 )
                 bars.update(len(part))
             text_table += text_rows(length, cells)
-    return {
+    report = {
         "evaluation": "policies",
         "stamp": stamp(),
         "settings": {
@@ -214,6 +215,7 @@ def evaluate(
         "text_rows": text_table,
         "samples": answered,
     }
+    return {**report, "summary": summary_rows(report)}
 
 
 def prompts_sha256(samples: Sequence[Sample]) -> str:

@@ -153,7 +153,10 @@ def evaluate(
         )
     fingerprint = model_fingerprint(model.model, model.config)
     groups, num_samples = _groups(model, settings, data, workers)
-    texts = _texts(model, settings) if data is None and REAL_TEXT in settings.tasks else {}
+    texts = {}
+    if data is None and REAL_TEXT in settings.tasks:
+        seeds = range(settings.seed, settings.seed + settings.samples)
+        texts = real_texts(model, settings, settings.lengths_tokens, seeds)
     bars = tqdm(
         total=num_samples + settings.samples * len(texts),
         desc="evaluate",
@@ -251,11 +254,13 @@ def _groups(
     return found.items(), len(data)
 
 
-def _texts(model: LoadedModel, settings: Settings) -> dict[int, list[tuple[int, ...]]]:
+def real_texts(
+    model: LoadedModel, settings: Settings, lengths_tokens: Sequence[int], seeds: Sequence[int]
+) -> dict[int, list[tuple[int, ...]]]:
+    """Stretches of the settings' text by their length, one per seed, in the model's tokens."""
     assert model.tokenizer is not None
     tokens = model.tokenizer.encode(long_text() if settings.text is None else settings.text)
-    indices = range(settings.seed, settings.seed + settings.samples)
-    return {n: stretches(tokens, n, indices) for n in dict.fromkeys(settings.lengths_tokens)}
+    return {n: stretches(tokens, n, seeds) for n in dict.fromkeys(lengths_tokens)}
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

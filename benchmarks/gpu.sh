@@ -18,14 +18,18 @@
 #   calibrate   weights of the policy fluxion for each of MODELS, packed into $OUT/weights-MODEL.tgz
 #   quality     fluxion's tolerances on the headline table's prompts, beside fixed and oracle
 #   text        real text under fluxion's tolerances for each of MODELS
+#   fidelity    pretrained models against full attention (a GPU is not needed)
+#   train       the shipped model goes on training, on the corpus of examples/build_corpus.py
 #
 # Variables: LIMIT_S (of every part named, default 300), TEST_S (of a file of tests, default 120),
-# JOBS (files of tests at once, default 4), PYTHON, QUICK=--quick. For the last three:
+# JOBS (files of tests at once, default 4), PYTHON, QUICK=--quick. For the evaluations:
 # MODELS (default recall-12m; names or .gguf files), TEXTS and LENGTH of a calibration (56, 16384),
 # CALIBRATE (more of its options), TOLERANCES, POLICIES (what they are compared with), SAMPLES (of
 # each task and length, ascending multiples of the protocol's batch of 8: each is a table of its own,
 # and the next one goes on from it), PROTOCOL (more options of what is evaluated, such as --task),
-# TEXT (options of the evaluation of real text).
+# TEXT (options of the evaluation of real text). For train: CORPUS (default build/corpus), START,
+# PRESET and SEED.
+# ARCHIVE=NAME packs all results into pieces $OUT/NAME.tar.xz.N; RESUME="PIECE..." begins with those.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=1
@@ -41,6 +45,8 @@ mkdir -p "$OUT"
 if "$PYTHON" -c 'import jax, sys; sys.exit(jax.__version_info__ >= (0, 12))'; then
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/xla}
 fi
+# shellcheck disable=SC2086
+[ -z "${RESUME:-}" ] || "$PYTHON" tools/pack_results.py unpack "$OUT" $RESUME || exit 1
 
 run() { # run NAME COMMAND...
   local name=$1
@@ -105,11 +111,7 @@ quality() { # quality SAMPLES
   run "quality-$1" "$PYTHON" -m fluxion_jax evaluate --shared-prefix --workers "$(($(nproc) - 1))" \
     --protocol benchmarks/protocol.json --samples "$1" $policies $(fluxions recall-12m) $PROTOCOL \
     --output "$OUT/evaluate"
-  # Every single answer is in the cells; a table is what is committed.
-  "$PYTHON" -c 'import json, sys
-report = json.load(open(sys.argv[1]))
-report["samples"] = []
-json.dump(report, open(sys.argv[2], "w"), indent=1)' "$OUT/evaluate/evaluate.json" "$OUT/quality-$1.json"
+  cp "$OUT/evaluate/evaluate.json" "$OUT/quality-$1.json"
   cp "$OUT/evaluate/evaluate-quality.png" "$OUT/quality-$1.png"
 }
 text() { # text MODEL
@@ -141,8 +143,28 @@ for part in "$@"; do
     long) XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=72 bench step-long --long --budget-s $((limit * 2 / 3)) ;;
     prefill) bench prefill $QUICK ;;
     evaluate)
-      run evaluate "$PYTHON" -m fluxion_jax evaluate --shared-prefix --workers "$(($(nproc) - 2))" \
-        --protocol benchmarks/protocol.json --output "$OUT/evaluate"
+      for samples in $SAMPLES; do
+        run "evaluate-$samples" "$PYTHON" -m fluxion_jax evaluate --shared-prefix \
+          --workers "$(($(nproc) - 2))" --protocol benchmarks/protocol.json --samples "$samples" \
+          $PROTOCOL --output "$OUT/evaluate"
+        cp "$OUT/evaluate/evaluate.json" "$OUT/evaluate-$samples.json"
+        cp "$OUT/evaluate/evaluate-quality.png" "$OUT/evaluate-$samples.png"
+      done
+      ;;
+    fidelity)
+      for pair in smollm2:smollm2-135m gemma3:gemma3-270m; do
+        run "fidelity-${pair%:*}" "$PYTHON" -m fluxion_jax evaluate --model "${pair#*:}" \
+          --protocol "benchmarks/fidelity-${pair%:*}.json" --output "$OUT/fidelity-${pair%:*}" \
+          $PROTOCOL
+      done
+      ;;
+    train)
+      XLA_PYTHON_CLIENT_PREALLOCATE=true run train "$PYTHON" -W ignore \
+        examples/train_recall_model.py --output "$OUT/train" --corpus "${CORPUS:-build/corpus}" \
+        --start-from "${START:-fluxion_jax/models/recall_12m}" --preset "${PRESET:-continued}" \
+        --seed "${SEED:-1}" --seconds "$limit" --total-seconds $((limit - 10))
+      run export "$PYTHON" -W ignore examples/train_recall_model.py --output "$OUT/train" \
+        --preset "${PRESET:-continued}" --export-only
       ;;
     calibrate) for model in $MODELS; do calibrate "$model"; done ;;
     quality) for samples in $SAMPLES; do quality "$samples"; done ;;
@@ -153,3 +175,4 @@ for part in "$@"; do
       ;;
   esac
 done
+[ -z "${ARCHIVE:-}" ] || "$PYTHON" tools/pack_results.py pack "$OUT" "$ARCHIVE"

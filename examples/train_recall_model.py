@@ -5,6 +5,8 @@
 
 The first line trains (again, it resumes), the second writes `run/model.safetensors`, after which
 `fluxion_jax.models.load_model("run")` loads the folder. Needs optax, tokenizers and safetensors.
+Text comes from the installed packages, or from `--corpus build/corpus` (`build_corpus.py`). With
+`--start-from run --preset continued` a new run goes on from an exported model's weights.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from flax import nnx
-from recall_model import storage
-from recall_model.batches import Data, Feed
+from recall_model import corpus, storage
+from recall_model.batches import TEXT, Data, Feed
 from recall_model.model import RecallModel, Sizes
 from recall_model.scoring import Examination, text_loss
 from recall_model.text import encode_documents, read_corpus, train_tokenizer
 from recall_model.training import (
+    CONTINUED_PEAK_RATE,
+    CONTINUED_STAGES,
+    PEAK_RATE,
     STAGES,
     Stage,
     learning_rate,
@@ -58,10 +63,14 @@ class Preset:
     step_tokens_at_once: int
     scored_lengths: tuple[int, ...]
     samples: int
+    peak_rate: float = PEAK_RATE
 
 
+_FULL = Preset(Sizes(), STAGES, 60_000_000, 10_000_000, 131_072, (1024, 4096, 16_384), 24)
 PRESETS = {
-    "full": Preset(Sizes(), STAGES, 60_000_000, 10_000_000, 131_072, (1024, 4096, 16_384), 24),
+    "full": _FULL,
+    # From the weights of a model that has learned with the preset above.
+    "continued": dataclasses.replace(_FULL, stages=CONTINUED_STAGES, peak_rate=CONTINUED_PEAK_RATE),
     # Shows that everything works; learns nothing.
     "tiny": Preset(
         Sizes(
@@ -112,30 +121,39 @@ class Run:
         return int(storage.read_record(self.folder)["elapsed_s"])
 
     def _data(self) -> Data:
-        corpus = read_corpus(self.preset.corpus_bytes)
-        self.say(f"read {len(corpus.train)} files, {len(corpus.held_out)} more are held out")
+        args, self.corpus_record = self.args, {}
+        if args.corpus:
+            texts, manifest = corpus.read(Path(args.corpus))
+            self.corpus_record["files_sha256"] = manifest["files"]
+        else:
+            texts = read_corpus(self.preset.corpus_bytes)
+        self.say(f"read {len(texts.train)} files, {len(texts.held_out)} more are held out")
         path = self.folder / "tokenizer.json"
         if self.resumed:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         else:
-            tokenizer = train_tokenizer(
-                corpus.train, self.preset.sizes.vocab_size, self.preset.tokenizer_bytes
-            )
+            if args.start_from:
+                given = Path(args.start_from, "tokenizer.json")
+                tokenizer = tokenizers.Tokenizer.from_file(str(given))
+            else:
+                tokenizer = train_tokenizer(
+                    texts.train, self.preset.sizes.vocab_size, self.preset.tokenizer_bytes
+                )
             tokenizer.save(str(path))
             storage.write_config(self.folder, self.preset.sizes)
         self.say(f"tokenizer of {tokenizer.get_vocab_size()} tokens")
-        self.train_ids = encode_documents(tokenizer, corpus.train)
-        self.held_out_ids = encode_documents(tokenizer, corpus.held_out)
-        self.corpus_record = {
-            "train_files": len(corpus.train),
-            "held_out_files": len(corpus.held_out),
-            "train_bytes": sum(len(t.encode()) for t in corpus.train),
-            "held_out_bytes": sum(len(t.encode()) for t in corpus.held_out),
-            "train_tokens": len(self.train_ids),
-            "held_out_tokens": len(self.held_out_ids),
+        self.ids = {
+            split: encode_documents(tokenizer, documents)
+            for split, documents in texts._asdict().items()
         }
+        for split, documents in texts._asdict().items():
+            self.corpus_record[split] = {
+                "files": len(documents),
+                "bytes": sum(len(t.encode()) for t in documents),
+                "tokens": len(self.ids[split]),
+            }
         self.say(f"text: {self.corpus_record}")
-        return Data(tokenizer, self.train_ids, corpus.train)
+        return Data(tokenizer, self.ids["train"], texts.train)
 
     def _start_model(self) -> None:
         gpu = jax.default_backend() == "gpu"
@@ -144,15 +162,29 @@ class Run:
             "implementation": "cudnn" if gpu else "xla",
         }
         self.graph, abstract = storage.abstract_model(self.preset.sizes)
-        self.record: dict[str, Any] = {"elapsed_s": 0.0, "steps": 0, "tokens": 0, "curve": []}
+        self.record: dict[str, Any] = {
+            "elapsed_s": 0.0, "steps": 0, "tokens": 0, "text_tokens": 0, "curve": [],
+        }  # fmt: skip
         if self.resumed:
             self.params, self.record = storage.load(self.folder, abstract)
-            self.say(f"resumed after {self.record['elapsed_s']:.0f} s")
+        elif self.args.start_from:
+            given = Path(self.args.start_from)
+            self.params, self.record["started_from"] = storage.load_exported(
+                given, self.preset.sizes
+            )
+            self.say(f"starts from {given}")
         else:
             self.params = nnx.state(RecallModel(self.preset.sizes, nnx.Rngs(self.args.seed)))
-        # Donated buffers must not be shared, and moments start afresh.
+        # Donated buffers must not be shared.
         self.params = jax.tree.map(jnp.array, self.params)
         self.moments = jax.jit(optimizer().init)(self.params)
+        kept = self.resumed and storage.load_moments(self.folder, self.moments, self.record)
+        self.fresh_moments = not kept and (self.resumed or bool(self.args.start_from))
+        if kept:
+            self.moments = kept
+        if self.resumed:
+            which = "with its moments" if kept else "with fresh moments"
+            self.say(f"resumed {which} after {self.record['elapsed_s']:.0f} s")
         self.record |= {
             "seed": self.args.seed,
             "seconds": self.args.seconds,
@@ -242,13 +274,17 @@ class Run:
             if record["elapsed_s"] >= until or record["steps"] >= last_step:
                 break
             rate = learning_rate(
-                record["elapsed_s"] / planned, record["steps"] - first_step, self.resumed
+                self.preset.peak_rate,
+                record["elapsed_s"] / planned,
+                record["steps"] - first_step,
+                self.fresh_moments,
             )
             self.params, self.moments, metrics = step(
                 self.params, self.moments, tokens, kinds, np.float32(rate)
             )
             record["steps"] += 1
             record["tokens"] += tokens.size
+            record["text_tokens"] += int(np.count_nonzero(kinds == TEXT))
             in_flight.append(metrics)
             if len(in_flight) > _STEPS_IN_FLIGHT:
                 jax.block_until_ready(in_flight.popleft())
@@ -284,17 +320,17 @@ class Run:
         )
 
     def _save(self) -> None:
-        storage.save(self.folder, self.params, self.record)
+        storage.save(self.folder, self.params, self.moments, self.record)
 
     def score(self) -> None:
         """Exact answers per task and length and losses on both splits; into the record."""
         scorer = make_scorer(self.graph, **self.how)
         at_once = self.preset.step_tokens_at_once
         length = self.preset.scored_lengths[min(1, len(self.preset.scored_lengths) - 1)]
-        self.record["text_loss"] = {
-            "length": length,
-            "train": text_loss(scorer, self.params, self.train_ids, length, at_once),
-            "held_out": text_loss(scorer, self.params, self.held_out_ids, length, at_once),
+        self.record["text_loss"] = {"length": length} | {
+            split: text_loss(scorer, self.params, ids, length, at_once)
+            for split, ids in self.ids.items()
+            if len(ids) > length
         }
         self.say(f"text loss in nats per token: {self.record['text_loss']}")
         self._save()
@@ -342,6 +378,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="data processes; default: all cores but two")
     parser.add_argument("--print-every", type=float, default=20, help="seconds")
     parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--corpus", help="folder of build_corpus.py; default: installed packages")
+    parser.add_argument("--start-from", help="folder of an exported model to go on from")
     parser.add_argument("--export-only", action="store_true", help="write model.safetensors")
     args = parser.parse_args(argv)
     if args.export_only:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gzip
 import json
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,10 @@ def _add_evaluate(commands: Any) -> None:
             f"--{name}", action="append", type=kind, metavar=metavar, help=f"repeatable; {text}"
         )
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="per task and length; default 4, all with --data"
+        "--samples",
+        type=int,
+        metavar="N",
+        help="per task and length; default 4, all with --data or --protocol",
     )
     parser.add_argument(
         "--data",
@@ -417,8 +421,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     report |= frozen
-    _emit(arguments, report, render(report), "evaluate.json")
+    # Samples are apart from the tables: a large evaluation has half a million of them.
+    tables = {name: part for name, part in report.items() if name != "samples"}
+    _emit(arguments, tables if folder else report, render(report), "evaluate.json")
     if folder:
+        with gzip.open(folder / "evaluate-samples.jsonl.gz", "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(sample) + "\n" for sample in report["samples"])
         for name, figure in (("depth", depth_figure(report)), ("quality", quality_figure(report))):
             if figure is not None:
                 figure.savefig(folder / f"evaluate-{name}.png")

@@ -22,14 +22,16 @@ NO_LOSS, TEXT, ANSWER = 0, 1, 2
 _SHORT_TOKENS = 512
 _SHORT_MIX = {"copy": 35, "niah": 35, "dense": 10, "vt": 10, "text": 10}
 _LONG_MIX = {
-    "text": 15, "copy": 6, "niah": 29, "dense": 12, "vt": 13, "key_value": 7, "cwe": 7, "fwe": 5,
-    "code_completion": 3, "passkey": 3,
+    "text": 15, "copy": 4, "niah": 30, "dense": 9, "vt": 15, "key_value": 6, "cwe": 6, "fwe": 7,
+    "code_completion": 6, "passkey": 2,
 }  # fmt: skip
 _MAX_TURNS = 24
 _MAX_COPIED_TOKENS = 128
 _MIN_FILL = 0.85
 _MAX_TRIES = 50
 _FULL_LENGTH_SHARE = 0.7
+# A share of the long sequences holds several drills, so that short prompts are not forgotten.
+_PACKED_TOKENS, _PACKED_SHARE, _MIN_PACKED_TOKENS = 2048, 0.3, 512
 # The evaluation shows an example in front of the chains, too long for the shortest sequences.
 _EXAMPLE_TOKENS = 1024
 
@@ -68,24 +70,34 @@ class Rows:
             return self._text(rng, length), np.full(length, TEXT, np.uint8)
         if kind == "copy":
             return self._copy(rng, length)
-        room = length
-        if rng.random() > _FULL_LENGTH_SHARE:
-            room = max(min(length, 256), int(length * rng.uniform(0.3, 1.0)))
-        for _ in range(_MAX_TRIES):
-            drill = self.drill(rng, kind, room)
-            if drill is not None:
-                break
-            kind, room = "niah", length
-        else:
-            raise ValueError(f"expected a drill that fits {length} tokens, got none; ask for more")
-        tokens, kinds = drill
-        rest = length - len(tokens)
+        drills_mix = {name: share for name, share in mix.items() if name not in ("text", "copy")}
+        packed = length >= _PACKED_TOKENS and rng.random() < _PACKED_SHARE
+        made, rest = [], length
+        while rest == length or (packed and rest >= _MIN_PACKED_TOKENS):
+            made.append(self._fitting(rng, kind, self._room(rng, rest, length, packed), rest))
+            rest -= len(made[-1][0])
+            (kind,) = rng.choices(list(drills_mix), list(drills_mix.values()))
         filler = self._text(rng, rest), np.full(rest, TEXT, np.uint8)
-        parts = [(tokens, kinds), filler] if rng.random() < 0.8 else [filler, (tokens, kinds)]
-        return (
-            np.concatenate([t for t, _ in parts]),
-            np.concatenate([k for _, k in parts]),
-        )
+        made.insert(len(made) if rng.random() < 0.8 else 0, filler)
+        return np.concatenate([t for t, _ in made]), np.concatenate([k for _, k in made])
+
+    def _room(self, rng: random.Random, rest: int, length: int, packed: bool) -> int:
+        """Tokens that the next drill of a sequence may have."""
+        if packed:
+            return min(rest, rng.randint(_MIN_PACKED_TOKENS, length // 2))
+        if rng.random() < _FULL_LENGTH_SHARE:
+            return length
+        return max(min(length, 256), int(length * rng.uniform(0.3, 1.0)))
+
+    def _fitting(
+        self, rng: random.Random, kind: str, room: int, most: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        for _ in range(_MAX_TRIES):
+            made = self.drill(rng, kind, room)
+            if made is not None:
+                return made
+            kind, room = "niah", most
+        raise ValueError(f"expected a drill that fits {most} tokens, got none; ask for more")
 
     def drill(
         self, rng: random.Random, kind: str, room: int
@@ -146,12 +158,14 @@ class Rows:
         num_values = num_queries = 1
         form = rng.random()
         if hay is not None and not short:
-            if form < 0.2:
-                num_values, num_keys = rng.choice((2, 3, 4, 4, 4)), min(num_keys, 8)
-            elif form < 0.4:
+            # Several values of a key are the hardest to learn, and take several keys to see often.
+            if form < 0.4:
+                num_values, num_keys = rng.choice((2, 3, 4, 4, 4, 4)), rng.choice((1, 1, 2, 4, 8))
+                num_keys = min(num_keys, most)
+            elif form < 0.55:
                 num_queries = rng.choice((2, 3, 4, 4, 4))
                 num_keys = max(num_queries, num_keys)
-            elif form < 0.55:
+            elif form < 0.7:
                 num_keys = rng.choice((1, 4))
         if hay is None:
             num_keys = 1

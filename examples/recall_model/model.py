@@ -148,3 +148,28 @@ def hf_tensors(model: RecallModel) -> dict[str, jax.Array]:
         ):
             named[f"{at}{name}.weight"] = scale[...]
     return named
+
+
+def from_hf_tensors(sizes: Sizes, tensors: dict[str, jax.Array]) -> RecallModel:
+    """The model of `hf_tensors`, in float32."""
+    model = RecallModel(sizes, nnx.Rngs(0))
+
+    def joined(*names: str) -> jax.Array:
+        return jnp.concatenate([tensors[n].T for n in names], axis=1).astype(jnp.float32)
+
+    def scale(name: str) -> jax.Array:
+        return tensors[name].astype(jnp.float32)
+
+    model.embedding[...] = scale("model.embed_tokens.weight")
+    model.norm[...] = scale("model.norm.weight")
+    for index, layer in enumerate(model.layers):
+        at = f"model.layers.{index}."
+        layer.qkv[...] = joined(*(f"{at}self_attn.{x}_proj.weight" for x in "qkv"))
+        layer.o[...] = joined(f"{at}self_attn.o_proj.weight")
+        layer.gate_up[...] = joined(f"{at}mlp.gate_proj.weight", f"{at}mlp.up_proj.weight")
+        layer.down[...] = joined(f"{at}mlp.down_proj.weight")
+        layer.q_norm[...] = scale(f"{at}self_attn.q_norm.weight")
+        layer.k_norm[...] = scale(f"{at}self_attn.k_norm.weight")
+        layer.attention_norm[...] = scale(f"{at}input_layernorm.weight")
+        layer.feed_forward_norm[...] = scale(f"{at}post_attention_layernorm.weight")
+    return model

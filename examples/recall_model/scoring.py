@@ -18,7 +18,7 @@ from recall_model.drills import answer_text
 
 # Of the range for calibration and training; training draws from other generators.
 FIRST_SEED = 900_000
-_TEXT_WINDOWS = 32
+_TEXT_WINDOWS = 256
 
 
 class _Encoder:
@@ -116,9 +116,13 @@ def _in_batches(
 
 def text_loss(
     score: Callable[..., Any], params: Any, ids: np.ndarray, length: int, batch_tokens: int
-) -> float:
-    """Mean loss in nats per token over evenly spaced windows of text."""
+) -> dict[str, float]:
+    """Loss in nats per token over evenly spaced windows of text: `mean`, `standard_error`."""
     starts = np.linspace(0, len(ids) - length, _TEXT_WINDOWS, dtype=np.int64)
     kinds = np.full(length, TEXT, np.uint8)
     rows = [(ids[s : s + length], kinds) for s in starts]
-    return float(np.mean(_in_batches(score, params, rows, batch_tokens, length)[1]))
+    losses = _in_batches(score, params, rows, batch_tokens, length)[1]
+    return {
+        "mean": float(np.mean(losses)),
+        "standard_error": float(np.std(losses) / len(losses) ** 0.5),
+    }

@@ -1,4 +1,4 @@
-"""Files of a training run: float32 weights in pieces, the record, and the exported model."""
+"""Files of a training run: weights in pieces, the optimiser's moments, the record, the model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.flax import save_file
+from safetensors.flax import load_file, save_file
 
-from recall_model.model import RecallModel, Sizes, hf_tensors
+from recall_model.model import RecallModel, Sizes, from_hf_tensors, hf_tensors
 
 NUM_PIECES = 4
 RECORD = "training.json"
+# Twice as large as the weights, so in one file of its own that a run can do without.
+_MOMENTS = "moments.npz"
 
 
 def flat_weights(state: Any) -> np.ndarray:
@@ -40,13 +42,29 @@ def _replace(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def save(folder: Path, state: Any, record: dict[str, Any]) -> None:
-    """Writes weights and record; each file is whole at any time."""
+def save(folder: Path, state: Any, moments: Any, record: dict[str, Any]) -> None:
+    """Writes weights, moments and record; each file is whole at any time."""
     weights = flat_weights(state)
     record = {**record, "weights_sha256": hashlib.sha256(weights.tobytes()).hexdigest()}
     for i, piece in enumerate(np.array_split(weights, NUM_PIECES)):
         _replace(folder / f"weights_{i}.f32", piece.tobytes())
+    leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(moments))}
+    temporary = folder / "moments.new.npz"
+    np.savez(temporary, of=record["weights_sha256"], **leaves)
+    temporary.replace(folder / _MOMENTS)
     save_record(folder, record)
+
+
+def load_moments(folder: Path, moments: Any, record: dict[str, Any]) -> Any | None:
+    """Reads the moments that belong to the weights of a record, or None where there are none."""
+    path = folder / _MOMENTS
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        if str(file["of"]) != record["weights_sha256"]:
+            return None
+        leaves, treedef = jax.tree.flatten(moments)
+        return jax.tree.unflatten(treedef, [jnp.array(file[str(i)]) for i in range(len(leaves))])
 
 
 def save_record(folder: Path, record: dict[str, Any]) -> None:
@@ -93,6 +111,18 @@ def export(folder: Path, model: RecallModel) -> None:
     record = read_record(folder)
     record["export_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     save_record(folder, record)
+
+
+def load_exported(folder: Path, sizes: Sizes) -> tuple[Any, dict[str, Any]]:
+    """Reads the weights that `export` wrote, and their record.
+
+    Raises:
+      ValueError: the weights are others than the record's.
+    """
+    path, record = folder / "model.safetensors", read_record(folder)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != record["export_sha256"]:
+        raise ValueError(f"expected the weights of {RECORD} in {path}, got others")
+    return nnx.state(from_hf_tensors(sizes, load_file(path))), record
 
 
 def write_config(folder: Path, sizes: Sizes) -> None:

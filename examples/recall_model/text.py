@@ -25,10 +25,11 @@ _TASK_NAMES, _TASK_REPEATS = 4000, 6
 
 
 class Corpus(NamedTuple):
-    """Documents of both splits, as text."""
+    """Documents of the splits, as text; `held_out_sources` has nothing in common with `train`."""
 
     train: list[str]
     held_out: list[str]
+    held_out_sources: list[str]
 
 
 def _roots() -> list[Path]:
@@ -61,7 +62,7 @@ def read_corpus(max_bytes: int, roots: Sequence[Path] | None = None) -> Corpus:
     keyed = sorted(
         (hashlib.sha256(name.encode()).digest(), path) for name, path in _files(roots or _roots())
     )
-    corpus, contents, total = Corpus([], []), set(), 0
+    corpus, contents, total = Corpus([], [], []), set(), 0
     for key, path in keyed:
         try:
             if not _MIN_BYTES <= path.stat().st_size <= _MAX_BYTES:

@@ -13,11 +13,11 @@ from flax import nnx
 from recall_model.batches import ANSWER, TEXT
 
 TEXT_WEIGHT = 0.5
-PEAK_RATE = 2e-3
+PEAK_RATE, CONTINUED_PEAK_RATE = 2e-3, 1.5e-3
 _WARM_UP = 0.03
 _DECAY_FROM = 0.6
 _LAST_SHARE = 0.02
-# Steps over which the learning rate returns after a resumption, whose moments start afresh.
+# Steps over which the learning rate returns after a resumption without its moments.
 RESUME_STEPS = 100
 
 
@@ -35,15 +35,19 @@ STAGES = (
     Stage(4096, 32, 0.28),
     Stage(16_384, 16, 0.32),
 )
+# For a model that has learned to look up already: long sequences, and small steps of them.
+CONTINUED_STAGES = (Stage(1024, 64, 0.08), Stage(4096, 32, 0.32), Stage(16_384, 8, 0.60))
 
 
-def learning_rate(progress: float, steps_since_start: int, resumed: bool) -> float:
+def learning_rate(
+    peak_rate: float, progress: float, steps_since_start: int, fresh_moments: bool
+) -> float:
     """Rate at a fraction of the training time: warm-up, constant, linear decay."""
-    rate = PEAK_RATE * min(1.0, (progress + 1e-4) / _WARM_UP)
+    rate = peak_rate * min(1.0, (progress + 1e-4) / _WARM_UP)
     if progress > _DECAY_FROM:
         left = max(0.0, (1 - progress) / (1 - _DECAY_FROM))
-        rate = PEAK_RATE * (_LAST_SHARE + (1 - _LAST_SHARE) * left)
-    if resumed:
+        rate = peak_rate * (_LAST_SHARE + (1 - _LAST_SHARE) * left)
+    if fresh_moments:
         rate *= min(1.0, (steps_since_start + 1) / RESUME_STEPS)
     return rate
 

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fluxion_jax.errors import ConfigError, IntegrityError
-from fluxion_jax.evaluation.runner import Settings, prompts_sha256, task_samples
+from fluxion_jax.evaluation.runner import (
+    REAL_TEXT,
+    Settings,
+    prompts_sha256,
+    real_texts,
+    task_samples,
+)
 from fluxion_jax.models.load import LoadedModel
 
 _NAMES = ("policies", "tasks", "lengths_tokens", "samples", "seed", "batch")
@@ -91,11 +97,16 @@ def part_of(
 
 def first_prompts(model: LoadedModel, settings: Settings) -> dict[str, str]:
     """SHA-256 of the first sample of each task and length, in the model's tokens."""
-    return {
-        f"{task}:{length}": prompts_sha256(task_samples(model, task, length, [settings.seed]))
-        for task in settings.tasks
-        for length in settings.lengths_tokens
-    }
+    found = {}
+    for length in settings.lengths_tokens:
+        for task in settings.tasks:
+            if task == REAL_TEXT:
+                (stretch,) = real_texts(model, settings, [length], [settings.seed])[length]
+                digest = hashlib.sha256(json.dumps(stretch).encode()).hexdigest()
+            else:
+                digest = prompts_sha256(task_samples(model, task, length, [settings.seed]))
+            found[f"{task}:{length}"] = digest
+    return found
 
 
 def frozen_for(model: LoadedModel) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fluxion_jax.evaluation.metrics import bootstrap_interval
+from fluxion_jax.evaluation.summary import render_summary
 
 Cells = Sequence[Sequence[dict[str, Any]]]
 
@@ -88,6 +89,8 @@ def render(report: dict[str, Any]) -> str:
         "paired 95 % bootstrap intervals.",
         "",
     ]
+    if len({row["task"] for row in report["rows"]}) > 1:
+        lines += [*render_summary(report["summary"]), ""]
     if report["rows"]:
         lines += [
             "| task | length | policy | samples | score | difference | same prefix | MiB/token "

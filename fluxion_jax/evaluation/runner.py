@@ -21,6 +21,7 @@ from fluxion_jax.evaluation.making import Key, made_groups, one_sample
 from fluxion_jax.evaluation.real_text import compare, stretches
 from fluxion_jax.evaluation.report import answer_rows, text_rows
 from fluxion_jax.evaluation.samples import Sample
+from fluxion_jax.evaluation.summary import summary_rows
 from fluxion_jax.evaluation.tasks import TASKS
 from fluxion_jax.models.load import LoadedModel, load_model
 from fluxion_jax.models.packaged import SHIPPED_MODEL
@@ -127,8 +128,8 @@ def evaluate(
 
     Returns:
       The report, JSON-ready: `stamp`, `settings`, `prompts_sha256` per task and length, `rows`,
-      `text_rows` and `samples`. Scores are from 0 to 1; a row has the `difference` from the
-      reference and its paired 95 % bootstrap `interval`.
+      `text_rows`, `samples`, and `summary` over all tasks of a length. Scores are from 0 to 1; a
+      row has the `difference` from the reference and its paired 95 % bootstrap `interval`.
 
     Raises:
       ConfigError: a setting does not fit the model, or the model has no tokenizer.
@@ -152,7 +153,10 @@ def evaluate(
         )
     fingerprint = model_fingerprint(model.model, model.config)
     groups, num_samples = _groups(model, settings, data, workers)
-    texts = _texts(model, settings) if data is None and REAL_TEXT in settings.tasks else {}
+    texts = {}
+    if data is None and REAL_TEXT in settings.tasks:
+        seeds = range(settings.seed, settings.seed + settings.samples)
+        texts = real_texts(model, settings, settings.lengths_tokens, seeds)
     bars = tqdm(
         total=num_samples + settings.samples * len(texts),
         desc="evaluate",
@@ -195,7 +199,7 @@ def evaluate(
                 )
                 bars.update(len(part))
             text_table += text_rows(length, cells)
-    return {
+    report = {
         "evaluation": "policies",
         "stamp": stamp(),
         "settings": {
@@ -214,6 +218,7 @@ def evaluate(
         "text_rows": text_table,
         "samples": answered,
     }
+    return {**report, "summary": summary_rows(report)}
 
 
 def prompts_sha256(samples: Sequence[Sample]) -> str:
@@ -249,11 +254,13 @@ def _groups(
     return found.items(), len(data)
 
 
-def _texts(model: LoadedModel, settings: Settings) -> dict[int, list[tuple[int, ...]]]:
+def real_texts(
+    model: LoadedModel, settings: Settings, lengths_tokens: Sequence[int], seeds: Sequence[int]
+) -> dict[int, list[tuple[int, ...]]]:
+    """Stretches of the settings' text by their length, one per seed, in the model's tokens."""
     assert model.tokenizer is not None
     tokens = model.tokenizer.encode(long_text() if settings.text is None else settings.text)
-    indices = range(settings.seed, settings.seed + settings.samples)
-    return {n: stretches(tokens, n, indices) for n in dict.fromkeys(settings.lengths_tokens)}
+    return {n: stretches(tokens, n, seeds) for n in dict.fromkeys(lengths_tokens)}
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -31,6 +31,16 @@ def test_the_protocol_holds_the_headline_table():
     assert all(set(hashes) == names for hashes in document["prompts_sha256"].values())
 
 
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_the_fidelity_protocols_have_real_text(name):
+    settings, document = load_protocol(PROTOCOL.with_name(f"fidelity-{name}.json"))
+    assert "real_text" in settings.tasks
+    assert settings.seed >= 1_000_000
+    names = {f"{t}:{n}" for t in settings.tasks for n in settings.lengths_tokens}
+    assert document["prompts_sha256"]
+    assert all(set(hashes) == names for hashes in document["prompts_sha256"].values())
+
+
 def test_changed_prompts_are_refused(capsys, monkeypatch, tmp_path, model):
     loaded = load_model(model)
     document = json.loads(PROTOCOL.read_text())
@@ -62,6 +72,10 @@ def test_changed_prompts_are_refused(capsys, monkeypatch, tmp_path, model):
     path.write_text(json.dumps({**document, "seed": 7, "prompts_sha256": frozen}))
     with pytest.raises(IntegrityError, match="got others for passkey:640"):
         check_prompts(loaded, *load_protocol(path))
+    texts = dataclasses.replace(settings, tasks=("real_text",))
+    first, again = (first_prompts(loaded, dataclasses.replace(texts, seed=seed)) for seed in (0, 1))
+    assert set(first) == {"real_text:640"}
+    assert first != again
     path.write_text("{}")
     with pytest.raises(ConfigError, match="expected policies in the protocol"):
         load_protocol(path)

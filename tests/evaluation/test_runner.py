@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -195,7 +196,11 @@ def test_the_command(capsys, monkeypatch, tmp_path, found):
     assert len(lines) == 2 + 2 + 2 + 2
     assert f"| passkey | {LENGTH} | fixed:128:0.02 | 2 |" in out
     written = json.loads((tmp_path / "evaluate.json").read_text())
-    assert written == json.loads(json.dumps(made))
+    tables = json.loads(json.dumps(made))
+    samples = tables.pop("samples")
+    assert written == tables
+    with gzip.open(tmp_path / "evaluate-samples.jsonl.gz", "rt") as lines:
+        assert [json.loads(line) for line in lines] == samples
     for name in ("depth", "quality"):
         assert (tmp_path / f"evaluate-{name}.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -168,6 +168,22 @@ def test_rows_are_full_and_repeatable(length, data):
     assert set(np.unique(kinds)) == {0, 1, 2}
 
 
+def test_long_rows_hold_several_drills(data):
+    batches = _module("recall_model.batches")
+    _, kinds = batches.Rows(data[0]).batch("3:4", 60, 2048)
+    # An answer whose question comes behind a text window or another drill.
+    ends = [np.flatnonzero(np.diff((row == batches.ANSWER).astype(int)) == -1) for row in kinds]
+    assert sum(len(e) > 1 and np.ptp(e) > 1024 for e in ends) > 5
+
+
+def test_several_values_are_trained_as_often_as_they_need(data):
+    rows = _module("recall_model.batches").Rows(data[0])
+    made = [rows.drill(random.Random(i), "niah", 2048) for i in range(100)]
+    texts = [data[0].tokenizer.decode(drill[0].tolist()) for drill in made if drill]
+    several = [t for t in texts if re.search(r"all the special magic \w+ for [\w-]+ mentioned", t)]
+    assert len(several) > 0.25 * len(texts)
+
+
 def test_trains_resumes_exports_and_loads(tmp_path):
     train = _module("train_recall_model")
     model, storage = _module("recall_model.model"), _module("recall_model.storage")
@@ -182,7 +198,8 @@ def test_trains_resumes_exports_and_loads(tmp_path):
     assert second["weights_sha256"] != first["weights_sha256"]
     assert {point["length"] for point in second["curve"]} == {256, 1024, 2048}
     assert set(second["exact_answers"]["1024"]) == set(TASKS)
-    assert len(list(tmp_path.iterdir())) == 7
+    assert second["text_tokens"] > first["text_tokens"] > 0
+    assert len(list(tmp_path.iterdir())) == 8
     train.main([*arguments, "--export-only"])
 
     loaded = load_model(tmp_path, dtype="float32")
@@ -197,11 +214,54 @@ def test_trains_resumes_exports_and_loads(tmp_path):
         loaded.model(tokens), trainer(tokens, dtype=jnp.float32), rtol=2e-4, atol=2e-4
     )
 
+    # The exported weights are what another run starts from.
+    started, record = storage.load_exported(tmp_path, train.PRESETS["tiny"].sizes)
+    assert record["steps"] == 12
+    for ours, theirs in zip(
+        train.jax.tree.leaves(started), train.jax.tree.leaves(params), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match="got others"):
+        storage.load_exported(tmp_path, train.PRESETS["tiny"].sizes)
+
+
+def test_resumption_goes_on_exactly(tmp_path):
+    train, storage = _module("train_recall_model"), _module("recall_model.storage")
+    training, sizes = _module("recall_model.training"), train.PRESETS["tiny"].sizes
+    graph, _ = storage.abstract_model(sizes)
+    params = train.nnx.state(_module("recall_model.model").RecallModel(sizes, train.nnx.Rngs(3)))
+    moments = training.optimizer().init(params)
+    step = training.make_step(graph, micro_rows=2, dtype=jnp.float32, implementation="xla")
+    rng = np.random.default_rng(0)
+
+    def batch():
+        tokens = rng.integers(1, sizes.vocab_size, (2, 64)).astype(np.uint16)
+        return tokens, rng.integers(1, 3, (2, 64)).astype(np.uint8), np.float32(1e-3)
+
+    params, moments, _ = step(params, moments, *batch())
+    storage.save(tmp_path, params, moments, {"steps": 1})
+    loaded, record = storage.load(tmp_path, params)
+    kept = storage.load_moments(tmp_path, moments, record)
+    later = batch()
+    fresh = training.optimizer().init(loaded)
+    from_fresh, _, _ = step(train.jax.tree.map(jnp.array, loaded), fresh, *later)
+    resumed, _, _ = step(loaded, kept, *later)
+    params, _, _ = step(params, moments, *later)
+    for ours, theirs in zip(
+        train.jax.tree.leaves(resumed), train.jax.tree.leaves(params), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(from_fresh["embedding"][...], params["embedding"][...])
+    assert storage.load_moments(tmp_path, kept, {**record, "weights_sha256": "other"}) is None
+    (tmp_path / "moments.npz").unlink()
+    assert storage.load_moments(tmp_path, kept, record) is None
+
 
 def test_weights_of_another_moment_are_refused(tmp_path):
     storage = _module("recall_model.storage")
     state = {"a": jnp.arange(8.0), "b": jnp.ones((3, 2))}
-    storage.save(tmp_path, state, {"steps": 1})
+    storage.save(tmp_path, state, state, {"steps": 1})
     loaded, record = storage.load(tmp_path, state)
     assert record["steps"] == 1
     np.testing.assert_array_equal(loaded["b"], state["b"])
@@ -213,7 +273,7 @@ def test_weights_of_another_moment_are_refused(tmp_path):
 def test_learning_rate_rises_stays_and_falls():
     rate = _module("recall_model.training").learning_rate
     peak = _module("recall_model.training").PEAK_RATE
-    assert rate(0.0, 0, False) < 0.01 * peak
-    assert rate(0.03, 9, False) == rate(0.6, 9, False) == peak
-    assert rate(0.8, 9, False) == pytest.approx(0.51 * peak)
-    assert rate(0.5, 0, True) == pytest.approx(peak / 100)
+    assert rate(peak, 0.0, 0, False) < 0.01 * peak
+    assert rate(peak, 0.03, 9, False) == rate(peak, 0.6, 9, False) == peak
+    assert rate(peak, 0.8, 9, False) == pytest.approx(0.51 * peak)
+    assert rate(peak, 0.5, 0, True) == pytest.approx(peak / 100)

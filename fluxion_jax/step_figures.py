@@ -112,7 +112,7 @@ def timeline_figure(timeline: StepTimeline, title: str) -> Any:
       title: what ran, in one line.
 
     Returns:
-      A matplotlib `Figure`: the whole step above, below it the layer in which the host worked
+      A matplotlib `Figure`: the whole step above, below it the layer in which the host attended
       longest, by itself. The bar of the host's threads reaches from submit to the end of the last
       task; its lower part says how their working time divides into scoring, selecting and
       attending.
@@ -125,7 +125,7 @@ def timeline_figure(timeline: StepTimeline, title: str) -> Any:
     handles, labels = above.get_legend_handles_labels()
     _draw_timeline(below, timeline)
     span = _of(timeline, "span")
-    shown = int(span.argmax())
+    shown = int(_of(timeline, "attended").argmax())
     first = timeline.submit_s[shown]
     last = max(timeline.done_s[shown], first + span[shown])
     margin = 0.12 * (last - first)
@@ -133,7 +133,7 @@ def timeline_figure(timeline: StepTimeline, title: str) -> Any:
     _style_axes(
         below,
         "x",
-        f"The {_ordinal(shown + 1)} layer with a host cache, where the host worked longest",
+        f"The {_ordinal(shown + 1)} layer with a host cache, where the host attended longest",
     )
     below.set_xlabel("milliseconds since the program began", fontsize=9, color=GREY)
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)

@@ -112,9 +112,10 @@ def timeline_figure(timeline: StepTimeline, title: str) -> Any:
       title: what ran, in one line.
 
     Returns:
-      A matplotlib `Figure`: the whole step above, below it the middle layer by itself. The bar of
-      the host's threads reaches from submit to the end of the last task; its lower part says how
-      their working time divides into scoring, selecting and attending.
+      A matplotlib `Figure`: the whole step above, below it the layer in which the host attended
+      longest, by itself. The bar of the host's threads reaches from submit to the end of the last
+      task; its lower part says how their working time divides into scoring, selecting and
+      attending.
     """
     figure = _figure((11, 4.8), title)
     above, below = figure.subplots(2, 1)
@@ -122,13 +123,18 @@ def timeline_figure(timeline: StepTimeline, title: str) -> Any:
     above.set_xlim(0, 1e3 * timeline.end_s)
     _style_axes(above, "x", "The whole step")
     handles, labels = above.get_legend_handles_labels()
-    middle = len(timeline.submit_s) // 2
     _draw_timeline(below, timeline)
-    first, last = timeline.submit_s[middle], timeline.done_s[middle]
-    last = max(last, first + _of(timeline, "span")[middle])
+    span = _of(timeline, "span")
+    shown = int(_of(timeline, "attended").argmax())
+    first = timeline.submit_s[shown]
+    last = max(timeline.done_s[shown], first + span[shown])
     margin = 0.12 * (last - first)
     below.set_xlim(1e3 * (first - margin), 1e3 * (last + margin))
-    _style_axes(below, "x", f"One layer of it (the {_ordinal(middle + 1)})")
+    _style_axes(
+        below,
+        "x",
+        f"The {_ordinal(shown + 1)} layer with a host cache, where the host attended longest",
+    )
     below.set_xlabel("milliseconds since the program began", fontsize=9, color=GREY)
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure

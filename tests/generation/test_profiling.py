@@ -120,10 +120,21 @@ def test_heads_that_read_nothing_are_streaming_and_groups_of_them_read_nothing(r
 
 def test_the_bars_of_a_split_add_up_to_the_bytes_read(recorded):
     stats = recorded.stats
-    bars = split_figure(stats, "Split").axes[0].patches
+    axes = split_figure(stats, "Split").axes[0]
+    bars = axes.patches
     kib = sum(bar.get_width() for bar in bars)
     assert kib * 1024 * stats.num_steps == pytest.approx(stats.host_bytes)
     assert len(bars) == 4 * llama().config.num_layers
+    by_name = {
+        bar.get_label(): sum(b.get_width() for b in bar) * 1024 * stats.num_steps
+        for bar in axes.containers
+    }
+    assert by_name["host: keys and values"] == pytest.approx(
+        stats.host_blocks.sum() * stats.layout.block_bytes
+    )
+    assert by_name["device: summaries"] == pytest.approx(
+        stats.device_units.sum() * stats.layout.unit_summary_bytes
+    )
 
 
 def test_a_table_by_layer_adds_up(recorded):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -89,6 +90,20 @@ def test_every_page_is_reached_and_results_are_those_of_the_reports() -> None:
     assert subprocess.run(check, env=environment, check=False).returncode == 0, (
         "docs/results.md is not what benchmarks/results says: run tools/make_results_page.py"
     )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_lead_somewhere_and_show_what_they_do(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    targets = [t for t in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in t]
+    assert not [target for target in targets if not (path.parent / target).exists()]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("image/png" in output.get("data", ()) for output in outputs)
+    # Nothing of the machine that ran it but what the notebook means to tell.
+    shown = "".join("".join(output.get("text", ())) for output in outputs)
+    assert not re.search(r"/(?:tmp|home|root|work)/", shown)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)

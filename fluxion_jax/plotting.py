@@ -100,11 +100,7 @@ def host_figure(report: dict[str, Any], title: str) -> Any:
 
 
 def style(axes: Any, title: str) -> None:
-<<<<<<< HEAD
     """Gives axes the look that all figures share: few lines, a grid behind, a title on the left."""
-=======
-    """Gives axes the look of all figures: few lines, a grid behind, the title on the left."""
->>>>>>> afffa1c (A calibration's figure names its tolerances; how to renew the notebooks)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=GREY, labelsize=9)

@@ -96,7 +96,7 @@ def run_demo(
       context_tokens: length of the text in tokens.
       scored_tokens: decode steps over which fidelity is measured, at least 1.
       policies: the first is the reference.
-      progress: show progress bars; None shows them on a terminal.
+      progress: show progress bars; None shows them on a terminal and in a notebook.
       say: told in one line what happens next.
 
     Raises:

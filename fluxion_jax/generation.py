@@ -24,7 +24,7 @@ from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.replay_policy import ReplayPolicy, recorded_plans
 from fluxion_jax.policy.split import Split
 from fluxion_jax.sampling import Sampling
-from fluxion_jax.session import CHUNK_TOKENS, Session, read_prompts, show_progress, unwrap
+from fluxion_jax.session import CHUNK_TOKENS, Session, read_prompts, unwrap
 from fluxion_jax.stats import DecodeStats
 
 
@@ -110,7 +110,7 @@ def generate(
       execution: how a step runs.
       seed: of the sampling.
       chunk_tokens: tokens that one compiled call prefills; shorter prompts are padded to it.
-      progress: show progress bars; None shows them if standard error is a terminal.
+      progress: show progress bars; None shows them on a terminal and in a notebook.
 
     Returns:
       The tokens, their log-probabilities, statistics and the cache.
@@ -366,6 +366,4 @@ def prefill(
     check_count("chunk_tokens", chunk_tokens)
     check_cache(cache, model, np.asarray([len(row) for row in rows]))
     with cancel_word() as word:
-        return read_prompts(
-            model, rows, cache, word, chunk_tokens, show_progress(progress), Execution()
-        )
+        return read_prompts(model, rows, cache, word, chunk_tokens, progress, Execution())

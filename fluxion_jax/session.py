@@ -7,7 +7,6 @@ buffers: after each compiled chunk, after an error, after Ctrl-C.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -38,6 +37,7 @@ from fluxion_jax.policy.fixed_policy import full
 from fluxion_jax.policy.parse import parse_policy
 from fluxion_jax.policy.protocol import Policy, needs_sketch
 from fluxion_jax.policy.split import Split, parse_split
+from fluxion_jax.progress import bar_options
 from fluxion_jax.sampling import Sampling, greedy
 from fluxion_jax.stats import DecodeStats
 
@@ -94,7 +94,7 @@ class Session:
         self.execution = execution or Execution()
         self.seed = seed
         self.chunk_tokens = chunk_tokens
-        self.show = show_progress(progress)
+        self.progress = progress
         fed = np.asarray([len(row) for row in self.rows]) + max_new_tokens - 1
         if cache is None:
             # A model of one's own need not know of sketches until a policy wants one.
@@ -124,7 +124,7 @@ class Session:
                     self.cache,
                     word,
                     self.chunk_tokens,
-                    self.show,
+                    self.progress,
                     self.execution,
                 )
             self.first_positions = np.asarray(self.cache.lengths)
@@ -142,7 +142,7 @@ class Session:
         finished = jnp.zeros(len(self.rows), bool)
         left, done = self.max_new_tokens, 0
         lengths = self.cache.lengths
-        with tqdm(total=left, desc="decode", unit="token", disable=not self.show) as bar:
+        with tqdm(total=left, desc="decode", unit="token", **bar_options(self.progress)) as bar:
             while left:
                 if self.cache.lengths is not lengths:
                     raise FluxionError(
@@ -207,7 +207,7 @@ def read_prompts(
     cache: HostKV,
     word: int,
     chunk: int,
-    show: bool,
+    progress: bool | None,
     execution: Execution,
 ) -> np.ndarray:
     """Prefills checked prompts in chunks; returns float32 `[B, V]`, the logits behind each row."""
@@ -218,7 +218,7 @@ def read_prompts(
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = ids
     last = np.zeros((len(rows), 0), np.float32)
-    with tqdm(total=longest, desc="prefill", unit="token", disable=not show) as bar:
+    with tqdm(total=longest, desc="prefill", unit="token", **bar_options(progress)) as bar:
         for first in range(0, longest, chunk):
             count = np.clip(lengths - first, 0, chunk)
             part = jnp.asarray(tokens[:, first : first + chunk])
@@ -268,11 +268,6 @@ def _default(model: Any, cache: HostKV | None) -> Policy:
     policy = default_policy(model)
     seen = cache is None or bool(cache.sketch) or not cache.num_host_blocks
     return policy if seen or not needs_sketch(policy) else full()
-
-
-def show_progress(progress: bool | None) -> bool:
-    """Whether to show progress bars; None asks whether anybody would see them."""
-    return sys.stderr.isatty() if progress is None else progress
 
 
 def cache_dtype(model: Any) -> str:

@@ -60,6 +60,8 @@ async def run(path: Path, write: bool) -> bool:
             timeout=CELL_TIMEOUT_S,
             kernel_name="python3",
             record_timing=False,
+            # Of a progress bar only the last line is worth keeping.
+            coalesce_streams=True,
             resources={"metadata": {"path": directory}},
         )
         try:

@@ -48,7 +48,7 @@ def run(
       context_tokens: length of the text, at least 1024.
       num_queries: queries per head and layer.
       budgets: fractions of the context that may be selected.
-      progress: show a progress bar; None shows it on a terminal.
+      progress: show a progress bar; None shows it on a terminal and in a notebook.
 
     Returns:
       The report: `stamp`, `settings` and `rows`, each row with `granularity`, `budget_fraction`,

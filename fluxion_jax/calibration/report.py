@@ -60,7 +60,7 @@ def calibration_figure(report: dict[str, Any]) -> Any:
     axes = figure.subplots(1, 2)
     panels = (
         ("given_fraction", "mean budget, % of the host's tokens"),
-        ("under_budget", "budgets that fall short, %"),
+        ("under_budget", "budgets that fall short, %; dashed: aimed at"),
     )
     for panel, (value, title) in zip(axes, panels, strict=True):
         for (method, name), colour in zip(METHODS.items(), COLOURS, strict=False):
@@ -89,5 +89,6 @@ def calibration_figure(report: dict[str, Any]) -> Any:
         panel.set_title(title, fontsize=11, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="#e4e7eb", linewidth=0.8)
-        panel.legend(frameon=False, fontsize=8)
+    # Both panels have the same colours, and only the lower left of this one is always free.
+    axes[0].legend(frameon=False, fontsize=8)
     return figure

@@ -33,7 +33,8 @@ from fluxion_jax.policy.features import NAMES, head_features
 from fluxion_jax.policy.fixed_policy import full
 from fluxion_jax.policy.protocol import Features, Plan, Policy
 from fluxion_jax.policy.split import Split, one_sided
-from fluxion_jax.session import cache_dtype, show_progress
+from fluxion_jax.progress import bar_options
+from fluxion_jax.session import cache_dtype
 
 # What a prompt's end told of the heads is as old as the generation is long: stretches alternate.
 _AGES_TOKENS = (0, 16, 64, 256)
@@ -109,7 +110,7 @@ def collect_samples(
       chunk_tokens: tokens that one compiled call prefills.
       folder: where the samples of each text are kept, and not made again; None keeps none.
       identity: of the model, from `model_identity`; part of the names of what is kept.
-      progress: show a progress bar; None shows it on a terminal.
+      progress: show a progress bar; None shows it on a terminal and in a notebook.
     """
     limits = tuple(sorted(tolerances))
     layout = model.config.kv_layout(cache_dtype(model.model), sketch=True)
@@ -117,7 +118,7 @@ def collect_samples(
     cache: HostKV | None = None
     found: list[_Part] = []
     stretches = 0
-    bar = tqdm(texts, desc="samples", unit="text", disable=not show_progress(progress))
+    bar = tqdm(texts, desc="samples", unit="text", **bar_options(progress))
     for text in bar:
         bar.set_postfix_str(text.name)
         ages = [

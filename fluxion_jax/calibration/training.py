@@ -24,7 +24,7 @@ from fluxion_jax.cache.layout import GRANULARITIES_TOKENS
 from fluxion_jax.calibration.samples import HeadSamples
 from fluxion_jax.policy.features import NUM_FEATURES
 from fluxion_jax.policy.head_predictor import HeadPredictor, Statistics
-from fluxion_jax.session import show_progress
+from fluxion_jax.progress import bar_options
 
 QUANTILE = 0.9
 _BATCH = 1024
@@ -90,7 +90,7 @@ def train_predictor(
       num_heads: query heads of a layer.
       num_steps: of the optimiser, in batches of 1,024 samples.
       seed: of weights and batches.
-      progress: show a progress bar; None shows it on a terminal.
+      progress: show a progress bar; None shows it on a terminal and in a notebook.
 
     Returns:
       The predictor, and the mean loss of each run of 50 steps.
@@ -139,9 +139,7 @@ def train_predictor(
     carry = (params, optimiser.init(params))
     keys = jax.random.split(jax.random.key(seed), num_steps)
     losses = []
-    with tqdm(
-        total=num_steps, desc="training", unit="step", disable=not show_progress(progress)
-    ) as bar:
+    with tqdm(total=num_steps, desc="training", unit="step", **bar_options(progress)) as bar:
         for start in range(0, num_steps, _STEPS_PER_CALL):
             part = keys[start : start + _STEPS_PER_CALL]
             carry, found = run(carry, part)

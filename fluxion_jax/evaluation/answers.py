@@ -42,7 +42,7 @@ def answer(
       policies: the first is the reference of `same_prefix`.
       folder: where finished cells are kept; None keeps none.
       execution: how a step runs.
-      progress: show progress bars; None shows them on a terminal.
+      progress: show progress bars; None shows them on a terminal and in a notebook.
 
     Returns:
       Per policy `policy`, `host_bytes_per_token`, `read_fraction`, and lists with an entry per

@@ -24,7 +24,7 @@ from fluxion_jax.evaluation.real_text import stretches
 from fluxion_jax.evaluation.runner import REAL_TEXT
 from fluxion_jax.models.load import LoadedModel, load_model
 from fluxion_jax.plotting import COLOURS, require_matplotlib
-from fluxion_jax.session import show_progress
+from fluxion_jax.progress import bar_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def study_heads(
     Args:
       model: loaded, or what `load_model` takes; without sliding-window layers.
       study: what to look at; None takes the defaults.
-      progress: show a progress bar; None shows it on a terminal.
+      progress: show a progress bar; None shows it on a terminal and in a notebook.
 
     Returns:
       JSON-ready: `stamp`, `settings`, `tolerances`, `granularities`, and per tolerance
@@ -71,7 +71,7 @@ def study_heads(
         raise ConfigError(f"expected a model with a tokenizer, got {loaded.name} without one")
     found: list[Labels] = []
     texts = [(task, i) for task in study.tasks for i in range(study.samples)]
-    for task, i in tqdm(texts, desc="heads", disable=not show_progress(progress)):
+    for task, i in tqdm(texts, desc="heads", **bar_options(progress)):
         tokens, first = _text(loaded, study, task, study.seed + i)
         found += make_labels(loaded, tokens, [first], steps=study.steps, progress=False)
     budgets = np.concatenate([label.budget_tokens for label in found], axis=3)

@@ -26,7 +26,7 @@ from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, KVLayout, host_tokens
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.models.load import LoadedModel
 from fluxion_jax.policy.replay_policy import ReplayPolicy, recorded_plans
-from fluxion_jax.session import show_progress
+from fluxion_jax.progress import bar_options
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.2, 0.3)
 
@@ -119,7 +119,7 @@ def make_labels(
       first_positions: where the stretches begin.
       steps: of each stretch; its host cache is that of its first step.
       tolerances: of the error, any number of them.
-      progress: show a progress bar; None shows it on a terminal.
+      progress: show a progress bar; None shows it on a terminal and in a notebook.
 
     Returns:
       One `Labels` per stretch.
@@ -142,7 +142,7 @@ def make_labels(
         total=len(layout.global_layers),
         desc="labels",
         unit="layer",
-        disable=not show_progress(progress),
+        **bar_options(progress),
     )
     sinks = layout.sink_tokens
     # NumPy lets other threads run, and the device goes on with the next layer meanwhile.

@@ -72,7 +72,7 @@ def compare(
       policies: the first is the reference.
       folder: where finished cells are kept; None keeps none.
       execution: how a step runs; every step is measured as well.
-      progress: show progress bars; None shows them on a terminal.
+      progress: show progress bars; None shows them on a terminal and in a notebook.
 
     Returns:
       Per policy `policy`, `host_bytes_per_token`, `read_fraction`, `recall` and `output_error` per

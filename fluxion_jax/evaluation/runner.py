@@ -27,7 +27,7 @@ from fluxion_jax.models.load import LoadedModel, load_model
 from fluxion_jax.models.packaged import SHIPPED_MODEL
 from fluxion_jax.policy.parse import check_policy, parse_policy
 from fluxion_jax.policy.protocol import Policy
-from fluxion_jax.session import show_progress
+from fluxion_jax.progress import bar_options
 
 REAL_TEXT = "real_text"
 DEFAULT_MODEL = SHIPPED_MODEL
@@ -123,7 +123,7 @@ def evaluate(
       execution: how a step runs; None for the product's defaults.
       workers: processes that make the samples while the model answers; 0 makes them in this one. A
         script that asks for workers must guard its start with `if __name__ == "__main__":`.
-      progress: show progress bars; None shows them on a terminal.
+      progress: show progress bars; None shows them on a terminal and in a notebook.
       say: told in one line what happens next.
 
     Returns:
@@ -161,7 +161,7 @@ def evaluate(
         total=num_samples + settings.samples * len(texts),
         desc="evaluate",
         unit="sample",
-        disable=not show_progress(progress),
+        **bar_options(progress),
     )
     answered, rows, prompts = [], [], {}
 

@@ -55,7 +55,9 @@ def append(
         call = jax.ffi.ffi_call(
             "fluxion_append", [jax.ShapeDtypeStruct((1,), jnp.int32)], has_side_effect=True
         )
-        (status,) = call(k, v, *flush, *optional, has_summaries=summaries is not None)
+        (status,) = call(
+            k, v, *flush, *optional, has_summaries=summaries is not None, has_first_row=False
+        )
         return *_keep((k, v, summaries), (status,)), status
     rows = [] if first_row is None else [first_row]
     operands = [*rows, k, v, *flush]
@@ -98,12 +100,8 @@ def submit(
       int32 `[2]`, the tick that `collect` needs.
     """
     native.require()
-    # The handler for a GPU knows no rows.
-    more: dict[str, bool] = {}
     if compat.traced_for_gpu():
         _refuse_rows(first_row)
-    else:
-        more["has_first_row"] = first_row is not None
     *operands, bitmap = work
     optional = [x for x in (summaries, bitmap) if x is not None]
     call = jax.ffi.ffi_call(
@@ -118,7 +116,7 @@ def submit(
         has_summaries=summaries is not None,
         has_bitmap=bitmap is not None,
         scale=np.float32(scale),
-        **more,
+        has_first_row=first_row is not None,
     )
     if compat.traced_for_many() and not compat.traced_for_gpu():
         # What follows an asynchronous call runs on the thread that completes it. That may be an
@@ -189,6 +187,7 @@ def collect(
             *optional,
             has_summaries=summaries is not None,
             return_selection=return_selection,
+            has_first_row=False,
         )
         k, v, summaries = _keep((k, v, summaries), (found[2],))
         return Collected(k, v, summaries, *found, *([] if return_selection else [None]))

@@ -17,9 +17,15 @@ ffi::Error enqueue(void* stream, const Operands& in, const Call& call,
   return ffi::Error::Internal("fluxion: " + problem);
 }
 
+// A GPU's programs take the arrays of one layer at a time.
+ffi::Error no_rows() {
+  return ffi::Error::InvalidArgument("fluxion: expected no first_row on a GPU, got one");
+}
+
 ffi::Error append_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                          bool has_summaries) {
+                          bool has_summaries, bool has_first_row) {
   return guarded([&] {
+    if (has_first_row) return no_rows();
     Operands in(args, rets);
     const AppendCall call = read_append(in, has_summaries);
     return enqueue(stream, in, call, enqueue_append);
@@ -27,8 +33,9 @@ ffi::Error append_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingR
 }
 
 ffi::Error submit_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                          bool has_summaries, bool has_bitmap, float scale) {
+                          bool has_summaries, bool has_bitmap, float scale, bool has_first_row) {
   return guarded([&] {
+    if (has_first_row) return no_rows();
     Operands in(args, rets);
     const SubmitCall call = read_submit(in, has_summaries, has_bitmap, scale);
     return enqueue(stream, in, call, enqueue_submit);
@@ -41,8 +48,9 @@ ffi::Error start_handler(void*, ffi::RemainingArgs, ffi::RemainingRets) {
 }
 
 ffi::Error collect_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                           bool has_summaries, bool return_selection) {
+                           bool has_summaries, bool return_selection, bool has_first_row) {
   return guarded([&] {
+    if (has_first_row) return no_rows();
     Operands in(args, rets);
     const CollectCall call = read_collect(in, has_summaries, return_selection);
     return enqueue(stream, in, call, enqueue_collect);
@@ -60,7 +68,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_append_cuda, fluxion::append_handler,
                                   .Ctx<xla::ffi::PlatformStream<void*>>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<bool>("has_summaries"));
+                                  .Attr<bool>("has_summaries")
+                                  .Attr<bool>("has_first_row"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_submit_cuda, fluxion::submit_handler,
                               xla::ffi::Ffi::Bind()
@@ -69,7 +78,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_submit_cuda, fluxion::submit_handler,
                                   .RemainingRets()
                                   .Attr<bool>("has_summaries")
                                   .Attr<bool>("has_bitmap")
-                                  .Attr<float>("scale"));
+                                  .Attr<float>("scale")
+                                  .Attr<bool>("has_first_row"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_start_cuda, fluxion::start_handler,
                               xla::ffi::Ffi::Bind()
@@ -83,7 +93,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_collect_cuda, fluxion::collect_handler,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<bool>("has_summaries")
-                                  .Attr<bool>("return_selection"));
+                                  .Attr<bool>("return_selection")
+                                  .Attr<bool>("has_first_row"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_keep_cuda, fluxion::keep,
                               xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets());

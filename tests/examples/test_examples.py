@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# Training takes options and is tested by itself.
-SCRIPTS = sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "train_recall_model.py"})
+# These take options and are tested by themselves.
+TESTED_ELSEWHERE = {EXAMPLES / "build_corpus.py", EXAMPLES / "train_recall_model.py"}
+SCRIPTS = sorted(set(EXAMPLES.glob("*.py")) - TESTED_ELSEWHERE)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

@@ -120,8 +120,8 @@ def test_a_scan_over_layers_is_in_place_and_equals_unrolled_layers(
             np.testing.assert_allclose(array, expected_cache[name], rtol=0, atol=2e-5)
 
 
-def test_a_conditional_over_layers_would_copy(query):
-    """Why there is a stacked cache: choosing among arrays of layers costs a copy of them all."""
+def test_a_conditional_over_layers_copies_in_older_versions(query):
+    """Why there is a stacked cache: choosing among arrays of layers may cost a copy of them all."""
     cache = filled(stacked=False)
     branches = [
         lambda q, cache, layer=layer: layer_step(cache, q, layer, parse_split("host"), None)[:2]
@@ -136,7 +136,7 @@ def test_a_conditional_over_layers_would_copy(query):
         return q, cache.advance()
 
     hlo = fx.jit(program).trace(cache, query).lower().compile().as_text()
-    assert full_size_copies(hlo, [cache.k[0].shape])
+    assert bool(full_size_copies(hlo, [cache.k[0].shape])) == (jax.__version_info__ < (0, 11))
 
 
 class Layer(nnx.Module):

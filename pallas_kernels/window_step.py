@@ -1,7 +1,7 @@
 """What a decode step does with the resident window, in one kernel.
 
 One new token per sequence enters the window, its query attends to the window, and the block that
-the token pushes out is taken out and summarised. XLA needs some twenty kernels for it, each of
+the token pushes out is taken out and summarised. XLA needs about seventeen kernels for it, each of
 which takes longer to start than to run.
 
 Axes: B batch, N query heads, K KV heads, G = N // K, S window slots (sinks, then a ring of R), C

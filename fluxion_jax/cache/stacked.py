@@ -3,8 +3,8 @@
 A loop over layers must not cut a layer out of arrays in host memory, nor choose among them by a
 conditional: XLA copies what it cuts and, with JAX 0.10, the operands of a conditional. So such a
 cache keeps the rows of all layers one behind the other, `[L * B, K, ...]`, and host operations get
-the first row of a layer as an operand. What lies on the device is small: a layer's part is taken out
-and put back. Axes: L layers of a kind, B batch, K KV heads.
+the first row of a layer as an operand. What lies on the device is small: a layer's part is taken
+out and put back. Axes: L layers of a kind, B batch, K KV heads.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@
 #
 #   smoke       one test of each kind, a minute      kernels    tests of the device's kernels
 #   paths       tests of decode steps, all splits    host       host kernels against memory
-#   roundtrip   handing a layer to the host, by the  device     block-sparse kernels against the buses
-#               driver's operations and by kernels   machine    ceilings of this machine
+#   roundtrip   handing a layer to the host, by a    device     block-sparse kernels against the buses
+#               kernel and by the driver             machine    ceilings of this machine
 #   step        decode steps at the shapes of 7B     prefill    chunked prefill
 #               and 8B                               long       decoding at 512K tokens
 #   evaluate    the headline table, oracles included
@@ -123,7 +123,7 @@ text() { # text MODEL
 }
 
 # What runs every kernel of a decode step once, and both ways to call the host.
-smoke="True-bfloat16 or SYNC-kernel or many_steps or small_arrays or half-triton or scores_of_pinned"
+smoke="True-bfloat16 or SYNC-memops or many_steps or small_arrays or half-triton or scores_of_pinned"
 smoke+=" or step_after_step or [4-128-gpu] or [64-1-gpu] or [3-bfloat16-64-gpu] or [4-40-128-gpu]"
 
 run build "$PYTHON" tools/build_native.py
@@ -136,8 +136,8 @@ for part in "$@"; do
     device) bench device $QUICK ;;
     machine) bench machine ;;
     roundtrip)
-      FLUXION_CUDA_SYNC=memops bench roundtrip
-      FLUXION_CUDA_SYNC=kernel bench roundtrip-kernel
+      bench roundtrip
+      FLUXION_CUDA_SYNC=memops bench roundtrip-memops
       ;;
     step) bench step --budget-s $((limit * 4 / 5)) $QUICK ;;
     long) XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=72 bench step-long --long --budget-s $((limit * 2 / 3)) ;;

@@ -8,9 +8,10 @@ sets how many threads work including the one that collects (by default one for e
 `FLUXION_CPUS` confines the library's own threads to a list of CPUs such as `0-7,16` (the thread
 that collects is the framework's and stays where it is), `FLUXION_SPIN_US` sets for how many
 microseconds an idle thread spins before it sleeps, `FLUXION_TIMEOUT_S` bounds how long a collect
-waits, and `FLUXION_CUDA_SYNC` (memops, hostfunc) says how a CUDA stream calls the host: through
-words in pinned memory, or through functions that the driver calls, which takes longer and is the
-default only under CUDA_LAUNCH_BLOCKING and where the driver offers nothing else.
+waits, and `FLUXION_CUDA_SYNC` (kernel, memops, hostfunc) says how a CUDA stream calls the host:
+through words in pinned memory that a kernel of ours or the driver writes and waits for, or through
+functions that the driver calls, which takes longer and is the default only under
+CUDA_LAUNCH_BLOCKING and where the driver offers nothing else.
 """
 
 from __future__ import annotations

@@ -7,116 +7,176 @@ namespace {
 
 // Above this the driver's own copy is as fast, and leaves the processors to others.
 constexpr uint64_t kLargeWords = (256 << 10) / 4;
-constexpr unsigned kThreads = 1024;
-constexpr uint64_t kMaxBlocks = 128;
+constexpr unsigned kThreads = 512;
+// Few, because blocks that wait for the host keep their place: those of dozens of streams must fit
+// onto the device at once, or none of them would get on.
+constexpr uint64_t kMaxBlocks = 8;
+constexpr uint64_t kUnitWords = 4;
 
-// The table is CudaCopies::items; block row y copies its entry y, word by word. Before that every
-// block waits until the word at `awaited` has reached `value`, by difference; after that the last
-// block to finish writes `value` to `signalled`. Either address may be 0. The driver compiles this
-// for the device at hand. Loads are volatile, because the host writes between kernels. Each stream
-// loads a module of its own, so the kernels that count in `finished` run one after another.
-constexpr char kKernel[] = R"(
+// Copies the entries of a table, a thread 16 bytes at a time. Loads are volatile, because the host
+// writes between kernels, and all of a thread's come before its stores, because each takes as long
+// as the way over the bus.
+#define FLUXION_COPY(TABLE, UNITS, LABEL)                \
+  "  ld.param.u32 %units, [" UNITS "];\n"                \
+  "  mov.u32 %unit, %first;\n"                           \
+  LABEL "_next:\n"                                       \
+  "  setp.ge.u32 %skip, %unit, %units;\n"                \
+  "  @%skip bra " LABEL "_end;\n"                        \
+  "  mov.u32 %left, %unit;\n"                            \
+  "  mov.u64 %entry, " TABLE ";\n"                       \
+  LABEL "_find:\n"                                       \
+  "  ld.param.u64 %words, [%entry+16];\n"                \
+  "  add.u64 %rest, %words, 3;\n"                        \
+  "  shr.u64 %rest, %rest, 2;\n"                         \
+  "  cvt.u32.u64 %inside, %rest;\n"                      \
+  "  setp.lt.u32 %skip, %left, %inside;\n"               \
+  "  @%skip bra " LABEL "_found;\n"                      \
+  "  sub.u32 %left, %left, %inside;\n"                   \
+  "  add.u64 %entry, %entry, 24;\n"                      \
+  "  bra " LABEL "_find;\n"                              \
+  LABEL "_found:\n"                                      \
+  "  ld.param.u64 %to, [%entry];\n"                      \
+  "  ld.param.u64 %from, [%entry+8];\n"                  \
+  "  mul.wide.u32 %offset, %left, 16;\n"                 \
+  "  add.u64 %to, %to, %offset;\n"                       \
+  "  add.u64 %from, %from, %offset;\n"                   \
+  "  mul.wide.u32 %offset, %left, 4;\n"                  \
+  "  sub.u64 %rest, %words, %offset;\n"                  \
+  "  or.b64 %offset, %to, %from;\n"                      \
+  "  and.b64 %offset, %offset, 15;\n"                    \
+  "  setp.ne.u64 %skip, %offset, 0;\n"                   \
+  "  @%skip bra " LABEL "_words;\n"                      \
+  "  setp.lt.u64 %skip, %rest, 4;\n"                     \
+  "  @%skip bra " LABEL "_words;\n"                      \
+  "  ld.volatile.global.v4.u32 {%a, %b, %c, %d}, [%from];\n" \
+  "  st.global.v4.u32 [%to], {%a, %b, %c, %d};\n"        \
+  "  bra " LABEL "_step;\n"                              \
+  LABEL "_words:\n"                                      \
+  "  setp.gt.u64 %second, %rest, 1;\n"                   \
+  "  setp.gt.u64 %third, %rest, 2;\n"                    \
+  "  setp.gt.u64 %fourth, %rest, 3;\n"                   \
+  "  ld.volatile.global.u32 %a, [%from];\n"              \
+  "  @%second ld.volatile.global.u32 %b, [%from+4];\n"   \
+  "  @%third ld.volatile.global.u32 %c, [%from+8];\n"    \
+  "  @%fourth ld.volatile.global.u32 %d, [%from+12];\n"  \
+  "  st.global.u32 [%to], %a;\n"                         \
+  "  @%second st.global.u32 [%to+4], %b;\n"              \
+  "  @%third st.global.u32 [%to+8], %c;\n"               \
+  "  @%fourth st.global.u32 [%to+12], %d;\n"             \
+  LABEL "_step:\n"                                       \
+  "  add.u32 %unit, %unit, %step;\n"                     \
+  "  bra " LABEL "_next;\n"                              \
+  LABEL "_end:\n"
+
+// One exchange with the host: copies the operands; the last block to have done so writes `value` to
+// the word at `signalled`; the first block waits until the word at `awaited` has reached `value`, by
+// difference, and tells the others, which do not ask the host's memory themselves; then the results
+// are copied. Either address may be 0. The tables are CudaCopies::items, and a unit is 16 bytes or
+// what is left of an entry. `turn` differs from one kernel of a stream to the next. Each stream loads
+// a module of its own, so the kernels that share `finished` and `released` run one after another.
+// The driver compiles this for the device at hand.
+constexpr char kKernel[] =
+    R"(
 .version 6.4
 .target sm_70
 .address_size 64
 
 .global .align 4 .u32 finished = 0;
+.global .align 4 .u32 released = 0;
 
-.visible .entry fluxion_copy(
-  .param .align 8 .b8 table[384],
-  .param .u64 awaited,
+.visible .entry fluxion_exchange(
+  .param .align 8 .b8 operands[384],
+  .param .align 8 .b8 results[384],
+  .param .u32 operand_units,
+  .param .u32 result_units,
   .param .u64 signalled,
-  .param .u32 value)
+  .param .u64 awaited,
+  .param .u32 value,
+  .param .u32 turn)
 {
-  .reg .pred %done, %other;
-  .reg .b32 %row, %block, %threads, %thread, %blocks, %word, %value, %rows, %last, %before;
-  .reg .b64 %entry, %to, %from, %words, %index, %step, %offset, %at, %awaited, %signalled;
+  .reg .pred %skip, %second, %third, %fourth;
+  .reg .b32 %block, %blocks, %thread, %threads, %first, %step, %unit, %units, %left, %inside;
+  .reg .b32 %a, %b, %c, %d, %value, %turn, %word, %last, %before;
+  .reg .b64 %entry, %to, %from, %words, %rest, %offset, %signalled, %awaited;
 
-  mov.u32 %row, %ctaid.y;
   mov.u32 %block, %ctaid.x;
-  mov.u32 %threads, %ntid.x;
-  mov.u32 %thread, %tid.x;
   mov.u32 %blocks, %nctaid.x;
-  ld.param.u64 %awaited, [awaited];
+  mov.u32 %thread, %tid.x;
+  mov.u32 %threads, %ntid.x;
+  mad.lo.u32 %first, %block, %threads, %thread;
+  mul.lo.u32 %step, %blocks, %threads;
   ld.param.u64 %signalled, [signalled];
+  ld.param.u64 %awaited, [awaited];
   ld.param.u32 %value, [value];
-
-  setp.eq.u64 %done, %awaited, 0;
-  @%done bra copy;
-  setp.ne.u32 %other, %thread, 0;
-  @%other bra reached;
-poll:
-  ld.acquire.sys.global.u32 %word, [%awaited];
-  sub.s32 %word, %word, %value;
-  setp.ge.s32 %done, %word, 0;
-  @%done bra reached;
-  nanosleep.u32 100;
-  bra poll;
-reached:
+  ld.param.u32 %turn, [turn];
+)" FLUXION_COPY("operands", "operand_units", "operand") R"(
+  setp.eq.u64 %skip, %signalled, 0;
+  @%skip bra signal_end;
   bar.sync 0;
-
-copy:
-  mul.wide.u32 %offset, %row, 24;
-  mov.u64 %entry, table;
-  add.s64 %entry, %entry, %offset;
-  ld.param.u64 %to, [%entry];
-  ld.param.u64 %from, [%entry+8];
-  ld.param.u64 %words, [%entry+16];
-  cvt.u64.u32 %index, %thread;
-  mad.wide.u32 %index, %block, %threads, %index;
-  mul.wide.u32 %step, %blocks, %threads;
-
-next:
-  setp.ge.u64 %done, %index, %words;
-  @%done bra copied;
-  shl.b64 %offset, %index, 2;
-  add.s64 %at, %from, %offset;
-  ld.volatile.global.u32 %word, [%at];
-  add.s64 %at, %to, %offset;
-  st.global.u32 [%at], %word;
-  add.s64 %index, %index, %step;
-  bra next;
-
-copied:
-  setp.eq.u64 %done, %signalled, 0;
-  @%done bra end;
+  setp.ne.u32 %skip, %thread, 0;
+  @%skip bra signal_end;
   membar.sys;
-  bar.sync 0;
-  setp.ne.u32 %other, %thread, 0;
-  @%other bra end;
-  mov.u32 %rows, %nctaid.y;
-  mul.lo.u32 %last, %blocks, %rows;
-  sub.u32 %last, %last, 1;
+  sub.u32 %last, %blocks, 1;
   atom.acq_rel.gpu.global.inc.u32 %before, [finished], %last;
-  setp.ne.u32 %done, %before, %last;
-  @%done bra end;
+  setp.ne.u32 %skip, %before, %last;
+  @%skip bra signal_end;
   membar.sys;
   st.release.sys.global.u32 [%signalled], %value;
+signal_end:
 
+  setp.eq.u64 %skip, %awaited, 0;
+  @%skip bra end;
+  setp.ne.u32 %skip, %thread, 0;
+  @%skip bra reached;
+  setp.ne.u32 %skip, %block, 0;
+  @%skip bra told;
+asked:
+  ld.acquire.sys.global.u32 %word, [%awaited];
+  sub.s32 %word, %word, %value;
+  setp.ge.s32 %skip, %word, 0;
+  @%skip bra tell;
+  nanosleep.u32 50;
+  bra asked;
+tell:
+  st.release.gpu.global.u32 [released], %turn;
+  bra reached;
+told:
+  ld.acquire.gpu.global.u32 %word, [released];
+  setp.eq.u32 %skip, %word, %turn;
+  @%skip bra reached;
+  nanosleep.u32 50;
+  bra told;
+reached:
+  bar.sync 0;
+)" FLUXION_COPY("results", "result_units", "result") R"(
 end:
   ret;
 }
 )";
-static_assert(sizeof(CudaCopies::items) == 384, "the size of the kernel's table");
-
-}  // namespace
-
-CudaDriver::Function load_copy_kernel(const CudaDriver& driver) {
-  CudaDriver::Module module = nullptr;
-  CudaDriver::Function kernel = nullptr;
-  if (driver.load_module == nullptr || driver.get_function == nullptr ||
-      driver.launch_kernel == nullptr || driver.load_module(&module, kKernel) != 0) {
-    return nullptr;
-  }
-  return driver.get_function(&kernel, module, "fluxion_copy") == 0 ? kernel : nullptr;
-}
-
-namespace {
+#undef FLUXION_COPY
+static_assert(sizeof(CudaCopies::items) == 384, "the size of the kernel's tables");
 
 bool is_small(const CudaCopy& copy) { return copy.words < kLargeWords; }
 
-int copy_large(const CudaDriver& driver, CudaDriver::Stream stream, const CudaCopies& copies,
-               bool all) {
+// What the kernel copies.
+CudaCopies small_ones(const CudaCopies& copies) {
+  CudaCopies small;
+  for (int i = 0; i < copies.count; ++i) {
+    if (is_small(copies.items[i])) small.items[small.count++] = copies.items[i];
+  }
+  return small;
+}
+
+uint32_t units_of(const CudaCopies& copies) {
+  uint64_t units = 0;
+  for (int i = 0; i < copies.count; ++i) {
+    units += (copies.items[i].words + kUnitWords - 1) / kUnitWords;
+  }
+  return static_cast<uint32_t>(units);
+}
+
+int copy_by_driver(const CudaDriver& driver, CudaDriver::Stream stream, const CudaCopies& copies,
+                   bool all) {
   for (int i = 0; i < copies.count; ++i) {
     const CudaCopy& copy = copies.items[i];
     if (!all && is_small(copy)) continue;
@@ -127,43 +187,45 @@ int copy_large(const CudaDriver& driver, CudaDriver::Stream stream, const CudaCo
 }
 
 int launch(const CudaDriver& driver, CudaDriver::Function kernel, CudaDriver::Stream stream,
-           const CudaCopies& copies, uint64_t awaited, uint64_t signalled, uint32_t value) {
-  CudaCopies small;
-  uint64_t most = 1;
-  for (int i = 0; i < copies.count; ++i) {
-    if (!is_small(copies.items[i])) continue;
-    small.items[small.count++] = copies.items[i];
-    most = std::max(most, copies.items[i].words);
-  }
-  if (small.count == 0 && awaited == 0 && signalled == 0) return 0;
-  const uint64_t blocks = std::min((most + kThreads - 1) / kThreads, kMaxBlocks);
-  const int rows = std::max(small.count, 1);  // An entry of no words copies nothing.
-  void* arguments[] = {small.items, &awaited, &signalled, &value};
-  return driver.launch_kernel(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(rows),
-                              1, kThreads, 1, 1, 0, stream, arguments, nullptr);
+           const CudaCopies& operands, const CudaCopies& results, CudaSignal signal) {
+  CudaCopies in = small_ones(operands);
+  CudaCopies out = small_ones(results);
+  uint32_t in_units = units_of(in);
+  uint32_t out_units = units_of(out);
+  if (in_units == 0 && signal.signalled == 0 && signal.awaited == 0) return 0;
+  const uint64_t threads = std::max<uint64_t>({in_units, out_units, 1});
+  const uint64_t blocks = std::min((threads + kThreads - 1) / kThreads, kMaxBlocks);
+  void* arguments[] = {in.items,          out.items,       &in_units,     &out_units,
+                       &signal.signalled, &signal.awaited, &signal.value, &signal.turn};
+  return driver.launch_kernel(kernel, static_cast<unsigned>(blocks), 1, 1, kThreads, 1, 1, 0,
+                              stream, arguments, nullptr);
 }
 
 }  // namespace
 
+CudaDriver::Function load_copy_kernel(const CudaDriver& driver) {
+  CudaDriver::Module module = nullptr;
+  CudaDriver::Function kernel = nullptr;
+  if (driver.load_module == nullptr || driver.get_function == nullptr ||
+      driver.launch_kernel == nullptr || driver.load_module(&module, kKernel) != 0) {
+    return nullptr;
+  }
+  return driver.get_function(&kernel, module, "fluxion_exchange") == 0 ? kernel : nullptr;
+}
+
 int enqueue_copies(const CudaDriver& driver, CudaDriver::Function kernel,
                    CudaDriver::Stream stream, const CudaCopies& copies) {
-  const int error = copy_large(driver, stream, copies, kernel == nullptr);
+  const int error = copy_by_driver(driver, stream, copies, kernel == nullptr);
   if (error != 0 || kernel == nullptr) return error;
-  return launch(driver, kernel, stream, copies, 0, 0, 0);
+  return launch(driver, kernel, stream, copies, {}, {});
 }
 
-int enqueue_copies_and_signal(const CudaDriver& driver, CudaDriver::Function kernel,
-                              CudaDriver::Stream stream, const CudaCopies& copies,
-                              uint64_t signalled, uint32_t value) {
-  const int error = copy_large(driver, stream, copies, false);
-  return error != 0 ? error : launch(driver, kernel, stream, copies, 0, signalled, value);
-}
-
-int enqueue_wait_and_copies(const CudaDriver& driver, CudaDriver::Function kernel,
-                            CudaDriver::Stream stream, const CudaCopies& copies, uint64_t awaited,
-                            uint32_t value) {
-  const int error = launch(driver, kernel, stream, copies, awaited, 0, value);
-  return error != 0 ? error : copy_large(driver, stream, copies, false);
+int enqueue_exchange(const CudaDriver& driver, CudaDriver::Function kernel,
+                     CudaDriver::Stream stream, const CudaCopies& operands,
+                     const CudaCopies& results, const CudaSignal& signal) {
+  int error = copy_by_driver(driver, stream, operands, false);
+  if (error == 0) error = launch(driver, kernel, stream, operands, results, signal);
+  return error != 0 ? error : copy_by_driver(driver, stream, results, false);
 }
 
 }  // namespace fluxion

@@ -41,16 +41,19 @@ CudaDriver::Function load_copy_kernel(const CudaDriver& driver);
 int enqueue_copies(const CudaDriver& driver, CudaDriver::Function kernel,
                    CudaDriver::Stream stream, const CudaCopies& copies);
 
-// The same, and then writes a word of pinned memory; needs the kernel.
-int enqueue_copies_and_signal(const CudaDriver& driver, CudaDriver::Function kernel,
-                              CudaDriver::Stream stream, const CudaCopies& copies,
-                              uint64_t signalled, uint32_t value);
+// The words of pinned memory by which a kernel calls the host and hears from it; addresses may be 0.
+struct CudaSignal {
+  uint64_t signalled = 0;  // Written once the operands have been copied.
+  uint64_t awaited = 0;    // Waited for, until it has reached `value` by difference.
+  uint32_t value = 0;
+  uint32_t turn = 0;       // Another one for each kernel of a stream.
+};
 
-// Waits for a word of pinned memory to reach a value, by difference, before it copies; needs the
-// kernel, which keeps a few multiprocessors waiting.
-int enqueue_wait_and_copies(const CudaDriver& driver, CudaDriver::Function kernel,
-                            CudaDriver::Stream stream, const CudaCopies& copies, uint64_t awaited,
-                            uint32_t value);
+// Copies operands, signals, waits, and copies results, all by one kernel, which must not be null and
+// keeps a few thousand threads of the device waiting.
+int enqueue_exchange(const CudaDriver& driver, CudaDriver::Function kernel,
+                     CudaDriver::Stream stream, const CudaCopies& operands,
+                     const CudaCopies& results, const CudaSignal& signal);
 
 }  // namespace fluxion
 

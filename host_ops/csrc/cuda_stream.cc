@@ -171,30 +171,32 @@ void CudaStream::set_generation(uint32_t generation) {
 
 // The exchange is queued first: a driver that executes everything at once calls the host in here.
 void CudaStream::announce(Exchange* exchange) {
+  bool asleep = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     queue_.push_back(exchange);
+    queued_.fetch_add(1, std::memory_order_release);
+    asleep = asleep_;
     if (sync_ != CudaSync::kHostFunctions && !courier_.joinable()) {
       const SignalsBlocked blocked;
       courier_ = std::thread([this] { serve(); });
     }
   }
-  wake_.notify_one();
+  if (asleep) wake_.notify_one();
 }
 
-int CudaStream::enqueue_with_kernels(Exchange* exchange, const CudaCopies& operands,
-                                     const CudaCopies& results) {
+int CudaStream::exchange_by_kernel(Exchange* exchange, const CudaCopies& operands,
+                                   const CudaCopies& results) {
   announce(exchange);
-  const uint32_t generation = exchange->generation;
-  const int error = enqueue_copies_and_signal(*driver_, copy_kernel_, stream_, operands,
-                                              address(exchange->go), generation);
-  if (error != 0) {
-    exchange->refused.store(true, std::memory_order_release);
-    return error;
-  }
-  if (!exchange->waits) return 0;
-  return enqueue_wait_and_copies(*driver_, copy_kernel_, stream_, results,
-                                 address(exchange->done), generation);
+  CudaSignal signal;
+  signal.signalled = address(exchange->go);
+  signal.awaited = exchange->waits ? address(exchange->done) : 0;
+  signal.value = exchange->generation;
+  signal.turn = ++turn_;
+  const int error =
+      enqueue_exchange(*driver_, copy_kernel_, stream_, operands, results, signal);
+  if (error != 0) exchange->refused.store(true, std::memory_order_release);
+  return error;
 }
 
 int CudaStream::call_host(Exchange* exchange) {
@@ -230,7 +232,7 @@ std::string CudaStream::enqueue(Exchange* exchange, const CudaCopies& operands,
   // After an error the exchange is given up, because the stream may still write to it.
   int error = context.error();
   if (error == 0 && sync_ == CudaSync::kKernels) {
-    error = enqueue_with_kernels(exchange, operands, results);
+    error = exchange_by_kernel(exchange, operands, results);
   } else {
     if (error == 0) error = enqueue_copies(*driver_, copy_kernel_, stream_, operands);
     if (error == 0) error = call_host(exchange);
@@ -245,6 +247,7 @@ void CudaStream::forget(Exchange* exchange) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     queue_.erase(std::find(queue_.begin(), queue_.end(), exchange));
+    queued_.fetch_sub(1, std::memory_order_relaxed);
   }
   idle_.notify_all();
 }
@@ -274,12 +277,24 @@ bool CudaStream::await(const Exchange* exchange) const {
   }
 }
 
+// Where the device is faster than the program that enqueues, the next exchange comes soon.
+void CudaStream::await_exchange() const {
+  const Clock::time_point end = Clock::now() + kSpin;
+  while (queued_.load(std::memory_order_acquire) == 0 && !stop_.load(std::memory_order_acquire) &&
+         Clock::now() < end) {
+    relax();
+  }
+}
+
 void CudaStream::serve() {
   while (true) {
     Exchange* exchange = nullptr;
+    await_exchange();
     {
       std::unique_lock<std::mutex> lock(mutex_);
+      asleep_ = true;
       wake_.wait(lock, [&] { return stop_.load() || !queue_.empty(); });
+      asleep_ = false;
       if (stop_.load()) return;
       exchange = queue_.front();
     }
@@ -299,11 +314,14 @@ void CudaStream::answer(Exchange* exchange) noexcept {
     spent_.clear();
   }
   exchange->work();
+  // First of all, because the stream waits for it; the exchange cannot be taken again before it is
+  // on one of the lists.
+  __atomic_store_n(exchange->done, exchange->generation, __ATOMIC_RELEASE);
   exchange->work = nullptr;
   std::lock_guard<std::mutex> lock(mutex_);
   queue_.pop_front();
+  queued_.fetch_sub(1, std::memory_order_relaxed);
   (exchange->waits ? spent_ : free_).push_back(exchange);
-  __atomic_store_n(exchange->done, exchange->generation, __ATOMIC_RELEASE);
   idle_.notify_all();
 }
 

@@ -3,10 +3,11 @@
 // An exchange is one call of the host by a stream: operands are copied into its pinned memory, the
 // host is called, the stream waits if there are results, and those are copied back. The thread that
 // enqueues it runs ahead of the data and sees none of it.
-// With memory operations the stream writes the exchange's generation to a pinned word, for which a
-// thread of ours (the courier, one for each stream) watches, and waits for another word that the
-// courier writes. With kernels, the kernels that copy write and wait for these words themselves,
-// which saves the driver's operations. With host functions the driver calls the host itself, which takes longer.
+// A thread of ours (the courier, one for each stream) watches a pinned word of each exchange for the
+// exchange's generation, and writes another word when the host is done. With kernels, one kernel
+// copies the operands, writes the first word, waits for the other and copies the results. With
+// memory operations the driver writes and waits in the stream's order, between copies. With host
+// functions the driver calls the host itself, which takes longest.
 // Ownership: a stream owns its exchanges and never gives their memory back. One is reused once
 // the stream has passed its last copy, which shows when a later exchange arrives.
 // Threads: any may enqueue. Neither courier nor host functions call CUDA.
@@ -33,8 +34,8 @@ namespace fluxion {
 
 enum class CudaSync { kMemoryOperations, kKernels, kHostFunctions };
 
-// FLUXION_CUDA_SYNC ("memops", "kernel" or "hostfunc"), else host functions where CUDA_LAUNCH_BLOCKING asks
-// for simple execution, else memory operations.
+// FLUXION_CUDA_SYNC ("kernel", "memops" or "hostfunc"), else host functions where
+// CUDA_LAUNCH_BLOCKING asks for simple execution, else kernels.
 CudaSync wanted_cuda_sync();
 
 class CudaStream;
@@ -83,12 +84,13 @@ class CudaStream {
 
  private:
   void announce(Exchange* exchange);
-  int enqueue_with_kernels(Exchange* exchange, const CudaCopies& operands,
-                           const CudaCopies& results);
+  int exchange_by_kernel(Exchange* exchange, const CudaCopies& operands,
+                         const CudaCopies& results);
   int call_host(Exchange* exchange);
   bool grow(int64_t capacity, std::string* problem);
   Exchange* take(int64_t capacity);
   bool may_grow(int64_t capacity) const;
+  void await_exchange() const;
   void serve();
   bool await(const Exchange* exchange) const;
   void answer(Exchange* exchange) noexcept;
@@ -100,6 +102,7 @@ class CudaStream {
   CudaDriver::Function copy_kernel_ = nullptr;
   uint32_t first_generation_ = 0;
   std::mutex enqueue_mutex_;        // Keeps the order of the stream that of the queue.
+  uint32_t turn_ = 0;               // Guarded by it.
   mutable std::mutex mutex_;        // Guards the rest; never held while CUDA is called.
   std::condition_variable wake_;
   std::condition_variable idle_;
@@ -107,6 +110,8 @@ class CudaStream {
   std::vector<Exchange*> free_;
   std::vector<Exchange*> spent_;    // Answered; the stream may still copy their results.
   std::deque<Exchange*> queue_;
+  bool asleep_ = false;             // The courier waits for `wake_`.
+  std::atomic<int64_t> queued_{0};  // The queue's length, for the courier to watch.
   std::atomic<bool> stop_{false};
   std::thread courier_;
 };

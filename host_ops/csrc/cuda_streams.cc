@@ -75,7 +75,7 @@ CudaSync wanted_cuda_sync() {
   if (wanted != nullptr && std::strcmp(wanted, "kernel") == 0) return CudaSync::kKernels;
   const char* blocking = std::getenv("CUDA_LAUNCH_BLOCKING");
   const bool simple = blocking != nullptr && *blocking != '\0' && std::strcmp(blocking, "0") != 0;
-  return simple ? CudaSync::kHostFunctions : CudaSync::kMemoryOperations;
+  return simple ? CudaSync::kHostFunctions : CudaSync::kKernels;
 }
 
 CudaStream& cuda_stream(const CudaDriver* driver, CudaDriver::Stream stream) {

@@ -48,21 +48,23 @@ void wait_for(const FakeStream* stream, uint64_t address, uint32_t value) {
   while (!reached() && !stream->ending()) std::this_thread::yield();
 }
 
-int launch_kernel(CudaDriver::Function, unsigned, unsigned rows, unsigned, unsigned, unsigned,
-                  unsigned, unsigned, CudaDriver::Stream stream, void** arguments, void**) {
+int launch_kernel(CudaDriver::Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                  unsigned, CudaDriver::Stream stream, void** arguments, void**) {
   // Like the driver, reads the arguments now.
-  std::vector<CudaCopy> table(rows);
-  std::memcpy(table.data(), arguments[0], rows * sizeof(CudaCopy));
-  const uint64_t awaited = *static_cast<const uint64_t*>(arguments[1]);
-  const uint64_t signalled = *static_cast<const uint64_t*>(arguments[2]);
-  const uint32_t value = *static_cast<const uint32_t*>(arguments[3]);
+  fluxion::CudaCopies operands, results;
+  std::memcpy(operands.items, arguments[0], sizeof operands.items);
+  std::memcpy(results.items, arguments[1], sizeof results.items);
+  const uint64_t signalled = *static_cast<const uint64_t*>(arguments[4]);
+  const uint64_t awaited = *static_cast<const uint64_t*>(arguments[5]);
+  const uint32_t value = *static_cast<const uint32_t*>(arguments[6]);
   auto* fake = static_cast<FakeStream*>(stream);
-  return push(stream, [=, table = std::move(table)] {
-    if (awaited != 0) wait_for(fake, awaited, value);
-    for (const CudaCopy& entry : table) copy_bytes(entry.to, entry.from, 4 * entry.words);
+  return push(stream, [=] {
+    for (const CudaCopy& entry : operands.items) copy_bytes(entry.to, entry.from, 4 * entry.words);
     if (signalled != 0) {
       __atomic_store_n(reinterpret_cast<uint32_t*>(signalled), value, __ATOMIC_RELEASE);
     }
+    if (awaited != 0) wait_for(fake, awaited, value);
+    for (const CudaCopy& entry : results.items) copy_bytes(entry.to, entry.from, 4 * entry.words);
   });
 }
 

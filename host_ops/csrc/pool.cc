@@ -52,29 +52,39 @@ Pool::Pool(int threads, std::vector<int> cpus, Clock::duration spin)
 Pool::~Pool() { set_threads(1); }
 
 void Pool::push(Job* job, int64_t parts) {
+  push_all(1, [&](int64_t) { return std::pair(job, parts); });
+}
+
+void Pool::push_chain(Job* first, Job* last, int64_t parts) {
   if (!started_.load(std::memory_order_acquire)) {
     std::lock_guard<std::mutex> lock(start_mutex_);
     start_workers();
   }
   {
     std::lock_guard<SpinLock> lock(queue_lock_);
-    job->next_ = nullptr;
-    job->parts_ = parts;
-    job->next_part_ = 0;
-    (tail_ != nullptr ? tail_->next_ : head_) = job;
-    tail_ = job;
+    (tail_ != nullptr ? tail_->next_ : head_) = first;
+    tail_ = last;
     queued_.store(queued_.load(std::memory_order_relaxed) + parts, std::memory_order_release);
   }
   wake(1);
 }
 
+// Whether anyone sleeps who has to be told of what the caller has just published. Adding nothing
+// orders the two: whoever goes to sleep counts first and then looks, so one of them sees the other.
+bool Pool::anyone(std::atomic<int>* sleepers) {
+  return sleepers->fetch_add(0, std::memory_order_acq_rel) > 0;
+}
+
+// The mutex is left alone while nobody sleeps: many threads queue parts at the same time, and one
+// that finds a mutex taken goes through the kernel.
 void Pool::wake(int count) {
+  if (!anyone(&sleeping_) && !anyone(&waiting_)) return;
   bool helper = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (count == 1 && waking_ > 0) return;  // It will wake others while there is work.
     helper = sleeping_ == 0 && waiting_ > 0;
-    count = std::min(count, sleeping_ - waking_);
+    count = std::min(count, sleeping_.load() - waking_);
     waking_ += std::max(count, 0);
   }
   for (int i = 0; i < count; ++i) wake_.notify_one();
@@ -125,6 +135,7 @@ bool Pool::help(const std::atomic<int64_t>& left, Clock::time_point deadline) {
 }
 
 void Pool::notify_done() {
+  if (!anyone(&waiting_)) return;
   {
     // Taking the lock closes the window between a helper's check and its sleep.
     std::lock_guard<std::mutex> lock(mutex_);

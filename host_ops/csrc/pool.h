@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace fluxion {
@@ -66,6 +67,27 @@ class Pool {
   // Enqueues `parts` > 0 parts. The job must not be queued already.
   void push(Job* job, int64_t parts);
 
+  // The same for several jobs at once, which are named with their parts by `job_at(i)`: whoever has
+  // nothing to do asks for the queue's lock as soon as there is a part in it, so taking the lock for
+  // each job would take long.
+  template <typename JobAt>
+  void push_all(int64_t count, const JobAt& job_at) {
+    Job* first = nullptr;
+    Job* last = nullptr;
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const std::pair<Job*, int64_t> item = job_at(i);
+      Job* const job = item.first;
+      job->next_ = nullptr;
+      job->parts_ = item.second;
+      job->next_part_ = 0;
+      (last != nullptr ? last->next_ : first) = job;
+      last = job;
+      total += item.second;
+    }
+    if (first != nullptr) push_chain(first, last, total);
+  }
+
   // Runs some queued parts on the calling thread. Returns false if nothing is queued.
   bool run_some();
 
@@ -91,8 +113,10 @@ class Pool {
     int64_t last;
   };
 
+  void push_chain(Job* first, Job* last, int64_t parts);
   bool pop(Parts* parts);
   void work(uint64_t epoch);
+  static bool anyone(std::atomic<int>* sleepers);
   void wake(int count);
   template <typename Ready>
   bool spin_until(const Ready& ready) const;
@@ -108,9 +132,9 @@ class Pool {
   std::mutex mutex_;                // For going to sleep only.
   std::condition_variable wake_;    // Where workers sleep.
   std::condition_variable done_;    // Where helpers do.
-  int sleeping_ = 0;                // Workers on wake_; guarded by mutex_, like the next two.
+  std::atomic<int> sleeping_{0};    // Workers on wake_; changed under mutex_, like the next two.
   int waking_ = 0;                  // Of these, how many have been called and are not yet up.
-  int waiting_ = 0;                 // Helpers on done_.
+  std::atomic<int> waiting_{0};     // Helpers on done_.
   std::atomic<uint64_t> epoch_{0};  // Raised to send the workers of older epochs home.
   std::atomic<int> threads_;
   std::mutex start_mutex_;          // Guards workers_; taken before mutex_.

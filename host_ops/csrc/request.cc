@@ -118,9 +118,9 @@ void Request::refuse(uint32_t status) {
 void Request::start(Pool* pool) noexcept {
   if (started_.exchange(true, std::memory_order_acq_rel)) return;
   pool_ = pool;
-  // The request may be finished, collected and reused while the last push returns.
-  const int64_t count = task_count_;
-  for (int64_t i = 0; i < count; ++i) tasks_[i]->start();
+  pool->push_all(task_count_, [&](int64_t i) {
+    return std::pair<Job*, int64_t>(tasks_[i].get(), tasks_[i]->begin_first());
+  });
 }
 
 bool Request::when_finished(std::function<void()> action) {

@@ -68,9 +68,9 @@ void Task::plan_scoring() {
   grown(&scores_, g.group() * units_);
 }
 
-void Task::start() {
+int64_t Task::begin_first() {
   begin(ranked_ ? Stage::kScore : Stage::kSelect, ranked_ ? parts_of(units_, kScoreUnits) : 1);
-  request_->pool_->push(this, parts_);
+  return parts_;
 }
 
 void Task::begin(Stage stage, int64_t parts) {

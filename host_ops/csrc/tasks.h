@@ -43,8 +43,8 @@ class Task : public Job {
  public:
   void prepare(Request* request, int64_t batch, int64_t kv_head);
 
-  // Queues the first stage.
-  void start();
+  // Begins the first stage; returns its parts, to be queued.
+  int64_t begin_first();
 
   // An upper bound of what the task reads; the union of the selections is not known beforehand.
   int64_t bytes() const { return bytes_; }

@@ -51,7 +51,7 @@ def copy_blocks(
         )
     candidates = {"triton": copy_blocks_triton, "xla": _xla}
     return dispatch(  # type: ignore[no-any-return]
-        "copy_blocks", implementation, candidates, cache, first, num_blocks
+        "copy_blocks", implementation, candidates, cache, first, num_blocks=num_blocks
     )
 
 

@@ -7,6 +7,7 @@ Axes: B batch, N query heads, K KV heads, G = N // K, H head size.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,11 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.registry import UnsupportedImplementationError, traced_once
 
 _INT8_MAX = 127
 
 
+@functools.partial(traced_once, constants=["interpret"])
 def quantise_query(
     q: jax.Array, exponents: jax.Array, shared: jax.Array, *, interpret: bool = False
 ) -> jax.Array:

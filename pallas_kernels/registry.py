@@ -7,10 +7,13 @@ nothing is left, the error lists every reason. An implementation declines work b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pallas_kernels.compat import target_platform
+import jax
+
+from pallas_kernels.compat import silence_triton_deprecation, target_platform
 
 Implementation = str | Sequence[str] | None
 
@@ -33,8 +36,8 @@ def dispatch(
       implementation: `None`, a name, or a sequence of names.
       candidates: implementations by name, best first; each raises
         `UnsupportedImplementationError` if it cannot do the work.
-      *args: passed on.
-      **kwargs: passed on.
+      *args: passed on, arrays.
+      **kwargs: passed on, constants.
 
     Returns:
       What the implementation returns.
@@ -47,14 +50,41 @@ def dispatch(
     names = _names(op, implementation, candidates)
     reasons: list[str] = []
     for name in names:
+        candidate = candidates[name]
+        if name != "xla":
+            candidate = _traced_candidate(candidate, tuple(kwargs))
         try:
-            return candidates[name](*args, **kwargs)
+            return candidate(*args, **kwargs)
         except UnsupportedImplementationError as error:
             reasons.append(f"{name}: {error}")
     raise UnsupportedImplementationError(
         f"expected an implementation of {op} that works here, got {implementation!r}, of which "
         f"none does; pass implementation=None or remove the obstacle: " + "; ".join(reasons)
     )
+
+
+def traced_once(function: Callable[..., Any], constants: Sequence[str]) -> Callable[..., Any]:
+    """A function as a part of programs that is traced and lowered once for all layers.
+
+    Lowering a kernel takes Python a tenth of a second, which a model of 32 layers would pay for
+    each kernel of each layer.
+
+    Args:
+      function: of arrays, and of constants that it takes by name.
+      constants: their names.
+    """
+    traced = jax.jit(function, static_argnames=tuple(constants))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Here, because it is lowered anew for each program even if it is not traced again.
+        silence_triton_deprecation()
+        return traced(*args, **kwargs)
+
+    return call
+
+
+_traced_candidate = functools.cache(traced_once)
 
 
 def _names(

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.registry import UnsupportedImplementationError, traced_once
 from pallas_kernels.scoring import BLOCK_TOKENS
 
 TILE_SLOTS = 128
@@ -59,6 +59,7 @@ class WindowStep(NamedTuple):
     num_blocks: jax.Array
 
 
+@functools.partial(traced_once, constants=["sinks", "least_exponent", "scale", "interpret"])
 def window_step(
     q: jax.Array,
     k_new: jax.Array,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 
 from pallas_kernels.registry import UnsupportedImplementationError, dispatch
@@ -34,8 +35,8 @@ def test_a_name_that_does_not_work_raises_its_reason():
 
 def test_a_sequence_is_tried_in_order():
     assert dispatch("op", ("mosaic", "xla"), CANDIDATES, 1) == 2
-    both = {"a": lambda: "first", "b": lambda: "second"}
-    assert dispatch("op", ("b", "a"), both) == "second"
+    both = {"a": lambda: 1, "b": lambda: 2}
+    assert dispatch("op", ("b", "a"), both) == 2
 
 
 def test_a_sequence_that_fails_lists_every_reason():
@@ -52,5 +53,24 @@ def test_unknown_names_are_refused(wrong):
 
 
 def test_other_errors_are_not_swallowed():
+    def broken(value):
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        dispatch("op", ("broken", "xla"), {"broken": lambda x: x / 0, "xla": lambda x: x}, 1)
+        dispatch("op", ("broken", "xla"), {"broken": broken, "xla": lambda x: x}, 1)
+
+
+def test_a_kernel_is_traced_once_for_all_layers():
+    traced = []
+
+    def kernel(x, *, factor):
+        traced.append(x)
+        return factor * x
+
+    def model(x):
+        for _ in range(3):
+            x = dispatch("op", "triton", {"triton": kernel}, x, factor=2.0)
+        return dispatch("op", "triton", {"triton": kernel}, x, factor=3.0)
+
+    assert jax.jit(model)(1.0) == 24.0
+    assert len(traced) == 2

@@ -25,6 +25,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+# Sets of constants whose hashes are kept.
+_REMEMBERED = 32
+
+
 def _is_cache(x: Any) -> bool:
     return isinstance(x, HostKV)
 
@@ -65,6 +69,7 @@ def jit(
     signature = inspect.signature(function)
     _check_signature(function, signature, (*static_argnames, *donate_argnames))
     programs: dict[Any, Any] = {}
+    constants = functools.lru_cache(maxsize=_REMEMBERED)(_Constants)
 
     def prepare(
         also: tuple[type, ...], *args: P.args, **kwargs: P.kwargs
@@ -72,8 +77,9 @@ def jit(
         bound = signature.bind(*args, **kwargs)
         dynamic = {k: v for k, v in bound.arguments.items() if k not in static_argnames}
         static = {k: v for k, v in bound.arguments.items() if k in static_argnames}
+        named = constants(tuple((k, _Same(v)) for k, v in sorted(static.items())))
         caches = [name for name, value in dynamic.items() if _is_cache(value)]
-        key = (jax.tree.structure(dynamic), tuple(sorted(static.items())))
+        key = (jax.tree.structure(dynamic), named)
         program = programs.get(key)
         if program is None:
             whole = functools.partial(_call_by_name, function, static)
@@ -96,6 +102,36 @@ def jit(
     call.trace = trace  # type: ignore[attr-defined]
     call.compilations = lambda: sum(p.compilations for p in programs.values())  # type: ignore[attr-defined]
     return call
+
+
+class _Same:
+    """An object, equal to itself only."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+class _Constants:
+    """Compile-time constants, hashed once.
+
+    A model's graph takes milliseconds to hash, and a decode loop calls with the same one.
+    """
+
+    def __init__(self, named: tuple[tuple[str, _Same], ...]) -> None:
+        self._items = tuple((name, same.value) for name, same in named)
+        self._hash = hash(self._items)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constants) and self._items == other._items
 
 
 def _check_signature(

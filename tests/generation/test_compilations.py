@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -65,3 +66,34 @@ def test_a_cache_made_on_the_way_is_rounded_so_that_it_can_be_shared(model):
         result = fx.generate(model, [5] * length, max_new_tokens=20, progress=False)
         assert result.cache.max_tokens == 128
     assert counts() == (prefills + 1, decodes + 1)
+
+
+class Constant:
+    """A compile-time constant that takes note of when it is hashed."""
+
+    def __init__(self, tokens):
+        self.tokens, self.hashed = tokens, 0
+
+    def __hash__(self):
+        self.hashed += 1
+        return hash(self.tokens)
+
+    def __eq__(self, other):
+        return self.tokens == other.tokens
+
+
+def test_a_constant_is_hashed_for_its_first_call_only():
+    @functools.partial(fx.jit, static_argnames=("constant",))
+    def count(cache, constant):
+        return cache.advance(constant.tokens)
+
+    cache = fx.HostKV.allocate(fx.KVLayout(1, 2, 64), batch=1, max_tokens=512)
+    constant, equal, other = Constant(3), Constant(3), Constant(4)
+    cache = count(cache, constant)
+    hashed = constant.hashed
+    for _ in range(3):
+        cache = count(cache, constant)
+    assert constant.hashed == hashed
+    cache = count(count(cache, equal), other)
+    assert int(cache.lengths[0]) == 19
+    assert count.compilations() == 2

@@ -21,6 +21,7 @@ from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.split import Split
 from fluxion_jax.rope import Rope
 from fluxion_jax.sliding import sliding_decode_attention, sliding_prefill_attention
+from pallas_kernels.compat import target_platform
 
 Rotation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -285,9 +286,14 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed and rotated."""
         batch, tokens, _ = x.shape
-        q = self.q(x).reshape(batch, tokens, self.num_heads, self.head_dim)
-        k = self.k(x).reshape(batch, tokens, self.num_kv_heads, self.head_dim)
-        v = self.v(x).reshape(batch, tokens, self.num_kv_heads, self.head_dim)
+        if batch * tokens == 1 and target_platform() == "gpu":
+            # For one row XLA writes all products of keys and values to memory before it sums them;
+            # for two it makes one matrix product of all three.
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
+        q, k, v = (linear(x)[:, :tokens] for linear in (self.q, self.k, self.v))
+        q = q.reshape(batch, tokens, self.num_heads, self.head_dim)
+        k = k.reshape(batch, tokens, self.num_kv_heads, self.head_dim)
+        v = v.reshape(batch, tokens, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:

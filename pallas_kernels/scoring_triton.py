@@ -1,7 +1,8 @@
 """Scores of units as a Pallas kernel in the Triton style, over summaries in device or host memory.
 
 XLA may not compute with arrays in pinned host memory, but a kernel can read them where they lie,
-and then reads no more than the rows of each task's own granularity.
+and then reads no more than the rows of each task's own granularity. The products are those of int8
+tensor cores: ordinary ones take longer than the memory.
 
 Axes: B batch, N query heads, K KV heads, G = N // K, P blocks, U summary rows, H head size.
 """
@@ -20,10 +21,12 @@ from pallas_kernels.compat import silence_triton_deprecation, target_platform
 from pallas_kernels.registry import UnsupportedImplementationError
 from pallas_kernels.scoring import BEYOND
 
-TILE_UNITS = 32
-"""Units of one program: 8 KiB of summaries at a head size of 128, in flight all at once."""
+TILE_UNITS = 64
+"""Units of one program: 16 KiB of summaries at a head size of 128, in flight all at once."""
 
 NUM_WARPS = 4
+_LEAST_CHANNELS = 32
+_LEAST_HEADS = 16
 
 
 def score_units_triton(
@@ -89,21 +92,37 @@ def _kernel(
     q_ref: Any, summaries_ref: Any, first_row_ref: Any, units_ref: Any, out_ref: Any, *, group: int
 ) -> None:
     head_dim = q_ref.shape[-1]
-    # Triton's arrays have sizes that are powers of two; the channels past the head size count 0.
-    channel = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
+    # Tensor cores take sizes that are powers of two; what is not there counts 0.
+    channel = jnp.arange(max(pl.next_power_of_2(head_dim), _LEAST_CHANNELS), dtype=jnp.int32)
+    head = jnp.arange(max(pl.next_power_of_2(group), _LEAST_HEADS), dtype=jnp.int32)
     unit = pl.program_id(1) * TILE_UNITS + jnp.arange(TILE_UNITS, dtype=jnp.int32)
     exists = unit < units_ref[0]
-    shape = (TILE_UNITS, channel.size)
-    row = jnp.broadcast_to((first_row_ref[0] + unit)[:, None], shape)
-    columns = jnp.broadcast_to(channel[None, :], shape)
-    mask = jnp.broadcast_to(exists[:, None] & (channel < head_dim)[None, :], shape)
-    low, high = (
-        pltriton.load(summaries_ref.at[row, half, columns], mask=mask, other=0).astype(jnp.int32)
-        for half in (0, 1)
+
+    def load(ref: Any, row: jax.Array, wanted: jax.Array, *half: int) -> jax.Array:
+        shape = (row.size, channel.size)
+        index = (
+            jnp.broadcast_to(row[:, None], shape),
+            *half,
+            jnp.broadcast_to(channel[None, :], shape),
+        )
+        mask = jnp.broadcast_to(wanted[:, None] & (channel < head_dim)[None, :], shape)
+        return pltriton.load(ref.at[index], mask=mask, other=0)
+
+    row = first_row_ref[0] + unit
+    low, high = (load(summaries_ref, row, exists, half) for half in (0, 1))
+    q = load(q_ref, head, head < group).astype(jnp.int32)
+    # max(q * low, q * high) is q * low for a negative q and q * high otherwise, as low <= high.
+    negative, positive = (x.astype(jnp.int8) for x in (jnp.minimum(q, 0), jnp.maximum(q, 0)))
+    scores = _products(low, negative) + _products(high, positive)
+    shape = (TILE_UNITS, head.size)
+    index = (jnp.broadcast_to(head[None, :], shape), jnp.broadcast_to(unit[:, None], shape))
+    mask = (head < group)[None, :] & (unit < out_ref.shape[-1])[:, None]
+    scores = jnp.where(exists[:, None], scores, BEYOND)
+    pltriton.store(out_ref.at[index], scores, mask=jnp.broadcast_to(mask, shape))
+
+
+def _products(bounds: jax.Array, q: jax.Array) -> jax.Array:
+    """Every unit's with every head, int32 `[units, heads]`."""
+    return jax.lax.dot_general(
+        bounds, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
     )
-    for g in range(group):
-        q = pltriton.load(q_ref.at[g, channel], mask=channel < head_dim, other=0)
-        q = jnp.broadcast_to(q.astype(jnp.int32)[None, :], shape)
-        score = jnp.sum(jnp.where(q < 0, low, high) * q, axis=1)
-        score = jnp.where(exists, score, BEYOND)
-        pltriton.store(out_ref.at[g, unit], score, mask=unit < out_ref.shape[-1])

@@ -1,7 +1,9 @@
 """Selection of units as one Pallas kernel in the Triton style.
 
 XLA makes some forty launches of the search for a threshold, each of which takes longer than its
-work. Here one program per query head keeps its scores in registers and does all of it.
+work. Here one program per query head keeps its scores in registers and does all of it. Most of a
+pass over them is spent on summing over the threads, so each counts two candidates in the halves of
+one word, and the search ends with the first that is exact.
 
 Axes: B batch, N query heads, K KV heads, G = N // K, P blocks, W bitmap words.
 """
@@ -27,6 +29,7 @@ MAX_BLOCKS = 32768
 
 _NUM_WARPS = 16
 _LOWEST = np.int32(BEYOND)
+_HALF_BITS = 16
 
 
 def select_units_triton(
@@ -110,62 +113,87 @@ def _kernel(
     *,
     group: int,
 ) -> None:
-    num_blocks = scores_ref.shape[-1]
     head = pl.program_id(1)
-    units = (host_blocks_ref[0] + (jnp.int32(1) << shift_ref[0]) - 1) >> shift_ref[0]
-    shared = shared_ref[0] != 0
-
-    def read(unit: jax.Array) -> jax.Array:
-        """This head's scores, or the largest of the group's where it ranks once."""
-        exists = unit < units
-        score = pltriton.load(scores_ref.at[head, unit], mask=exists, other=_LOWEST)
-        for other in range(group if group > 1 else 0):
-            # Not even read where every head ranks for itself.
-            theirs = pltriton.load(scores_ref.at[other, unit], mask=exists & shared, other=_LOWEST)
-            score = jnp.maximum(score, theirs)
-        return score
-
+    shift, host_blocks, shared = shift_ref[0], host_blocks_ref[0], shared_ref[0]
+    units = (host_blocks + (jnp.int32(1) << shift) - 1) >> shift
     # Scalar conditions are integers here: the backend takes the two constants of a scalar
     # `where` for booleans.
     wanted = k_units_ref[head]
     for other in range(group):
-        wanted = jnp.maximum(wanted, shared_ref[0] * k_units_ref[other])
+        wanted = jnp.maximum(wanted, shared * k_units_ref[other])
     wanted = jnp.clip(wanted, 0, units)
-
-    width = pl.next_power_of_2(num_blocks)
-    unit = jnp.arange(width, dtype=jnp.int32)
-    score = read(unit)
-    exists = unit < units
     ranked = jnp.clip(wanted, 0, 1) * jnp.clip(units - wanted, 0, 1)
 
-    def count(chosen: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(chosen & exists, jnp.int32(1), jnp.int32(0)))
+    # Each block has its unit's score, so that counts are of units times the blocks of a unit; the
+    # last unit may end behind the host's last block.
+    words = bitmap_ref.shape[0]
+    block = jnp.arange(words * WORD_BITS, dtype=jnp.int32)
+    unit = block >> shift
+    exists = unit < units
+    score = pltriton.load(scores_ref.at[head, unit], mask=exists, other=_LOWEST)
+    for i in range(1, group):
+        # Not even read where every head ranks for itself.
+        peer, mask = jax.lax.rem(head + i, jnp.int32(group)), exists & (shared != 0)
+        theirs = pltriton.load(scores_ref.at[peer, unit], mask=mask, other=_LOWEST)
+        score = jnp.maximum(score, theirs)
 
-    def settle_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        # Counted from the lowest score, so that setting a bit always raises the threshold.
-        candidate = threshold + (jnp.int32(1) << (31 - i))
-        return jnp.where(count(score >= candidate) >= wanted, candidate, threshold)
+    least = jnp.min(jnp.where(exists, score, jnp.int32(2**31 - 1)))
+    key = jnp.where(exists, (score - least) ^ _LOWEST, _LOWEST)
+    span = (jnp.max(key) ^ _LOWEST) * ranked
+    wanted_blocks = wanted << shift
+    threshold, reached = _threshold(key, span, wanted_blocks, units << shift)
 
-    threshold = jax.lax.fori_loop(0, 32 * ranked, settle_bit, jnp.int32(_LOWEST))
-    tied = score == threshold
-    room = wanted - count(score > threshold)
-    # Of equal scores the lowest ids are taken: those below the largest bound that lets in `room`.
-    bits = width.bit_length()
+    tied = exists & (key == threshold)
+    # Of equal scores the lowest ids are taken, where there are more than wanted.
+    scarce = ranked * jnp.clip(reached - wanted_blocks, 0, 1)
+    above = jnp.sum(jnp.where(key > threshold, jnp.int32(1), jnp.int32(0)))
+    last = block.shape[0] - 1
+    early = jnp.where(tied, (last - block) ^ _LOWEST, _LOWEST)
+    bound, _ = _threshold(early, last * scarce, wanted_blocks - above, reached - above)
 
-    def settle_bound(i: jax.Array, bound: jax.Array) -> jax.Array:
-        candidate = bound + (jnp.int32(1) << (bits - 1 - i))
-        return jnp.where(count(tied & (unit < candidate)) <= room, candidate, bound)
+    best = (key > threshold) | (tied & (early >= bound))
+    chosen = (best | (wanted >= units)) & (block < host_blocks) & (wanted > 0)
+    bits = jnp.where(chosen, jnp.int32(1) << (block & (WORD_BITS - 1)), 0)
+    bitmap_ref[:] = jnp.sum(bits.reshape(words, WORD_BITS), axis=1)
 
-    scarce = ranked * jnp.clip(count(tied) - room, 0, 1)
-    bound = jax.lax.fori_loop(0, bits * scarce, settle_bound, (1 - scarce) * num_blocks)
 
-    shape = (bitmap_ref.shape[-1], WORD_BITS)
-    bit = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    block = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * WORD_BITS + bit
-    unit = block >> shift_ref[0]
-    score = read(unit)
-    best = (score > threshold) | ((score == threshold) & (unit < bound))
-    everything = wanted >= units
-    selectable = (unit < units) & (block < host_blocks_ref[0]) & (wanted > 0)
-    chosen = (best | everything) & selectable
-    bitmap_ref[:] = jnp.sum(jnp.where(chosen, jnp.int32(1) << bit, 0), axis=1)
+def _threshold(
+    key: jax.Array, span: jax.Array, wanted: jax.Array, reached: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The largest threshold that at least `wanted` keys reach, or any that exactly so many do.
+
+    Args:
+      key: int32, counted from the smallest int32, which stands for what is not there.
+      span: int32 scalar, taken as unsigned: the largest key less the smallest int32; 0 for none.
+      wanted: int32 scalar.
+      reached: int32 scalar, keys that are there, at least `wanted`.
+
+    Returns:
+      The threshold, and how many keys reach it.
+    """
+
+    def unsettled(state: tuple[Any, ...]) -> jax.Array:
+        _, span, reached = state
+        return (span != 0) & (reached != wanted)
+
+    def narrow(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The threshold is in `low` to `low + span`; two candidates cut that into thirds."""
+        low, span, reached = state
+        near = sum(jax.lax.shift_right_logical(span, jnp.int32(i)) for i in (2, 4, 6)) + 1
+        far = jnp.minimum(2 * near, span)
+        one = jnp.where(key >= low + near, jnp.int32(1), jnp.int32(0))
+        two = jnp.where(key >= low + far, jnp.int32(1 << _HALF_BITS), jnp.int32(0))
+        both = jnp.sum(one + two)
+        over_near = both & ((1 << _HALF_BITS) - 1)
+        over_far = jax.lax.shift_right_logical(both, jnp.int32(_HALF_BITS))
+        beyond = (low + far, span - far, over_far)
+        between = (low + near, far - near - 1, over_near)
+        below = (low, near - 1, reached)
+        return tuple(
+            jnp.where(over_far >= wanted, x, jnp.where(over_near >= wanted, y, z))
+            for x, y, z in zip(beyond, between, below, strict=True)
+        )
+
+    start: tuple[Any, ...] = (jnp.int32(_LOWEST), span, reached)
+    threshold, _, reached = jax.lax.while_loop(unsettled, narrow, start)
+    return threshold, reached

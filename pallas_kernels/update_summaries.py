@@ -1,7 +1,8 @@
-"""Summaries of new blocks enter those that live on the device, by two Pallas kernels.
+"""Summaries of new blocks enter those that live on the device, in one Pallas kernel.
 
 XLA writes them in loops whose numbers of iterations are data. On a GPU the host waits for each of
-these numbers, in every layer of every step; a kernel looks at them itself.
+these numbers, in every layer of every step; a kernel looks at them itself. In nearly every step
+there is nothing to do, so the kernel has few programs, whose loops then end at once.
 
 Axes: B batch, K KV heads, M blocks written at once, U summary rows of all granularities, H head
 size.
@@ -21,7 +22,10 @@ from pallas_kernels.compat import silence_triton_deprecation, target_platform
 from pallas_kernels.registry import UnsupportedImplementationError
 
 TILE_ROWS = 64
-"""Rows that one program requantises."""
+"""Rows that a program requantises at a time."""
+
+MAX_PROGRAMS = 256
+"""About two for each multiprocessor; those of a task share its rows."""
 
 _LEVELS = 4
 
@@ -68,34 +72,27 @@ def update_summaries(
     per_row = pl.BlockSpec((1,), lambda task, *_: (task // kv_heads,))
     once = pl.BlockSpec((1,), lambda *_: (0,))
     table = whole_task(rows, 2, head_dim)
-    call = functools.partial(
-        pl.pallas_call,
+    programs = max(1, min(pl.cdiv(rows, TILE_ROWS), MAX_PROGRAMS // tasks))
+    summaries = pl.pallas_call(
+        functools.partial(_kernel, programs=programs),
+        grid=(tasks, programs),
+        in_specs=[
+            table,
+            whole_task(*new.shape[2:]),
+            whole_task(head_dim),
+            *[per_row] * 2,
+            once,
+        ],
         out_specs=table,
         out_shape=jax.ShapeDtypeStruct((tasks, rows, 2, head_dim), jnp.int8),
         input_output_aliases={0: 0},
-        interpret=interpret,
-    )
-    summaries = call(
-        _requantise,
-        grid=(tasks, pl.cdiv(rows, TILE_ROWS)),
-        in_specs=[table, whole_task(head_dim), per_row, once],
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
-        name="requantise_summaries",
+        interpret=interpret,
+        name="update_summaries",
     )(
         summaries.reshape(tasks, rows, 2, head_dim),
-        shift.reshape(tasks, head_dim),
-        num_blocks.astype(jnp.int32),
-        status,
-    )
-    summaries = call(
-        _store,
-        grid=(tasks,),
-        in_specs=[table, whole_task(*new.shape[2:]), per_row, per_row, once],
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
-        name="write_summaries",
-    )(
-        summaries,
         new.reshape(tasks, *new.shape[2:]),
+        shift.reshape(tasks, head_dim),
         first_block.astype(jnp.int32),
         num_blocks.astype(jnp.int32),
         status,
@@ -103,73 +100,83 @@ def update_summaries(
     return summaries.reshape(batch, kv_heads, rows, 2, head_dim)
 
 
-def _channels(head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Channel numbers, in an array whose size is a power of two, and which of them exist."""
-    channel = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
-    return channel, channel < head_dim
-
-
-def _written(num_blocks_ref: Any, status_ref: Any) -> jax.Array:
-    # A scalar `where` of constants would be taken for one of booleans.
-    return num_blocks_ref[0] * (1 - jnp.clip(status_ref[0], 0, 1))
-
-
-def _requantise(
-    old_ref: Any, shift_ref: Any, num_blocks_ref: Any, status_ref: Any, out_ref: Any
-) -> None:
-    """Rounds the bounds of one tile of rows outwards to the larger steps of their channels."""
-    del old_ref  # The same memory as the result.
-    rows, _, head_dim = out_ref.shape
-    channel, exists = _channels(head_dim)
-    shift = pltriton.load(shift_ref.at[channel], mask=exists, other=0)
-    grown = jnp.clip(jnp.max(shift), 0, 1) * jnp.clip(_written(num_blocks_ref, status_ref), 0, 1)
-    row = pl.program_id(1) * TILE_ROWS + jnp.arange(TILE_ROWS, dtype=jnp.int32)
-    shape = (TILE_ROWS, channel.size)
-    # Where nothing has grown, nothing is read either.
-    wanted = (row < rows * grown)[:, None] & exists[None, :]
-    wanted = jnp.broadcast_to(wanted, shape)
-    row = jnp.broadcast_to(row[:, None], shape)
-    columns = jnp.broadcast_to(channel[None, :], shape)
-    steps = jnp.broadcast_to(jnp.minimum(shift, 31)[None, :], shape)
-    low = pltriton.load(out_ref.at[row, 0, columns], mask=wanted, other=0).astype(jnp.int32)
-    high = pltriton.load(out_ref.at[row, 1, columns], mask=wanted, other=0).astype(jnp.int32)
-    low, high = low >> steps, -(-high >> steps)
-    pltriton.store(out_ref.at[row, 0, columns], low.astype(jnp.int8), mask=wanted)
-    pltriton.store(out_ref.at[row, 1, columns], high.astype(jnp.int8), mask=wanted)
-
-
-def _store(
+def _kernel(
     old_ref: Any,
     new_ref: Any,
+    shift_ref: Any,
     first_block_ref: Any,
     num_blocks_ref: Any,
     status_ref: Any,
     out_ref: Any,
+    *,
+    programs: int,
 ) -> None:
-    """Writes the rows of one task: the first block of a unit overwrites, later ones fold."""
+    """Rescales every row but those of the new blocks; the first program does both to these."""
     del old_ref  # The same memory as the result.
     rows, _, head_dim = out_ref.shape
     capacity = rows * 8 // 15
-    channel, exists = _channels(head_dim)
+    program = pl.program_id(1)
+    # Triton's arrays have sizes that are powers of two.
+    channel = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
+    exists = channel < head_dim
+    # A scalar `where` of constants would be taken for one of booleans.
+    written = num_blocks_ref[0] * (1 - jnp.clip(status_ref[0], 0, 1))
     first = first_block_ref[0]
+    last = first + written - 1
+    shift = jnp.minimum(pltriton.load(shift_ref.at[channel], mask=exists, other=0), 31)
+    # Where no block is written no row may change, and where no channel grew none has to.
+    grown = jnp.clip(jnp.max(shift), 0, 1) * jnp.clip(written, 0, 1)
+    starts = [2 * capacity - (2 * capacity >> level) for level in range(_LEVELS)]
+    shape = (TILE_ROWS, channel.size)
+    columns = jnp.broadcast_to(channel[None, :], shape)
+    steps = jnp.broadcast_to(shift[None, :], shape)
+
+    def requantise(tile: jax.Array, nothing: jax.Array) -> jax.Array:
+        row = (program + tile * programs) * TILE_ROWS
+        row = row + jnp.arange(TILE_ROWS, dtype=jnp.int32)
+        wanted = row < rows
+        for level, start in enumerate(starts):
+            wanted &= (row < start + (first >> level)) | (row > start + (last >> level))
+        wanted = jnp.broadcast_to(wanted[:, None] & exists[None, :], shape)
+        row = jnp.broadcast_to(row[:, None], shape)
+        at_low, at_high = (out_ref.at[row, half, columns] for half in (0, 1))
+        low = pltriton.load(at_low, mask=wanted, other=0).astype(jnp.int32)
+        high = pltriton.load(at_high, mask=wanted, other=0).astype(jnp.int32)
+        low, high = _rescaled(low, high, steps)
+        pltriton.store(at_low, low.astype(jnp.int8), mask=wanted)
+        pltriton.store(at_high, high.astype(jnp.int8), mask=wanted)
+        return nothing
+
+    tiles = pl.cdiv(rows, TILE_ROWS * programs)
+    jax.lax.fori_loop(0, tiles * grown, requantise, jnp.int32(0))
 
     def write(i: jax.Array, nothing: jax.Array) -> jax.Array:
+        """The first block of a unit overwrites, later ones fold."""
         block = first + i
         new_low, new_high = (
             pltriton.load(new_ref.at[i, half, channel], mask=exists, other=0).astype(jnp.int32)
             for half in (0, 1)
         )
-        offset = 0
-        for level in range(_LEVELS):
-            row = offset + (block >> level)
+        # What an earlier iteration wrote has the new scale already.
+        due = jnp.broadcast_to(i == 0, channel.shape)
+        due_shift = jnp.where(due, shift, 0)
+        for level, start in enumerate(starts):
+            row = start + (block >> level)
             folds = jnp.broadcast_to((block & ((1 << level) - 1)) != 0, channel.shape)
             at_low, at_high = out_ref.at[row, 0, channel], out_ref.at[row, 1, channel]
-            low = pltriton.load(at_low, mask=exists & folds, other=127).astype(jnp.int32)
-            high = pltriton.load(at_high, mask=exists & folds, other=-127).astype(jnp.int32)
-            low, high = jnp.minimum(low, new_low), jnp.maximum(high, new_high)
+            low = pltriton.load(at_low, mask=exists & folds, other=0).astype(jnp.int32)
+            high = pltriton.load(at_high, mask=exists & folds, other=0).astype(jnp.int32)
+            low, high = _rescaled(low, high, due_shift)
+            low = jnp.where(folds, jnp.minimum(low, new_low), new_low)
+            high = jnp.where(folds, jnp.maximum(high, new_high), new_high)
             pltriton.store(at_low, low.astype(jnp.int8), mask=exists)
             pltriton.store(at_high, high.astype(jnp.int8), mask=exists)
-            offset += capacity >> level
         return nothing
 
-    jax.lax.fori_loop(0, _written(num_blocks_ref, status_ref), write, jnp.int32(0))
+    mine = 1 - jnp.clip(program, 0, 1)
+    jax.lax.fori_loop(0, written * mine, write, jnp.int32(0))
+
+
+def _rescaled(low: jax.Array, high: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Bounds rounded outwards to the larger steps of their channels."""
+    return low >> shift, -(-high >> shift)

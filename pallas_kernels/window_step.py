@@ -23,9 +23,11 @@ from pallas_kernels.registry import UnsupportedImplementationError, traced_once
 from pallas_kernels.scoring import BLOCK_TOKENS
 
 TILE_SLOTS = 128
-"""Slots of one loop step."""
+"""Slots of a tile."""
 
-_NUM_WARPS = 8
+_NUM_WARPS = 16
+# The tiles of one loop step are read all at once, into registers: a window of usual size is one.
+_STEP_BYTES = 96 * 1024
 _INT8_MAX = 127
 # 127 = 1.984375 * 2**6: fraction bits of float32 above which the next power of two is needed.
 _FRACTION_OF_127 = 0x7E0000
@@ -110,18 +112,25 @@ def window_step(
     row = pl.BlockSpec((1,), lambda task, _: (task // kv_heads,))
     channels, window = whole_task(head_dim), whole_task(slots, head_dim)
     block = whole_task(BLOCK_TOKENS, head_dim)
-    of_head = pl.BlockSpec((None, None, head_dim), lambda task, head: (task, head, 0))
+
+    def head_of(program: jax.Array) -> jax.Array:
+        # The last program of a task has no head.
+        return jnp.minimum(program, group - 1)
+
+    of_head = pl.BlockSpec((None, None, head_dim), lambda task, i: (task, head_of(i), 0))
     window_shape = jax.ShapeDtypeStruct((tasks, slots, head_dim), dtype)
     block_shape = jax.ShapeDtypeStruct((tasks, BLOCK_TOKENS, head_dim), dtype)
     per_channel = jax.ShapeDtypeStruct((tasks, head_dim), jnp.int32)
     silence_triton_deprecation()
     found = pl.pallas_call(
-        functools.partial(_kernel, sinks=sinks, least_exponent=least_exponent, scale=scale),
-        grid=(tasks, group),
+        functools.partial(
+            _kernel, group=group, sinks=sinks, least_exponent=least_exponent, scale=scale
+        ),
+        grid=(tasks, group + 1),
         in_specs=[of_head, channels, channels, window, window, channels, row, row],
         out_specs=[
             of_head,
-            pl.BlockSpec((None, 1), lambda task, head: (task, head)),
+            pl.BlockSpec((None, 1), lambda task, i: (task, head_of(i))),
             *[window] * 2,
             *[block] * 2,
             whole_task(2, head_dim),
@@ -187,11 +196,15 @@ def _kernel(
     shift_ref: Any,
     num_blocks_ref: Any,
     *,
+    group: int,
     sinks: int,
     least_exponent: int,
     scale: float,
 ) -> None:
-    """One query head; the first of a group also writes what belongs to the whole group."""
+    """A query head's attention; a task's last program writes what belongs to the whole group.
+
+    Neither waits for the other: what one writes, the other never reads.
+    """
     slots, head_dim = k_ref.shape
     ring = slots - sinks
     channel = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
@@ -199,52 +212,76 @@ def _kernel(
     length, active = lengths_ref[0], active_ref[0]
     first = _on_host(length, sinks, ring)
     num_blocks = jax.lax.div(_on_host(length + active, sinks, ring) - first, BLOCK_TOKENS)
-    new_slot = jnp.where(length < sinks, length, sinks + jax.lax.rem(length - sinks, ring))
+    newest = jax.lax.rem(jnp.maximum(length - sinks, 0), ring)
+    new_slot = jnp.where(length < sinks, length, sinks + newest)
 
-    def load(ref: Any, new_ref: Any, slot: jax.Array, is_new: jax.Array, wanted: jax.Array) -> Any:
-        """Rows of the window in float32; the new token's is never read where it is written."""
+    def load(ref: Any, new: jax.Array, slot: jax.Array, wanted: jax.Array) -> jax.Array:
+        """Rows of the window; the new token's is never read where it is written."""
         shape = (slot.size, channel.size)
+        is_new = slot == new_slot
         index = (
             jnp.broadcast_to(slot[:, None], shape),
             jnp.broadcast_to(channel[None, :], shape),
         )
         mask = jnp.broadcast_to((wanted & ~is_new)[:, None] & in_head[None, :], shape)
-        rows = pltriton.load(ref.at[index], mask=mask, other=0).astype(jnp.float32)
-        new = pltriton.load(new_ref.at[channel], mask=in_head, other=0).astype(jnp.float32)
-        return jnp.where((wanted & is_new)[:, None], new[None, :], rows)
+        rows = pltriton.load(ref.at[index], mask=mask, other=0)
+        entered = jnp.broadcast_to((wanted & is_new)[:, None], shape)
+        return jnp.where(entered, jnp.broadcast_to(new[None, :], shape), rows)
 
-    q = pltriton.load(q_ref.at[channel], mask=in_head, other=0.0) * scale
-
-    def attend(step: jax.Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
-        largest, total, weighted = sums
-        slot = step * TILE_SLOTS + jnp.arange(TILE_SLOTS, dtype=jnp.int32)
-        # The stream index of the newest token of a slot, counting the one that enters.
-        behind = jax.lax.rem(length - slot + slots * ring, ring)
+    def resident(slot: jax.Array) -> jax.Array:
+        # How many tokens the newest one of a slot is behind the one that enters.
+        behind = newest - (slot - sinks)
+        behind = jnp.where(behind < 0, behind + ring, behind)
         stream = length - sinks - behind
         recent = (slot >= sinks) & (slot < slots) & (stream >= first) & (stream >= 0)
-        resident = (((slot < sinks) & (slot <= length)) | recent) & (active > 0)
-        is_new = slot == new_slot
-        k = load(k_ref, k_new_ref, slot, is_new, resident)
-        scores = jnp.where(resident, jnp.sum(k * q[None, :], axis=1), -jnp.inf)
-        new_largest = jnp.maximum(largest, jnp.max(scores))
-        finite = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
-        weights = jnp.exp(scores - finite)
-        decay = jnp.exp(largest - finite)
-        v = load(v_ref, v_new_ref, slot, is_new, resident)
-        return (
-            new_largest,
-            total * decay + jnp.sum(weights),
-            weighted * decay + jnp.sum(weights[:, None] * v, axis=0),
+        return (((slot < sinks) & (slot <= length)) | recent) & (active > 0)
+
+    tile_bytes = TILE_SLOTS * channel.size * k_ref.dtype.itemsize
+    tiles = max(1, min(pl.cdiv(slots, TILE_SLOTS), _STEP_BYTES // tile_bytes))
+
+    @pl.when(pl.program_id(1) < group)
+    def _() -> None:
+        q = pltriton.load(q_ref.at[channel], mask=in_head, other=0.0) * scale
+        k_new, v_new = (
+            pltriton.load(ref.at[channel], mask=in_head, other=0) for ref in (k_new_ref, v_new_ref)
         )
 
-    start = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros(channel.shape, jnp.float32))
-    steps = (slots + TILE_SLOTS - 1) // TILE_SLOTS
-    largest, total, weighted = jax.lax.fori_loop(0, steps, attend, start)
-    divisor = jnp.where(total == 0.0, 1.0, total)
-    pltriton.store(out_ref.at[channel], weighted / divisor, mask=in_head)
-    lse_ref[0] = jnp.where(total == 0.0, -jnp.inf, largest + jnp.log(divisor))
+        def attend(step: jax.Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+            largest, total, weighted = sums
+            start = step * (tiles * TILE_SLOTS)
+            slot = [
+                start + tile * TILE_SLOTS + jnp.arange(TILE_SLOTS, dtype=jnp.int32)
+                for tile in range(tiles)
+            ]
+            wanted = [resident(x) for x in slot]
+            keys = [load(k_ref, k_new, *x) for x in zip(slot, wanted, strict=True)]
+            values = [load(v_ref, v_new, *x) for x in zip(slot, wanted, strict=True)]
+            scores = [
+                jnp.where(here, jnp.sum(k.astype(jnp.float32) * q[None, :], axis=1), -jnp.inf)
+                for here, k in zip(wanted, keys, strict=True)
+            ]
+            new_largest = jnp.maximum(largest, jnp.max(functools.reduce(jnp.maximum, scores)))
+            finite = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
+            weights = [jnp.exp(score - finite) for score in scores]
+            decay = jnp.exp(largest - finite)
+            terms = [
+                weight[:, None] * v.astype(jnp.float32)
+                for weight, v in zip(weights, values, strict=True)
+            ]
+            return (
+                new_largest,
+                total * decay + jnp.sum(functools.reduce(jnp.add, weights)),
+                weighted * decay + jnp.sum(functools.reduce(jnp.add, terms), axis=0),
+            )
 
-    @pl.when(pl.program_id(1) == 0)
+        start = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros(channel.shape, jnp.float32))
+        steps = pl.cdiv(slots, tiles * TILE_SLOTS)
+        largest, total, weighted = jax.lax.fori_loop(0, steps, attend, start)
+        divisor = jnp.where(total == 0.0, 1.0, total)
+        pltriton.store(out_ref.at[channel], weighted / divisor, mask=in_head)
+        lse_ref[0] = jnp.where(total == 0.0, -jnp.inf, largest + jnp.log(divisor))
+
+    @pl.when(pl.program_id(1) == group)
     def _() -> None:
         num_blocks_ref[0] = num_blocks
         token = jnp.arange(BLOCK_TOKENS, dtype=jnp.int32)

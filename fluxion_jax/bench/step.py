@@ -41,6 +41,7 @@ from fluxion_jax.policy import CostModel, Split, modelled, parse_policy, split_a
 SPLITS = ("model", "host", "device")
 _RESIDENT_FRACTION = 0.9
 _REASON_CHARACTERS = 400
+_FULL_CALLS = 5
 # Models that `transformers` is timed with, too.
 _OFFLOADED = ("llama-3.1-8b",)
 _MACHINE = machine.Settings(roundtrip_layers=None)
@@ -89,7 +90,7 @@ class Settings:
     models: dict[str, ModelConfig]
     cases: tuple[Case, ...]
     summaries: tuple[str, ...] = ("device", "host")
-    calls: int = 12
+    calls: int = 5
     machine: machine.Settings = _MACHINE
     roundtrip: roundtrip.Settings = _ROUNDTRIP
 
@@ -101,7 +102,6 @@ _RAGGED = (8192, 16384, 32768, 65536)
 QUICK = Settings(
     _MODELS,
     (Case("llama-3.1-8b", (131072,), ("fixed:16:0.02:group", "fixed:16:0.05"), baselines=True),),
-    calls=8,
     machine=machine.Settings(repetitions=3, roundtrip_layers=None),
 )
 # The longest context that one machine of 128 GiB holds; its keys and values take 64 GiB.
@@ -109,7 +109,7 @@ LONG = Settings(
     _MODELS,
     (Case("llama-3.1-8b", (524288,), ("fixed:16:0.02:group",), splits=("model",)),),
     summaries=("host", "device"),
-    calls=3,
+    calls=2,
     machine=machine.Settings(repetitions=3, roundtrip_layers=None),
     roundtrip=roundtrip.Settings((8, 24), 10),
 )
@@ -264,7 +264,7 @@ class _Bench:
         cache = random_cache(weights.config, (300,) * len(case.context_tokens), "device")
         stepper = Stepper(weights, cache)
         timed = stepper.timed(parse_policy("full"), split_at(1.0), self.settings.calls)
-        return {"step_s": summarise(timed.step_s)}
+        return {"step_s": summarise(timed.step_s), "start_s": timed.start_s}
 
     def _selection_alone(self, case: Case, summaries: str, policy: str) -> dict[str, Any] | None:
         """Scoring and selection by the device; on the host both are part of the host's time."""
@@ -307,6 +307,7 @@ class _Bench:
             "policy": policy,
             "split": split,
             "step_s": summarise(timed.step_s),
+            "start_s": timed.start_s,
             "host_bytes": per_step(totals.host_blocks) * layout.block_bytes
             + per_step(totals.host_units) * scanned,
             "device_bytes": per_step(totals.device_blocks) * layout.block_bytes
@@ -333,7 +334,7 @@ class _Bench:
         program = dense_program()
         token = jnp.zeros((batch,), jnp.int32)
         seconds = time_calls(
-            lambda: program(weights.graph, weights.params, token, k, v), self.settings.calls // 2
+            lambda: program(weights.graph, weights.params, token, k, v), _FULL_CALLS
         )
         return {**row, "step_s": summarise(seconds)}
 

@@ -28,9 +28,10 @@ from fluxion_jax.policy import Policy, Split
 from fluxion_jax.rope import Rope
 from fluxion_jax.sampling import greedy
 
-# Steps of one timed call: enough that starting a program is a small part, and few enough that the
-# context hardly grows.
-CHUNK_STEPS = 8
+# Steps of one timed call, as many as `generate` runs in one: starting a program takes as long as a
+# step of a small model.
+CHUNK_STEPS = 32
+_START_CALLS = 5
 
 LLAMA_8B = ModelConfig(
     "llama", 128256, 4096, 32, 32, 8, 128, 14336, 131072,
@@ -82,7 +83,7 @@ def random_cache(
 
     Args:
       config: the model's sizes.
-      context_tokens: of each row; there is room for a few chunks more.
+      context_tokens: of each row; there is room for a chunk more.
       summaries: where they live.
       keep: a cache of the same sizes whose keys and values are taken over; do not use it again.
     """
@@ -94,7 +95,7 @@ def random_cache(
         old = next(kept, None)
         return random_array(shape, dtype, kind, next(seeds)) if old is None else old
 
-    most = max(context_tokens) + 2 * CHUNK_STEPS
+    most = max(context_tokens) + CHUNK_STEPS
     if keep is None:
         require_memory(layout, len(context_tokens), most)
     cache = HostKV.allocate_with(make, layout, len(context_tokens), most)
@@ -106,9 +107,17 @@ def random_cache(
 
 
 class Timed(NamedTuple):
-    """Seconds of a step in each timed call, and the counts of all of them."""
+    """Seconds of a step in each timed call, and the counts of all of them.
+
+    Attributes:
+      step_s: a call's seconds over its steps.
+      start_s: what a call takes besides its steps: the time of one of a single step, less a step.
+      steps: of all calls.
+      totals: of all calls.
+    """
 
     step_s: list[float]
+    start_s: float
     steps: int
     totals: LayerTotals
 
@@ -125,38 +134,50 @@ class Stepper:
             jnp.zeros((batch,), jnp.int32),
             jnp.zeros((batch,), bool),
             jnp.full((batch, CHUNK_STEPS), -1, jnp.int32),
-            jnp.asarray(CHUNK_STEPS, jnp.int32),
+        )
+        self.rest = (
             jnp.full((1,), -1, jnp.int32),
             jax.random.key(0),
         )
 
     def trace(self, policy: Policy, split: Split) -> Any:
         """What `jax.jit(...).trace` returns for a call, to compile it elsewhere."""
-        return decode_chunk.trace(*self._arguments(policy, split))  # type: ignore[attr-defined]
+        arguments = self._arguments(policy, split, CHUNK_STEPS)
+        return decode_chunk.trace(*arguments)  # type: ignore[attr-defined]
 
-    def _arguments(self, policy: Policy, split: Split) -> tuple[Any, ...]:
+    def _arguments(self, policy: Policy, split: Split, steps: int) -> tuple[Any, ...]:
         graph, params, _ = self.weights
-        fixed = (policy, split, greedy(), self.execution)
-        return graph, params, self.cache, *self.inputs, *fixed
+        inputs = (*self.inputs, jnp.asarray(steps, jnp.int32), *self.rest)
+        return graph, params, self.cache, *inputs, policy, split, greedy(), self.execution
 
-    def call(self, policy: Policy, split: Split) -> tuple[float, LayerTotals]:
-        """Runs a chunk of steps; returns seconds per step and what they read."""
+    def call(
+        self, policy: Policy, split: Split, steps: int = CHUNK_STEPS
+    ) -> tuple[float, LayerTotals]:
+        """Runs some steps in one call, at most a chunk; returns its seconds and what they read."""
         self.cache = self.cache.replace(lengths=jnp.asarray(self.lengths, jnp.int32))
+        arguments = self._arguments(policy, split, steps)
         jax.block_until_ready(self.cache.lengths)
         start = time.perf_counter()
-        cache, steps = decode_chunk(*self._arguments(policy, split))
-        jax.block_until_ready(steps)
-        seconds = (time.perf_counter() - start) / CHUNK_STEPS
+        cache, done = decode_chunk(*arguments)
+        jax.block_until_ready(done)
+        seconds = time.perf_counter() - start
         self.cache = cache
         cache.check()
-        return seconds, jax.tree.map(np.asarray, steps.totals)
+        return seconds, jax.tree.map(np.asarray, done.totals)
 
     def timed(self, policy: Policy, split: Split, calls: int) -> Timed:
         """Runs one call to warm up and then times some."""
         self.call(policy, split)
         seconds, totals = zip(*(self.call(policy, split) for _ in range(calls)), strict=True)
+        single = [self.call(policy, split, 1)[0] for _ in range(_START_CALLS)]
+        step_s = (np.median(seconds) - np.median(single)) / (CHUNK_STEPS - 1)
         summed = jax.tree.map(lambda *xs: np.sum(np.stack(xs), axis=0), *totals)
-        return Timed(list(seconds), calls * CHUNK_STEPS, summed)
+        return Timed(
+            [s / CHUNK_STEPS for s in seconds],
+            float(np.median(single) - step_s),
+            calls * CHUNK_STEPS,
+            summed,
+        )
 
 
 def dense_program() -> Callable[..., jax.Array]:

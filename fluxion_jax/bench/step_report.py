@@ -60,11 +60,13 @@ def costs(
 def render(report: dict[str, Any]) -> str:
     """The report as tables for a terminal."""
     lines = [
-        "step time in ms; of model: step over the time that its parts suggest; beyond: us a layer",
-        "beyond floor and bytes; waited, own: us a layer that the stream waited for the host, and",
-        "that the hand-over took",
-        f"{'case':24s} {'sums':6s} {'policy':20s} {'split':6s}    p50    p99  floor  model"
-        "  of model  host MB   bus MB   GB/s  beyond  waited    own",
+        "times of a step in ms, start: of a program, once for all steps of a call; of model: step",
+        "over the time that its parts suggest; beyond: us a layer beyond floor and bytes, which is",
+        "trip (a hand-over alone), select (scoring and selection by the device, alone) and rest;",
+        "waited, own: us a layer that the stream waited for the host, and that submit and collect",
+        "took",
+        f"{'case':24s} {'sums':6s} {'policy':20s} {'split':6s}    p50    p99  start  floor  model"
+        "  of model  host MB   bus MB   GB/s  beyond   trip select   rest  waited    own",
     ]
     for r in report["rows"]:
         if r["kind"] == "full":
@@ -77,12 +79,17 @@ def render(report: dict[str, Any]) -> str:
         # Next to a floor that is as large, what is left is noise and not a time.
         known = beyond_floor_s > _LEAST_OF_FLOOR * r["floor_s"]
         rate = f"{total / beyond_floor_s / 1e9:.1f}" if known else "-"
+        # Older reports do not have it.
+        start = f"{1e3 * r['start_s']:.2f}" if "start_s" in r else "-"
+        rest_s = (step["median"] - r["model_s"]) / layers
         lines.append(
             f"{r['case']:24s} {r['summaries']:6s} {r['policy']:20s} {r['split']:6s} "
-            f"{1e3 * step['median']:6.2f} {1e3 * step['p99']:6.2f} {1e3 * r['floor_s']:6.2f} "
-            f"{1e3 * r['model_s']:6.2f} {r['of_model']:9.2f} {r['host_bytes'] / 1e6:8.1f} "
-            f"{r['device_bytes'] / 1e6:8.1f} {rate:>6s} "
-            f"{1e6 * r['overhead_layer_s']:7.1f} {1e6 * times['waited'] / layers:7.1f} "
+            f"{1e3 * step['median']:6.2f} {1e3 * step['p99']:6.2f} {start:>6s} "
+            f"{1e3 * r['floor_s']:6.2f} {1e3 * r['model_s']:6.2f} {r['of_model']:9.2f} "
+            f"{r['host_bytes'] / 1e6:8.1f} {r['device_bytes'] / 1e6:8.1f} {rate:>6s} "
+            f"{1e6 * r['overhead_layer_s']:7.1f} {1e6 * r['handover_s'] / layers:6.1f} "
+            f"{1e6 * r['selection_s'] / layers:6.1f} {1e6 * rest_s:6.1f} "
+            f"{1e6 * times['waited'] / layers:7.1f} "
             f"{1e6 * times['own'] / layers:6.1f}"
         )
     for r in report["rows"]:

@@ -120,8 +120,8 @@ def test_a_layer_has_few_kernels(summaries):
 
     layer = kernels(program(2)) - kernels(program(1))
     # The query, scores, selection, list, attention, its merge, and the window; and where the device
-    # keeps the summaries, their rescaling and writing.
-    assert layer["pallas_call"] == (9 if summaries == "device" else 7)
+    # keeps the summaries, their writing.
+    assert layer["pallas_call"] == (8 if summaries == "device" else 7)
     # Submit, its start and collect; and a hand-over of each array on either side of collect.
     assert layer["ffi_call"] == 3 + 2 * (2 if summaries == "device" else 3)
     # The blocks that were read; the check of the plan, once for all layers with the same; and the

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from fluxion_jax.bench import machine, roundtrip, step
-from fluxion_jax.bench.step_programs import Stepper, random_cache, random_weights
+from fluxion_jax.bench.step_programs import (
+    CHUNK_STEPS,
+    Stepper,
+    random_cache,
+    random_weights,
+)
 from fluxion_jax.bench.step_report import render
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.policy import parse_policy, split_at
@@ -45,8 +50,28 @@ def test_every_cell_has_its_figures(measured):
     assert report["failed"] == {}
     headlines = 2 * len(TINY.cases[0].policies)
     text = render(report).splitlines()
-    assert len(text) == 4 + len(report["rows"]) + headlines
+    assert len(text) == 6 + len(report["rows"]) + headlines
     assert sum(line.endswith("times as long") for line in text) == headlines
+    for line in text[6 : 6 + len(sparse)]:
+        beyond, trip, select, rest = map(float, line.split()[-6:-2])
+        assert beyond == pytest.approx(trip + select + rest, abs=0.3)
+
+
+def test_the_start_of_a_call_is_what_its_steps_do_not_take(monkeypatch):
+    stepper = object.__new__(Stepper)
+    calls = []
+
+    def call(policy, split, steps=CHUNK_STEPS):
+        calls.append(steps)
+        return 0.25 + 0.5 * steps, ()
+
+    monkeypatch.setattr(stepper, "call", call)
+    timed = stepper.timed(None, None, 3)
+    assert timed.start_s == pytest.approx(0.25)
+    assert timed.step_s == pytest.approx([0.5 + 0.25 / CHUNK_STEPS] * 3)
+    assert timed.steps == 3 * CHUNK_STEPS
+    assert calls.count(CHUNK_STEPS) == 1 + 3
+    assert set(calls) == {1, CHUNK_STEPS}
 
 
 def test_bytes_go_where_the_split_sends_them(measured):
@@ -76,7 +101,7 @@ def test_no_rate_is_shown_where_the_floor_hides_it(measured):
     for factor in (0.9, 1.04, 2.0):
         step_s = {**row["step_s"], "median": factor * floor_s}
         text = render({"rows": [{**row, "step_s": step_s}], "left_out": [], "failed": {}})
-        shown.append(text.splitlines()[-1].split()[-4])
+        shown.append(text.splitlines()[-1].split()[-7])
     total = row["host_bytes"] + row["device_bytes"]
     assert shown == ["-", "-", f"{total / floor_s / 1e9:.1f}"]
 
@@ -126,6 +151,6 @@ def test_calls_start_from_the_same_context_with_weights_of_every_layer():
     stepper = Stepper(weights, cache)
     for _ in range(2):
         stepper.call(parse_policy("fixed:16:0.05"), split_at(1.0))
-        assert np.asarray(stepper.cache.lengths).tolist() == [708]
+        assert np.asarray(stepper.cache.lengths).tolist() == [732]
     kept = random_cache(config, (700,), "device", stepper.cache)
     assert kept.k[0].unsafe_buffer_pointer() == address

@@ -13,6 +13,7 @@ from flax import nnx
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.modules import Attention, RMSNorm
 from fluxion_jax.rope import Rope
+from tests.host_memory import traced_for_gpu
 
 D_MODEL = 20
 
@@ -179,3 +180,38 @@ def test_bfloat16_in_and_out() -> None:
 def test_sizes_that_do_not_fit(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(**change)
+
+
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": True, "qk_norm_eps": 1e-6}])
+def test_the_projections_of_one_token_on_a_gpu_are_those_elsewhere(monkeypatch, options):
+    """There they are computed for two rows, of which the second is nobody's."""
+    module = make(**options)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 1, D_MODEL)), jnp.float32)
+    position = jnp.full((1, 1), 7)
+    want = module._project(x, position)
+    monkeypatch.setattr("fluxion_jax.modules.target_platform", lambda: "gpu")
+    got = module._project(x, position)
+    for one, other in zip(got, want, strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, (1, 2)), (3, (3, 1))])
+def test_xla_never_has_to_project_one_row_on_a_gpu(batch, rows):
+    graph, state = nnx.split(make())
+
+    @jax.jit
+    def project(state: Any, x: jax.Array) -> Any:
+        return nnx.merge(graph, state)._project(x, jnp.zeros(x.shape[:2], jnp.int32))
+
+    program = traced_for_gpu(project.trace, state, jnp.zeros((batch, 1, D_MODEL)))
+    products = [e for e in every_equation(program) if e.primitive.name == "dot_general"]
+    assert [e.invars[0].aval.shape for e in products] == [(*rows, D_MODEL)] * 3
+
+
+def every_equation(jaxpr: Any) -> Any:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for name in ("jaxpr", "call_jaxpr"):
+            if name in eqn.params:
+                yield from every_equation(getattr(eqn.params[name], "jaxpr", eqn.params[name]))

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.registry import UnsupportedImplementationError, traced_once
 
 TILE_ROWS = 64
 """Rows that a program requantises at a time."""
@@ -30,6 +30,7 @@ MAX_PROGRAMS = 256
 _LEVELS = 4
 
 
+@functools.partial(traced_once, constants=["interpret"])
 def update_summaries(
     summaries: jax.Array,
     new: jax.Array,

@@ -234,13 +234,13 @@ class _Bench:
         return rows
 
     def _baselines(self, case: Case) -> list[dict[str, Any]]:
-        """Attention to everything: offloaded by another library, streamed, and resident."""
+        """Attention to everything: streamed, resident, and offloaded by another library."""
         rows = []
-        if jax.default_backend() == "gpu" and case.model in _OFFLOADED:
-            rows.append(self.cell(f"{case.name}-offloaded", lambda: self._offloaded(case)))
         for place in ("pinned_host", "device"):
             measure = functools.partial(self._full, case, place)
             rows.append(self.cell(f"{case.name}-full-{place}", measure))
+        if jax.default_backend() == "gpu" and case.model in _OFFLOADED:
+            rows.append(self.cell(f"{case.name}-offloaded", lambda: self._offloaded(case)))
         return [row for row in rows if row]
 
     def _offloaded(self, case: Case) -> dict[str, Any]:

@@ -251,6 +251,9 @@ def decode_attention(
     index = cache.global_index(layer)
     dtype, q = q.dtype, q.astype(jnp.float32)
     active = cache.has_room(1)
+    # Other than that, the same in all layers of a step, so that XLA plans once for all that have
+    # the same plan. After an error nothing is written, and the host does nothing.
+    planned = cache.active & (cache.lengths < cache.max_tokens)
     resident = window_mask(cache.layout, cache.lengths + 1, cache.host_len) & active[:, None]
     enter = _enter_window_on_gpu if target_platform() == "gpu" else _enter_window
     window_state, window, flush, exponents = enter(
@@ -265,7 +268,7 @@ def decode_attention(
         layout=cache.layout,
         scale=scale,
         capacity_blocks=cache.num_host_blocks,
-        host_tokens=jnp.where(active, cache.host_len, 0),
+        host_tokens=jnp.where(planned, cache.host_len, 0),
         window_k=window[0],
         window_positions=window_positions(cache.layout, cache.lengths + 1, resident),
         sketch=sketch,
@@ -279,7 +282,7 @@ def decode_attention(
             _no_host_work(plan, window_state, execution, return_selection),
         )
 
-    work = _make_work(q, cache, index, plan, active, split.at_pace(cache.pace), execution)
+    work = _make_work(q, cache, index, plan, planned, split.at_pace(cache.pace), execution)
     work = _select_on_device(work, cache, index) if cache.layout.summaries == "device" else work
 
     full_state, cache = _attend_everything(
@@ -392,8 +395,9 @@ def _attend_host_cache(
     """Runs both shares at once, then writes the leaving block."""
     k, v, summaries = _host_arrays(cache, index)
     rows = cache.first_row
+    on_device, work = work, _unless_failed(work, cache)
     if split.sides == "device":
-        device = _device_share(q, work, cache, index, scale, execution)
+        device = _device_share(q, on_device, cache, index, scale, execution)
         read = device.state[1]
         return device, _write_only(q, work, flush, read, k, v, summaries, rows, execution)
 
@@ -409,9 +413,9 @@ def _attend_host_cache(
     # The device share waits for the tick, or XLA could run it before the host has begun.
     q, tick = jax.lax.optimization_barrier((q, tick))
     if split.sides == "host":
-        device = _no_device_share(q, work, k.shape[2])
+        device = _no_device_share(q, on_device, k.shape[2])
     else:
-        device = _device_share(q, work, cache, index, scale, execution)
+        device = _device_share(q, on_device, cache, index, scale, execution)
     collected = host_ops.collect(
         tick,
         work,
@@ -426,6 +430,11 @@ def _attend_host_cache(
         implementation=execution.host,
     )
     return device, collected
+
+
+def _unless_failed(work: host_ops.Work, cache: HostKV) -> host_ops.Work:
+    """The host's work, none after an error: it may have run out of time."""
+    return work._replace(host_blocks=jnp.where(cache.status[0] == 0, work.host_blocks, 0))
 
 
 def _write_only(
@@ -724,6 +733,7 @@ def _attend_everything(
     if not execution.measure:
         return window_state, cache
     k, v, summaries = _host_arrays(cache, index)
+    work = _unless_failed(work, cache)
     everything = pallas_kernels.pack(jnp.arange(k.shape[2]) < work.host_blocks[:, None])
     work = work._replace(
         boundary=jnp.broadcast_to(work.host_blocks[:, None], work.boundary.shape),
@@ -803,7 +813,7 @@ def _adapt(
         )
     )
     pace = observe(cache.pace, split.cost, host_bytes, device_bytes, collected.times)
-    return cache.replace(pace=jnp.where(collected.status[0] == 0, pace, cache.pace))
+    return cache.replace(pace=jnp.where(cache.status[0] == 0, pace, cache.pace))
 
 
 def _selection(collected: host_ops.Collected, device: _DeviceShare) -> jax.Array:

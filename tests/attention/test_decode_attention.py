@@ -222,6 +222,22 @@ def test_inactive_rows_do_nothing():
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.parametrize("host", IMPLEMENTATIONS)
+def test_after_an_error_a_layer_writes_nothing_and_the_host_reads_nothing(host):
+    # The third row's oldest block would leave the window.
+    cache = filled([1100, 40, 335, 577])
+    failed = cache.replace(status=jnp.full(1, host_ops.STATUS_TIMEOUT, jnp.int32))
+    kept = ("lengths", "exponents", "window_k", "window_v", "k", "v", "summaries", "status")
+    before = [np.array(x) for name in kept for x in jax.tree.leaves(getattr(failed, name))]
+    q, k, v = new_tokens(cache, 6)
+    _, failed, stats = run(failed, q, k, v, fx.fixed(16, 0.3), split_at(0.5), host)
+    assert not np.asarray(stats.host_blocks).any()
+    assert not np.asarray(stats.host_units).any()
+    after = [x for name in kept for x in jax.tree.leaves(getattr(failed, name))]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 @pytest.mark.native
 def test_the_same_bits_for_one_and_two_threads():
     from host_ops import native

@@ -97,28 +97,29 @@ def kernels(jaxpr):
     return found
 
 
+def attention_of(layers, summaries):
+    """Attention of some layers, one after the other."""
+    execution = fx.Execution(host="native", dense_below_tokens=0)
+    layout = fx.KVLayout(layers, 8, 128, summaries=summaries)
+    cache = fx.HostKV.allocate(layout, 1, 4096)
+    q, kv = jnp.zeros((1, 32, 128)), jnp.zeros((1, 8, 128))
+
+    @fx.jit
+    def step(cache, q, k, v, policy, split):
+        for layer in range(layers):
+            q, cache, _ = fx.decode_attention(
+                q, k, v, cache, layer, policy, scale=0.1, split=split, execution=execution
+            )
+        return q, cache.advance()
+
+    policy = fx.parse_policy("fixed:16:0.05:group")
+    return traced_for_gpu(step.trace, cache, q, kv, kv, policy, parse_split("model"))
+
+
 @pytest.mark.parametrize("summaries", ["host", "device"])
 def test_a_layer_has_few_kernels(summaries):
     """A kernel takes longer to start than most of those between two layers take to run."""
-    execution = fx.Execution(host="native", dense_below_tokens=0)
-
-    def program(layers):
-        layout = fx.KVLayout(layers, 8, 128, summaries=summaries)
-        cache = fx.HostKV.allocate(layout, 1, 4096)
-        q, kv = jnp.zeros((1, 32, 128)), jnp.zeros((1, 8, 128))
-
-        @fx.jit
-        def step(cache, q, k, v, policy, split):
-            for layer in range(layers):
-                q, cache, _ = fx.decode_attention(
-                    q, k, v, cache, layer, policy, scale=0.1, split=split, execution=execution
-                )
-            return q, cache.advance()
-
-        policy = fx.parse_policy("fixed:16:0.05:group")
-        return traced_for_gpu(step.trace, cache, q, kv, kv, policy, parse_split("model"))
-
-    layer = kernels(program(2)) - kernels(program(1))
+    layer = kernels(attention_of(2, summaries)) - kernels(attention_of(1, summaries))
     # The query, scores, selection, list, attention, its merge, and the window; and where the device
     # keeps the summaries, their writing.
     assert layer["pallas_call"] == (8 if summaries == "device" else 7)
@@ -128,3 +129,34 @@ def test_a_layer_has_few_kernels(summaries):
     # window's mask and positions, which XLA drops where no policy looks at them.
     others = {"reduce_sum": 1, "reduce_and": 1, "reduce_or": 1, "concatenate": 2}
     assert {k: n for k, n in layer.items() if k not in ("pallas_call", "ffi_call")} == others
+
+
+def test_layers_with_the_same_plan_are_planned_once():
+    """What a layer selects by and how it is cut is no matter of what the layer before brought."""
+    jaxpr = attention_of(2, "device")
+    while len(jaxpr.eqns) == 1:
+        jaxpr = jaxpr.eqns[0].params["jaxpr"].jaxpr
+    from_host = set()
+    by_kernel = collections.defaultdict(list)
+    for eqn in jaxpr.eqns:
+        late = [v in from_host for v in eqn.invars if not hasattr(v, "val")]
+        for name in kernels_within(eqn):
+            by_kernel[name].append(late)
+        if any(late) or eqn.primitive.name == "ffi_call":
+            from_host.update(eqn.outvars)
+    first, second = by_kernel["select_units"]
+    assert not any(first)
+    # The scores alone, which follow from the query.
+    assert second == [True] + [False] * (len(second) - 1)
+    first, second = by_kernel["window_step"]
+    assert any(second)
+
+
+def kernels_within(eqn):
+    """Names of the Pallas kernels that an operation is, or has inside."""
+    if eqn.primitive.name == "pallas_call":
+        return [eqn.params["name"]]
+    bodies = (eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params)
+    return [
+        n for body in bodies for e in getattr(body, "jaxpr", body).eqns for n in kernels_within(e)
+    ]

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "append.h"
+#include "fetch.h"
 #include "runtime.h"
 
 namespace fluxion {
@@ -27,6 +28,20 @@ void write_empty(const Geometry& g, const CollectOut& out) {
   }
 }
 
+// Asks for what collect reads and writes behind the tasks.
+void fetch_results(const Request& request, const FlushView& flush, const CollectOut& out) {
+  constexpr int64_t kMost = int64_t{1} << 14;  // Twice that stays in the nearest cache.
+  fetch(flush.first_block, 1);
+  fetch(flush.num_blocks, 1);
+  fetch(out.times, 4 * kTimes);
+  const int64_t rows = static_cast<int64_t>(request.lse().size());
+  fetch(request.lse().data(), 4 * rows);
+  fetch_to_write(out.lse, 4 * rows);
+  const int64_t bytes = std::min<int64_t>(4 * request.out().size(), kMost);
+  fetch(request.out().data(), bytes);
+  fetch_to_write(out.out, bytes);
+}
+
 void write_results(const Request& request, const CollectOut& out) {
   std::copy(request.out().begin(), request.out().end(), out.out);
   std::copy(request.lse().begin(), request.lse().end(), out.lse);
@@ -40,6 +55,7 @@ void write_results(const Request& request, const CollectOut& out) {
 void read_times(const Request& request, float times[kTimes]) {
   times[kBusy] = static_cast<float>(request.busy_s());
   times[kSpan] = static_cast<float>(request.span_s());
+  times[kCovered] = static_cast<float>(request.covered_s());
   times[kScored] = static_cast<float>(request.scored_s());
   times[kSelected] = static_cast<float>(request.selected_s());
   times[kAttended] = static_cast<float>(request.attended_s());
@@ -48,7 +64,7 @@ void read_times(const Request& request, float times[kTimes]) {
 // A task past its time is cut off at its next part. Returns whether every task has finished.
 bool finish(Runtime& run, Request& request, bool may_leave) {
   request.start(&run.pool);
-  if (run.pool.help(request.left(), Clock::now() + timeout())) return true;
+  if (run.pool.help(request.left(), Clock::now() + run.timeout.load(std::memory_order_relaxed))) return true;
   request.abort(kTimeout);
   const auto last = may_leave ? Clock::now() + kCutOff : Clock::time_point::max();
   return run.pool.help(request.left(), last);
@@ -146,6 +162,7 @@ void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& c
       times[kWaited] = seconds(Clock::now() - claimed);
       times[kOwn] = static_cast<float>(request.submit_s);
       if (finished) {
+        fetch_results(request, flush, out);
         read_times(request, times);
         status |= check_collect(request, geometry, cache, flush);
         if (status == kOk) {

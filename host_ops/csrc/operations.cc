@@ -34,17 +34,21 @@ void fetch_results(const Request& request, const FlushView& flush, const Collect
   fetch(flush.first_block, 1);
   fetch(flush.num_blocks, 1);
   fetch(out.times, 4 * kTimes);
-  const int64_t rows = static_cast<int64_t>(request.lse().size());
-  fetch(request.lse().data(), 4 * rows);
+  if (request.out() == out.out) return;
+  const int64_t rows = request.geometry().batch * request.geometry().heads;
+  const int64_t bytes = std::min(4 * rows * request.geometry().head_dim, kMost);
+  fetch(request.lse(), 4 * rows);
   fetch_to_write(out.lse, 4 * rows);
-  const int64_t bytes = std::min<int64_t>(4 * request.out().size(), kMost);
-  fetch(request.out().data(), bytes);
+  fetch(request.out(), bytes);
   fetch_to_write(out.out, bytes);
 }
 
 void write_results(const Request& request, const CollectOut& out) {
-  std::copy(request.out().begin(), request.out().end(), out.out);
-  std::copy(request.lse().begin(), request.lse().end(), out.lse);
+  if (request.out() != out.out) {
+    const int64_t rows = request.geometry().batch * request.geometry().heads;
+    std::copy_n(request.out(), rows * request.geometry().head_dim, out.out);
+    std::copy_n(request.lse(), rows, out.lse);
+  }
   std::copy(request.blocks_read().begin(), request.blocks_read().end(), out.blocks_read);
   std::copy(request.units_scanned().begin(), request.units_scanned().end(), out.units_scanned);
   if (out.selection != nullptr) {
@@ -64,7 +68,8 @@ void read_times(const Request& request, float times[kTimes]) {
 // A task past its time is cut off at its next part. Returns whether every task has finished.
 bool finish(Runtime& run, Request& request, bool may_leave) {
   request.start(&run.pool);
-  if (run.pool.help(request.left(), Clock::now() + run.timeout.load(std::memory_order_relaxed))) return true;
+  const Clock::duration patience = run.timeout.load(std::memory_order_relaxed);
+  if (run.pool.help(request.left(), Clock::now() + patience)) return true;
   request.abort(kTimeout);
   const auto last = may_leave ? Clock::now() + kCutOff : Clock::time_point::max();
   return run.pool.help(request.left(), last);
@@ -157,6 +162,8 @@ void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& c
       status |= tick[0] == kFailedSlot && tick[1] == kInternal ? kInternal : kInvalid;
     } else {
       Request& request = slot->request;
+      // Nobody may write there who could be left behind, or whose results are not wanted.
+      if (!may_leave && request.geometry() == geometry) request.write_to(out.out, out.lse);
       const Clock::time_point claimed = Clock::now();
       const bool finished = finish(run, request, may_leave);
       times[kWaited] = seconds(Clock::now() - claimed);

@@ -119,7 +119,9 @@ bool Pool::pop(Parts* parts) {
 }
 
 void Pool::fetch_queue() {
-  fetch_to_write(&queue_lock_, reinterpret_cast<char*>(&done_) - reinterpret_cast<char*>(&queue_lock_));
+  // The lock, the queue and the lock of who sleeps lie side by side.
+  const char* const first = reinterpret_cast<const char*>(&queue_lock_);
+  fetch(first, reinterpret_cast<const char*>(&done_) - first);
   std::lock_guard<SpinLock> lock(queue_lock_);
   if (head_ != nullptr) fetch(head_, 256);
 }

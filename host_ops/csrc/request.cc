@@ -62,8 +62,8 @@ void Request::copy_bitmap(const uint32_t* bitmap, int64_t batch, int64_t kv_head
 void Request::write_nothing(int64_t batch, int64_t kv_head) {
   const Geometry& g = geometry_;
   const int64_t row = batch * g.heads + kv_head * g.group();
-  std::fill_n(out_.data() + row * g.head_dim, g.group() * g.head_dim, 0.0f);
-  std::fill_n(lse_.data() + row, g.group(), -std::numeric_limits<float>::infinity());
+  std::fill_n(out_ + row * g.head_dim, g.group() * g.head_dim, 0.0f);
+  std::fill_n(lse_ + row, g.group(), -std::numeric_limits<float>::infinity());
   std::fill_n(bitmap_.data() + row * g.words(), g.group() * g.words(), 0);
 }
 
@@ -94,8 +94,10 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   const uint32_t status = cancel_known ? validate(work) : kInvalid;
   status_.store(status, std::memory_order_relaxed);
   const Geometry& g = geometry_;
-  out_.resize(g.batch * g.heads * g.head_dim);
-  lse_.resize(g.batch * g.heads);
+  own_out_.resize(g.batch * g.heads * g.head_dim);
+  own_lse_.resize(g.batch * g.heads);
+  out_ = own_out_.data();
+  lse_ = own_lse_.data();
   bitmap_.resize(g.batch * g.heads * g.words());
   blocks_read_.assign(g.batch * g.kv_heads, 0);
   units_scanned_.assign(g.batch * g.kv_heads, 0);
@@ -126,6 +128,13 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
 void Request::fetch_state() const {
   fetch(&left_, reinterpret_cast<const char*>(this + 1) - reinterpret_cast<const char*>(&left_));
   pool_->fetch_queue();
+}
+
+void Request::write_to(float* out, float* lse) {
+  if (started_.load(std::memory_order_relaxed)) return;
+  if (task_count_ < geometry_.batch * geometry_.kv_heads) return;
+  out_ = out;
+  lse_ = lse;
 }
 
 void Request::refuse(uint32_t status) {

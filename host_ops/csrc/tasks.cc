@@ -107,18 +107,32 @@ void Task::timed(const Body& body) noexcept {
 }
 
 void Task::run(int64_t first, int64_t last) noexcept {
-  timed([&] {
-    if (stage_ == Stage::kAttend) return attend(first, last);
-    for (int64_t part = first; part < last && !request_->stopped(); ++part) {
-      if (stage_ == Stage::kScore) score(part);
-      if (stage_ == Stage::kSelect) select(part);
-    }
-  });
   const int64_t done = last - first;
-  if (parts_left_.fetch_sub(done, std::memory_order_acq_rel) == done) advance();
+  const bool alone = done == parts_;
+  timed([&] {
+    run_parts(first, last);
+    if (alone) conclude();
+  });
+  if (parts_left_.fetch_sub(done, std::memory_order_acq_rel) != done) return;
+  if (!alone && stage_ != Stage::kScore) timed([&] { conclude(); });
+  advance();
 }
 
-// After the last part of a stage.
+void Task::run_parts(int64_t first, int64_t last) {
+  if (stage_ == Stage::kAttend) return attend(first, last);
+  for (int64_t part = first; part < last && !request_->stopped(); ++part) {
+    if (stage_ == Stage::kScore) score(part);
+    if (stage_ == Stage::kSelect) select(part);
+  }
+}
+
+// What belongs to a stage, behind all of its parts.
+void Task::conclude() {
+  if (request_->stopped()) return;
+  if (stage_ == Stage::kSelect) cut_union();
+  if (stage_ == Stage::kAttend) merge();
+}
+
 void Task::advance() {
   if (stage_ == Stage::kScore && !request_->stopped()) {
     const bool together = shared_ || units_ <= kTogetherUnits * request_->task_count_;
@@ -126,12 +140,11 @@ void Task::advance() {
     return go_on(Stage::kSelect, together ? 1 : request_->geometry_.group(), Turn::kNext);
   }
   if (stage_ == Stage::kSelect) {
-    timed([&] { cut_union(); });
     const int64_t chunks = chunks_of(union_blocks_);
     if (chunks > 0 && !request_->stopped()) return go_on(Stage::kAttend, chunks, Turn::kLast);
     begin(Stage::kAttend, 0);
+    timed([&] { conclude(); });
   }
-  timed([&] { merge(); });
   request_->task_finished(stage_ns_);
 }
 
@@ -233,8 +246,8 @@ void Task::attend(int64_t first, int64_t last) {
 void Task::fetch_what_follows() {
   const Geometry& g = request_->geometry_;
   const int64_t row = batch_ * g.heads + kv_head_ * g.group();
-  fetch_to_write(request_->out_.data() + row * g.head_dim, 4 * g.group() * g.head_dim);
-  fetch_to_write(request_->lse_.data() + row, 4 * g.group());
+  fetch_to_write(request_->out_ + row * g.head_dim, 4 * g.group() * g.head_dim);
+  fetch_to_write(request_->lse_ + row, 4 * g.group());
   request_->fetch_state();
 }
 
@@ -269,7 +282,7 @@ void Task::merge() {
   const float minus_infinity = -std::numeric_limits<float>::infinity();
   for (int64_t h = 0; h < group; ++h) {
     const int64_t row = batch_ * g.heads + kv_head_ * group + h;
-    float* out = request_->out_.data() + row * g.head_dim;
+    float* out = request_->out_ + row * g.head_dim;
     std::fill_n(out, g.head_dim, 0.0f);
     float top = minus_infinity;
     for (int64_t c = 0; c < parts_; ++c) top = std::max(top, partial(c)[h]);

@@ -9,7 +9,8 @@
 // bits of the result depend neither on the number of threads nor on who ran what.
 //
 // Ownership: a request copies the small operands and only points at K, V and the summaries, which
-// the caller keeps alive from start to `finished()`. It owns its results. It is never destroyed;
+// the caller keeps alive from start to `finished()`. It owns its results, unless `write_to` says
+// where else they go, which then is the caller's to keep alive likewise. It is never destroyed;
 // its memory is reused by the next request in the same slot.
 // Threads: prepare and the results belong to one thread at a time; between start and finished()
 // only the pool touches the tasks. Any thread may call `start`, `when_finished` and `abort`.
@@ -69,6 +70,8 @@ class Task : public Job {
   void plan_scoring();
   void begin(Stage stage, int64_t parts);
   void go_on(Stage stage, int64_t parts, Turn turn);
+  void run_parts(int64_t first, int64_t last);
+  void conclude();
   void advance();
   void score(int64_t part);
   void select(int64_t part);
@@ -147,6 +150,10 @@ class Request {
   // Instead of prepare, or after it threw: there are no tasks, and the status is this one.
   void refuse(uint32_t status);
 
+  // Before start: where `out` and `lse` go. Has no effect after it, nor where a group has no task,
+  // because then some of them are written already.
+  void write_to(float* out, float* lse);
+
   // Queues the tasks, the first time it is called after prepare. Does not throw.
   void start(Pool* pool) noexcept;
 
@@ -172,8 +179,8 @@ class Request {
   const Task& task(int64_t i) const { return *tasks_[i]; }
   int64_t tasks() const { return task_count_; }
   const CacheView& cache() const { return cache_; }
-  const std::vector<float>& out() const { return out_; }             // [B, N, H]
-  const std::vector<float>& lse() const { return lse_; }             // [B, N]
+  const float* out() const { return out_; }                          // [B, N, H]
+  const float* lse() const { return lse_; }                          // [B, N]
   const std::vector<uint32_t>& selection() const { return bitmap_; } // [B, N, W]
   const std::vector<int32_t>& blocks_read() const { return blocks_read_; }      // [B, K]
   const std::vector<int32_t>& units_scanned() const { return units_scanned_; }  // [B, K]
@@ -223,8 +230,10 @@ class Request {
   std::function<void()> action_;         // Guarded by finish_mutex_.
   std::atomic<uint32_t> status_{0};
 
-  std::vector<float> out_;
-  std::vector<float> lse_;
+  float* out_ = nullptr;                 // Where results go: the next two, or elsewhere.
+  float* lse_ = nullptr;
+  std::vector<float> own_out_;
+  std::vector<float> own_lse_;
   std::vector<int32_t> blocks_read_;
   std::vector<int32_t> units_scanned_;
   std::atomic<int64_t> stage_ns_[kStages] = {};  // Of the tasks that have finished.

@@ -94,7 +94,7 @@ def collect(
         blocks_read[...], units_scanned[...] = share.blocks_read, share.units_scanned
         selection[...] = share.selection
         elapsed_s = time.perf_counter() - start_s
-        times[...] = (elapsed_s, elapsed_s, elapsed_s, *share.stages_s, 0.0)
+        times[...] = (elapsed_s, elapsed_s, elapsed_s, *share.stages_s, 0.0, elapsed_s)
 
     cache, results = call_in_place(
         run, _to_device(k, v, summaries), result_types, (tick, work, flush, after)

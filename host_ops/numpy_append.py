@@ -52,12 +52,13 @@ def append(k: np.ndarray, v: np.ndarray, summaries: np.ndarray | None, flush: An
 
 
 def flush_is_valid(flush: Any, num_blocks: int) -> bool:
-    """Whether counts, places and shifts of a flush are in range for `num_blocks` = P."""
+    """Whether counts, and places and shifts of what is written, are in range of P blocks."""
     first = flush.first_block.astype(np.int64)
     count = flush.num_blocks.astype(np.int64)
     counts = ((count >= 0) & (count <= flush.k.shape[2])).all()
     places = (count == 0) | ((first >= 0) & (first + count <= num_blocks))
-    return bool(counts and places.all() and (flush.shift >= 0).all())
+    shifts = (count == 0) | (flush.shift >= 0).all(axis=(1, 2))
+    return bool(counts and places.all() and shifts.all())
 
 
 def _requantise(

@@ -18,7 +18,7 @@ STATUS_INTERNAL = 8
 STATUS_NOT_IN_PLACE = 16
 
 # What `Collected.times` holds, in this order; csrc/operations.h says what each one is.
-TIMES = ("waited", "busy", "span", "scored", "selected", "attended", "own")
+TIMES = ("waited", "busy", "span", "scored", "selected", "attended", "own", "covered")
 
 
 class Work(NamedTuple):
@@ -77,12 +77,13 @@ class Collected(NamedTuple):
       out: float32 `[B, N, H]`, attention over the host's share; 0 where it is empty.
       lse: float32 `[B, N]`, natural log; `-inf` where the share is empty.
       status: int32 `[1]`, OR of the `STATUS_*` bits.
-      times: float32 `[7]` in seconds, in the order of `TIMES`: `waited`, collect waited or helped;
+      times: float32 `[8]` in seconds, in the order of `TIMES`: `waited`, collect waited or helped;
         `busy`, threads worked (summed over threads, as are the next but one to three); `span`,
         from submit to the end of the last task; `scored`, `selected` and `attended`, which are
         parts of `busy`; `own`, submit and collect without waiting, with all that they copy and
-        write. With one thread, what is none of scoring, selection and attention is
-        `waited + own - scored - selected - attended`.
+        write; `covered`, at least one thread scored, selected or attended. What is none of the
+        three is `span - covered + own`, with one thread `waited - covered + own`; n threads that
+        run tasks were idle for `n * covered - busy` while others worked.
       blocks_read: int32 `[B, K]`, blocks whose K/V were read, each once for the whole group.
       units_scanned: int32 `[B, K]`, summaries read for scoring; 0 for a task whose heads all want
         nothing or all want everything, because nothing is ranked then.

@@ -19,11 +19,12 @@ _BLOCKS_PER_UNIT = (1, 2, 4, 8)
 
 
 def invalid_flush(flush: Flush, num_blocks: int) -> jax.Array:
-    """Status int32: `STATUS_INVALID` if a count, a place or a shift is outside its range."""
+    """Status int32: `STATUS_INVALID` if a count, or what is written where, is outside its range."""
     first, count = flush.first_block, flush.num_blocks
     good = (count >= 0) & (count <= flush.k.shape[2])
-    good &= (count == 0) | ((first >= 0) & (first <= num_blocks - count))
-    return jnp.where(good.all() & (flush.shift >= 0).all(), 0, STATUS_INVALID).astype(jnp.int32)
+    inside = (first >= 0) & (first <= num_blocks - count)
+    good &= (count == 0) | (inside & (flush.shift >= 0).all(axis=(1, 2)))
+    return jnp.where(good.all(), 0, STATUS_INVALID).astype(jnp.int32)
 
 
 def write_blocks(

@@ -188,8 +188,7 @@ class _Bench:
             for seed in (1, 2)
         )
         self.cache = (k, v, _tiled(summaries, rows, "int8"))
-        self.program = _program(head_dim**-0.5, 1)
-        self.layers = _program(head_dim**-0.5, LAYERS)
+        self.program = _program(head_dim**-0.5)
 
     def work(self, granularity: int, k_units: int, bitmap: Any) -> Work:
         heads = (1, KV_HEADS * self.group)
@@ -207,57 +206,63 @@ class _Bench:
             bitmap=bitmap,
         )
 
-    def step(self, work: Work) -> tuple[dict[str, float], int]:
-        """Seconds by name, and blocks read."""
-        layers, read = self._run(self.program, work)
-        return layers[0], read
-
-    def _run(self, program: Any, work: Work) -> tuple[list[dict[str, float]], int]:
+    def step(self, *layers: Work) -> tuple[list[dict[str, float]], int]:
+        """Seconds by name of each layer of a step, and blocks read by the last."""
         flush = _nothing(self.head_dim)
-        self.cache, status, times, read = jax.block_until_ready(program(self.cache, work, flush))
+        self.cache, status, times, read = jax.block_until_ready(
+            self.program(self.cache, layers, flush)
+        )
         if int(status[0]) != host_ops.STATUS_OK:
             raise FluxionError(f"expected status 0, got {int(status[0])}")
-        layers = np.asarray(times, float).tolist()
-        return [dict(zip(TIMES, layer, strict=True)) for layer in layers], int(read.sum())
+        seconds = np.asarray(times, float).tolist()
+        return [dict(zip(TIMES, layer, strict=True)) for layer in seconds], int(read.sum())
 
     def rest_us(self, granularity: int, threads: int, repetitions: int) -> dict[str, Any]:
-        """What a layer costs besides its stages: in a step of several layers, and by itself."""
+        """What a layer costs besides its stages, and what threads are idle within them."""
         k_units = max(1, int(REST_FRACTION * self.blocks * 16 // granularity))
-        within, alone = [], []
+        within, alone, idle = [], [], []
         for repetition in range(repetitions + 1):
-            layers, _ = self._run(self.layers, self.work(granularity, k_units, None))
+            layers, _ = self.step(*[self.work(granularity, k_units, None)] * LAYERS)
             if repetition == 0:
                 continue
             rests = [_rest_us(layer, threads) for layer in layers]
             # The first comes after what Python and JAX do between two steps.
             within.append(float(np.mean(rests[1:])))
             alone.append(rests[0])
-        return {"rest_us": summarise(within), "rest_first_us": summarise(alone)}
+            idles = [1e6 * _idle_s(layer, threads) / _workers(threads) for layer in layers]
+            idle.append(float(np.mean(idles[1:])))
+        return {
+            "rest_us": summarise(within),
+            "rest_first_us": summarise(alone),
+            "imbalance_us": summarise(idle),
+        }
 
     def measure(
         self, granularity: int, threads: int, settings: Settings, compare: bool
     ) -> dict[str, Any]:
         keys = np.asarray(self.cache[0])
         self.step(self.work(granularity, 1, None))
-        ceilings, attention, scoring, share = [], [], [], []
+        ceilings, attention, scoring, busy_scoring, share = [], [], [], [], []
         scored_bytes = KV_HEADS * (self.blocks * 16 // granularity) * 2 * self.head_dim
-        # With more than one, the thread of the caller runs no part of a task.
-        workers = max(threads - 1, 1)
+        workers = _workers(threads)
         fraction = settings.read_fraction
         k_units = max(1, int(fraction * self.blocks * 16 // granularity))
         for repetition in range(settings.repetitions + 1):
             # Reading all keys also drives out of the caches what the next step reads.
             read_s, _ = ceiling.read_all(keys)
             ids, bitmap = self.random_selection(granularity, fraction)
-            attended, blocks = self.step(self.work(granularity, 0, bitmap))
+            [attended], blocks = self.step(self.work(granularity, 0, bitmap))
             ceiling.read_all(keys)
-            scored, _ = self.step(self.work(granularity, k_units, None))
+            [selected], _ = self.step(self.work(granularity, k_units, None))
+            scored = selected if threads == 1 else self.scored(granularity, keys)
             if repetition == 0:
                 continue
             ceilings.append(keys.nbytes / read_s / 1e9)
             attention.append(blocks * self.block_bytes / attended["span"] / 1e9)
-            scoring.append(scored_bytes / (scored["scored"] / workers) / 1e9)
-            share.append(scored["selected"] / scored["scored"])
+            scored_s = scored["scored"] + _idle_s(scored, threads)
+            scoring.append(scored_bytes / (scored_s / workers) / 1e9)
+            busy_scoring.append(scored_bytes / (scored["scored"] / workers) / 1e9)
+            share.append(selected["selected"] / selected["scored"])
         del keys
         top = summarise(ceilings)["median"]
         row: dict[str, Any] = {
@@ -270,12 +275,20 @@ class _Bench:
             "attention_of_ceiling": summarise(attention)["median"] / top,
             "scoring_gb_s": summarise(scoring),
             "scoring_of_ceiling": summarise(scoring)["median"] / top,
+            "scoring_without_idle_gb_s": summarise(busy_scoring),
             "selection_of_scoring": summarise(share),
             **self.rest_us(granularity, threads, settings.repetitions),
         }
         if compare:
             row |= self.compare(granularity, ids, scored_bytes, row)
         return row
+
+    def scored(self, granularity: int, keys: Any) -> dict[str, float]:
+        """Seconds by name of a layer that scores and reads next to nothing else."""
+        ceiling.read_all(keys)
+        # Other rows are scored before, so that the threads are awake, as they are within a model.
+        before = self.work(16 if granularity > 16 else 32, 1, None)
+        return self.step(before, self.work(granularity, 1, None))[0][1]
 
     def compare(
         self, granularity: int, ids: Any, scored_bytes: int, row: dict[str, Any]
@@ -338,25 +351,35 @@ def _nothing(head_dim: int) -> Flush:
     )
 
 
+def _workers(threads: int) -> int:
+    # With more than one, the thread of the caller runs no part of a task.
+    return max(threads - 1, 1)
+
+
 def _rest_us(times: dict[str, float], threads: int) -> float:
-    stages_s = sum(times[name] for name in ("scored", "selected", "attended"))
+    """Microseconds in which no thread was in a stage, and those of submit and collect."""
     # With workers the layer is under way before the caller waits for it.
     wall_s = times["waited"] if threads == 1 else times["span"]
-    return 1e6 * (wall_s + times["own"] - stages_s / max(threads - 1, 1))
+    return 1e6 * (wall_s - times["covered"] + times["own"])
 
 
-def _program(scale: float, layers: int) -> Any:
-    def step(cache: Any, work: Work, flush: Flush) -> Any:
+def _idle_s(times: dict[str, float], threads: int) -> float:
+    """Seconds, summed over the threads that run tasks, idle while others were in a stage."""
+    return _workers(threads) * times["covered"] - times["busy"]
+
+
+def _program(scale: float) -> Any:
+    def step(cache: Any, layers: tuple[Work, ...], flush: Flush) -> Any:
         k, v, summaries = cache
-        status, times = jnp.zeros(1, jnp.int32), []
-        for _ in range(layers):
+        status, times, out = jnp.zeros(1, jnp.int32), [], jnp.float32(0)
+        for layer in layers:
+            # As in a model, a layer's query follows from what the one before has attended to.
+            work = layer._replace(q=layer.q + out)
             tick = host_ops.submit(work, k, v, summaries, scale=scale, implementation="native")
             done = host_ops.collect(
                 tick, work, k, v, summaries, flush, (), scale=scale, implementation="native"
             )
-            k, v, summaries = done.k, done.v, done.summaries
-            # As in a model, the next layer's query follows from what this one has attended to.
-            work = work._replace(q=work.q + done.out)
+            k, v, summaries, out = done.k, done.v, done.summaries, done.out
             status |= done.status
             times.append(done.times)
         return (k, v, summaries), status, jnp.stack(times), done.blocks_read

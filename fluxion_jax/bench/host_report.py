@@ -138,7 +138,7 @@ def render(report: dict[str, Any]) -> str:
     """The report as a table for a terminal."""
     lines = [
         "GB/s of useful bytes, medians; in brackets the share of the streaming read",
-        " H  G unit threads  ceiling       attention         scoring selection    rest",
+        " H  G unit threads  ceiling       attention         scoring selection    rest imbalance",
     ]
     for r in report["rows"]:
         lines.append(
@@ -146,7 +146,8 @@ def render(report: dict[str, Any]) -> str:
             f"{r['ceiling_gb_s']['median']:8.1f} "
             f"{r['attention_gb_s']['median']:8.1f} ({r['attention_of_ceiling']:.2f}) "
             f"{r['scoring_gb_s']['median']:8.1f} ({r['scoring_of_ceiling']:.2f}) "
-            f"{r['selection_of_scoring']['median']:9.1%} {r['rest_us']['median']:5.0f}us"
+            f"{r['selection_of_scoring']['median']:9.1%} {r['rest_us']['median']:5.1f}us "
+            f"{r['imbalance_us']['median']:7.0f}us"
         )
         for stage in ("attention", "scoring"):
             if others := r.get(f"{stage}_comparators_gb_s"):

@@ -10,7 +10,7 @@
 
 namespace fluxion {
 
-// kInvalid if a row count, a block id or a shift is out of range, otherwise kOk.
+// kInvalid if a row count, or of a row with blocks an id or a shift, is out of range, otherwise kOk.
 uint32_t validate_flush(const Geometry& geometry, const FlushView& flush);
 
 // Writes a valid flush, shared over the pool if it is large; the calling thread helps and returns

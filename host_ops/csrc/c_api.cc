@@ -26,7 +26,7 @@ int32_t guarded(const Body& body) noexcept {
 }  // namespace
 
 // Raised whenever a handler's operands or one of these functions change their meaning.
-FLUXION_EXPORT int32_t fluxion_interface_version() { return 3; }
+FLUXION_EXPORT int32_t fluxion_interface_version() { return 4; }
 
 FLUXION_EXPORT const char* fluxion_variant() { return fluxion::kernels().name; }
 
@@ -85,8 +85,9 @@ FLUXION_EXPORT int32_t fluxion_set_threads(int32_t threads) {
 // Returns how many requests were never collected, or -1.
 FLUXION_EXPORT int32_t fluxion_drain() {
   return guarded([] {
-    fluxion::drain_cuda(fluxion::Clock::now() + fluxion::timeout());
-    return runtime().slots.drain(&runtime().pool, fluxion::Clock::now() + fluxion::timeout());
+    const fluxion::Clock::duration patience = runtime().timeout;
+    fluxion::drain_cuda(fluxion::Clock::now() + patience);
+    return runtime().slots.drain(&runtime().pool, fluxion::Clock::now() + patience);
   });
 }
 

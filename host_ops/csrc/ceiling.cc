@@ -68,12 +68,13 @@ extern "C" __attribute__((visibility("default"))) double fluxion_read_all(const 
   if (data == nullptr || sum == nullptr || bytes <= 0) return -1;
   try {
     Pool& pool = runtime().pool;
+    const Clock::duration patience = runtime().timeout;
     const int64_t parts = (bytes + kPartBytes - 1) / kPartBytes;
     Reading reading(&pool, static_cast<const char*>(data), bytes, parts);
     const Clock::time_point start = Clock::now();
     pool.push(&reading, parts);
     // The object must outlive its last part, however long that takes.
-    while (!pool.help(reading.left(), Clock::now() + timeout())) {
+    while (!pool.help(reading.left(), Clock::now() + patience)) {
     }
     const std::chrono::duration<double> took = Clock::now() - start;
     *sum = reading.sum();

@@ -135,7 +135,7 @@ bool CudaStream::may_grow(int64_t capacity) const {
 
 Exchange* CudaStream::acquire(int64_t bytes, std::string* problem) {
   const int64_t capacity = rounded(bytes);
-  const Clock::time_point deadline = Clock::now() + timeout();
+  const Clock::time_point deadline = Clock::now() + runtime().timeout.load();
   while (true) {
     {
       std::unique_lock<std::mutex> lock(mutex_);

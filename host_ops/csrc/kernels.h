@@ -27,6 +27,7 @@ struct AttendArgs {
   float* m;                     // [G] out: largest score, -inf if the head has no block.
   float* l;                     // [G] out: sum of exp(score - m).
   float* acc;                   // [G, H] out: sum of exp(score - m) * v, not normalised.
+  int32_t next;                 // A block whose keys will be read next and may be fetched, or -1.
 };
 
 // Exact integer upper bounds of one group over consecutive summary rows.
@@ -54,10 +55,27 @@ struct SelectArgs {
 
 constexpr int64_t kSelectPadding = 64;
 
-// Blocks that one part of attention reads.
-constexpr int64_t kChunkBlocks = 64;
+// What one part of attention reads: chunks of the union, by ascending id. The first are small; they
+// are begun last, so that threads end together.
+constexpr int64_t kMaxChunkBlocks = 64;
+constexpr int64_t kChunksOfSize = 32;  // So many of 16 blocks, then of 32; all others are of 64.
 
-// The selections of a group, whose union is read in chunks of kChunkBlocks blocks by ascending id.
+// How many blocks lie before a chunk. Static, like the next: of inline functions the linker might
+// pick one that was compiled with wide instructions.
+static inline int64_t chunk_begin(int64_t chunk) {
+  if (chunk <= kChunksOfSize) return chunk * 16;
+  if (chunk <= 2 * kChunksOfSize) return chunk * 32 - kChunksOfSize * 16;
+  return chunk * 64 - kChunksOfSize * 80;
+}
+
+// Chunks of a union of so many blocks; the last may be cut.
+static inline int64_t chunks_of(int64_t blocks) {
+  if (blocks <= kChunksOfSize * 16) return (blocks + 15) / 16;
+  if (blocks <= kChunksOfSize * 48) return (blocks + kChunksOfSize * 16 + 31) / 32;
+  return (blocks + kChunksOfSize * 80 + 63) / 64;
+}
+
+// The selections of a group, whose union is read in chunks.
 struct UnionArgs {
   const uint32_t* rows;  // [G, stride], bit of every block.
   int64_t stride;
@@ -78,7 +96,7 @@ struct KernelTable {
   void (*score)(const ScoreArgs&);
   void (*fold_heads)(const ScoreArgs&);  // Row 0 of the scores becomes the maximum over the heads.
   void (*select)(const SelectArgs&);
-  // Returns the blocks of the union; `starts` holds limit / kChunkBlocks + 2 or more.
+  // Returns the blocks of the union; `starts` holds chunks_of(limit) or more.
   int64_t (*find_chunks)(const UnionArgs&, ChunkStart* starts);
   // Writes `count` blocks of the union, and which heads selected them, from a chunk's start on.
   void (*list_chunk)(const UnionArgs&, ChunkStart start, int32_t count, int32_t* blocks,

@@ -36,6 +36,13 @@ inline void store_at(float* p, V x) {
   }
 }
 
+template <typename T>
+inline void fetch(const T* p, int64_t elements) {
+  const char* line = reinterpret_cast<const char*>(p);
+  const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
+}
+
 // acc[h][t] += q[h] * k[t] over one vector of channels.
 template <int kHeads, bool kHalf, typename T>
 inline void dot_step(const T* k, const float* const* q, int64_t channel, int64_t head_dim,
@@ -56,11 +63,7 @@ inline void score_block(const T* k, const float* const* q, float* const* scores,
   const int64_t full = head_dim / Vec::kWidth * Vec::kWidth;
   for (int t0 = 0; t0 < kTokens; t0 += kTokenTile) {
     const T* rows = k + t0 * head_dim;
-    if (next != nullptr) {
-      const char* line = reinterpret_cast<const char*>(next + t0 * head_dim);
-      const int64_t bytes = kTokenTile * head_dim * static_cast<int64_t>(sizeof(T));
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
-    }
+    if (next != nullptr) fetch(next + t0 * head_dim, kTokenTile * head_dim);
     Vec acc[kHeads][kTokenTile];
     for (int h = 0; h < kHeads; ++h) {
       for (int t = 0; t < kTokenTile; ++t) acc[h][t] = zero();
@@ -109,11 +112,7 @@ inline void value_block(const T* v, const float* const* p, float* const* acc,
                         int64_t head_dim_arg, const T* next) {
   const int64_t head_dim = kHeadDim > 0 ? kHeadDim : head_dim_arg;
   const int64_t full = head_dim / Vec::kWidth * Vec::kWidth;
-  if (next != nullptr) {
-    const char* line = reinterpret_cast<const char*>(next);
-    const int64_t bytes = kTokens * head_dim * static_cast<int64_t>(sizeof(T));
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
-  }
+  if (next != nullptr) fetch(next, kTokens * head_dim);
   int64_t c = 0;
   for (; c + kColumnTile * Vec::kWidth <= full; c += kColumnTile * Vec::kWidth) {
     value_tile<kHeads, kColumnTile, false>(v, p, acc, c, head_dim);
@@ -216,8 +215,10 @@ void attend_sized(const AttendArgs& a) {
   const T* k = static_cast<const T*>(a.k);
   const T* v = static_cast<const T*>(a.v);
   const int64_t block_elements = static_cast<int64_t>(kTokens) * a.head_dim;
+  fetch(k + a.blocks[0] * block_elements, block_elements);
   for (int32_t i = 0; i < a.count; ++i) {
-    const T* next = i + 1 < a.count ? k + a.blocks[i + 1] * block_elements : nullptr;
+    const T* next = i + 1 < a.count ? k + a.blocks[i + 1] * block_elements
+                                    : v + a.blocks[0] * block_elements;
     for_head_tiles(a.head_masks[i],
                    KeyPass<T, kHeadDim>{a, k + a.blocks[i] * block_elements, next, i});
   }
@@ -226,7 +227,9 @@ void attend_sized(const AttendArgs& a) {
   }
   for (int64_t i = 0; i < static_cast<int64_t>(a.group) * a.head_dim; ++i) a.acc[i] = 0.0f;
   for (int32_t i = 0; i < a.count; ++i) {
-    const T* next = i + 1 < a.count ? v + a.blocks[i + 1] * block_elements : nullptr;
+    const T* next = i + 1 < a.count ? v + a.blocks[i + 1] * block_elements
+                    : a.next >= 0   ? k + a.next * block_elements
+                                    : nullptr;
     for_head_tiles(a.head_masks[i],
                    ValuePass<T, kHeadDim>{a, v + a.blocks[i] * block_elements, next, i});
   }

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "append.h"
+#include "fetch.h"
 #include "runtime.h"
 
 namespace fluxion {
@@ -27,9 +28,27 @@ void write_empty(const Geometry& g, const CollectOut& out) {
   }
 }
 
+// Asks for what collect reads and writes behind the tasks.
+void fetch_results(const Request& request, const FlushView& flush, const CollectOut& out) {
+  constexpr int64_t kMost = int64_t{1} << 14;  // Twice that stays in the nearest cache.
+  fetch(flush.first_block, 1);
+  fetch(flush.num_blocks, 1);
+  fetch(out.times, 4 * kTimes);
+  if (request.out() == out.out) return;
+  const int64_t rows = request.geometry().batch * request.geometry().heads;
+  const int64_t bytes = std::min(4 * rows * request.geometry().head_dim, kMost);
+  fetch(request.lse(), 4 * rows);
+  fetch_to_write(out.lse, 4 * rows);
+  fetch(request.out(), bytes);
+  fetch_to_write(out.out, bytes);
+}
+
 void write_results(const Request& request, const CollectOut& out) {
-  std::copy(request.out().begin(), request.out().end(), out.out);
-  std::copy(request.lse().begin(), request.lse().end(), out.lse);
+  if (request.out() != out.out) {
+    const int64_t rows = request.geometry().batch * request.geometry().heads;
+    std::copy_n(request.out(), rows * request.geometry().head_dim, out.out);
+    std::copy_n(request.lse(), rows, out.lse);
+  }
   std::copy(request.blocks_read().begin(), request.blocks_read().end(), out.blocks_read);
   std::copy(request.units_scanned().begin(), request.units_scanned().end(), out.units_scanned);
   if (out.selection != nullptr) {
@@ -40,6 +59,7 @@ void write_results(const Request& request, const CollectOut& out) {
 void read_times(const Request& request, float times[kTimes]) {
   times[kBusy] = static_cast<float>(request.busy_s());
   times[kSpan] = static_cast<float>(request.span_s());
+  times[kCovered] = static_cast<float>(request.covered_s());
   times[kScored] = static_cast<float>(request.scored_s());
   times[kSelected] = static_cast<float>(request.selected_s());
   times[kAttended] = static_cast<float>(request.attended_s());
@@ -48,7 +68,8 @@ void read_times(const Request& request, float times[kTimes]) {
 // A task past its time is cut off at its next part. Returns whether every task has finished.
 bool finish(Runtime& run, Request& request, bool may_leave) {
   request.start(&run.pool);
-  if (run.pool.help(request.left(), Clock::now() + timeout())) return true;
+  const Clock::duration patience = run.timeout.load(std::memory_order_relaxed);
+  if (run.pool.help(request.left(), Clock::now() + patience)) return true;
   request.abort(kTimeout);
   const auto last = may_leave ? Clock::now() + kCutOff : Clock::time_point::max();
   return run.pool.help(request.left(), last);
@@ -141,11 +162,14 @@ void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& c
       status |= tick[0] == kFailedSlot && tick[1] == kInternal ? kInternal : kInvalid;
     } else {
       Request& request = slot->request;
+      // Nobody may write there who could be left behind, or whose results are not wanted.
+      if (!may_leave && request.geometry() == geometry) request.write_to(out.out, out.lse);
       const Clock::time_point claimed = Clock::now();
       const bool finished = finish(run, request, may_leave);
       times[kWaited] = seconds(Clock::now() - claimed);
       times[kOwn] = static_cast<float>(request.submit_s);
       if (finished) {
+        fetch_results(request, flush, out);
         read_times(request, times);
         status |= check_collect(request, geometry, cache, flush);
         if (status == kOk) {

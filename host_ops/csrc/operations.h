@@ -48,6 +48,7 @@ enum Time {
   kSelected,  // selection, summed over threads
   kAttended,  // attention, summed over threads
   kOwn,       // submit and collect themselves, without waiting: copies in and out, the flush
+  kCovered,   // at least one thread worked; of the span, the rest is handing over
   kTimes,
 };
 

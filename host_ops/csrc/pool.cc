@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "cpus.h"
+#include "fetch.h"
 #include "relax.h"
 #include "signals.h"
 
@@ -51,19 +52,25 @@ Pool::Pool(int threads, std::vector<int> cpus, Clock::duration spin)
 
 Pool::~Pool() { set_threads(1); }
 
-void Pool::push(Job* job, int64_t parts) {
-  push_all(1, [&](int64_t) { return std::pair(job, parts); });
+void Pool::push(Job* job, int64_t parts, Turn turn) {
+  push_all(1, [&](int64_t) { return std::pair(job, parts); }, turn);
 }
 
-void Pool::push_chain(Job* first, Job* last, int64_t parts) {
+void Pool::push_chain(Job* first, Job* last, int64_t parts, Turn turn) {
   if (!started_.load(std::memory_order_acquire)) {
     std::lock_guard<std::mutex> lock(start_mutex_);
     start_workers();
   }
   {
     std::lock_guard<SpinLock> lock(queue_lock_);
-    (tail_ != nullptr ? tail_->next_ : head_) = first;
-    tail_ = last;
+    if (turn == Turn::kNext || head_ == nullptr) {
+      last->next_ = head_;
+      head_ = first;
+      if (tail_ == nullptr) tail_ = last;
+    } else {
+      tail_->next_ = first;
+      tail_ = last;
+    }
     queued_.store(queued_.load(std::memory_order_relaxed) + parts, std::memory_order_release);
   }
   wake(1);
@@ -109,6 +116,14 @@ bool Pool::pop(Parts* parts) {
   }
   queued_.store(queued_.load(std::memory_order_relaxed) - taken, std::memory_order_release);
   return true;
+}
+
+void Pool::fetch_queue() {
+  // The lock, the queue and the lock of who sleeps lie side by side.
+  const char* const first = reinterpret_cast<const char*>(&queue_lock_);
+  fetch(first, reinterpret_cast<const char*>(&done_) - first);
+  std::lock_guard<SpinLock> lock(queue_lock_);
+  if (head_ != nullptr) fetch(head_, 256);
 }
 
 bool Pool::run_some() {

@@ -41,6 +41,9 @@ class SpinLock {
 // spinning would take the core from the framework's own threads.
 constexpr Clock::duration kDefaultSpin = std::chrono::microseconds(50);
 
+// Where a job is queued: behind all others, or before them because others wait for what it finds.
+enum class Turn { kLast, kNext };
+
 // Work in `parts` independent parts, begun in order.
 class Job {
  public:
@@ -65,13 +68,13 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   // Enqueues `parts` > 0 parts. The job must not be queued already.
-  void push(Job* job, int64_t parts);
+  void push(Job* job, int64_t parts, Turn turn = Turn::kLast);
 
   // The same for several jobs at once, which are named with their parts by `job_at(i)`: whoever has
   // nothing to do asks for the queue's lock as soon as there is a part in it, so taking the lock for
   // each job would take long.
   template <typename JobAt>
-  void push_all(int64_t count, const JobAt& job_at) {
+  void push_all(int64_t count, const JobAt& job_at, Turn turn = Turn::kLast) {
     Job* first = nullptr;
     Job* last = nullptr;
     int64_t total = 0;
@@ -85,8 +88,11 @@ class Pool {
       last = job;
       total += item.second;
     }
-    if (first != nullptr) push_chain(first, last, total);
+    if (first != nullptr) push_chain(first, last, total, turn);
   }
+
+  // Asks for the memory that finding the next part takes.
+  void fetch_queue();
 
   // Runs some queued parts on the calling thread. Returns false if nothing is queued.
   bool run_some();
@@ -113,7 +119,7 @@ class Pool {
     int64_t last;
   };
 
-  void push_chain(Job* first, Job* last, int64_t parts);
+  void push_chain(Job* first, Job* last, int64_t parts, Turn turn);
   bool pop(Parts* parts);
   void work(uint64_t epoch);
   static bool anyone(std::atomic<int>* sleepers);

@@ -4,10 +4,13 @@
 #include <limits>
 #include <utility>
 
+#include "fetch.h"
 #include "tasks.h"
 
 namespace fluxion {
 namespace {
+
+constexpr int64_t kFetchedBytes = int64_t{1} << 15;  // As much as stays in the nearest cache.
 
 template <typename T>
 void copy_array(std::vector<T>* to, const T* from, int64_t count) {
@@ -59,13 +62,24 @@ void Request::copy_bitmap(const uint32_t* bitmap, int64_t batch, int64_t kv_head
 void Request::write_nothing(int64_t batch, int64_t kv_head) {
   const Geometry& g = geometry_;
   const int64_t row = batch * g.heads + kv_head * g.group();
-  std::fill_n(out_.data() + row * g.head_dim, g.group() * g.head_dim, 0.0f);
-  std::fill_n(lse_.data() + row, g.group(), -std::numeric_limits<float>::infinity());
+  std::fill_n(out_ + row * g.head_dim, g.group() * g.head_dim, 0.0f);
+  std::fill_n(lse_ + row, g.group(), -std::numeric_limits<float>::infinity());
   std::fill_n(bitmap_.data() + row * g.words(), g.group() * g.words(), 0);
+}
+
+// Asks for what submit reads and writes, as far as it lies where it did the last time.
+void Request::fetch_operands(const Geometry& g, const WorkView& work) {
+  const int64_t rows = g.batch * g.heads;
+  if (static_cast<int64_t>(q_.size()) < rows * g.head_dim) return;
+  for (const auto& task : tasks_) fetch_to_write(task.get(), sizeof(Task));
+  fetch(work.q8, std::min(rows * g.head_dim, kFetchedBytes));
+  fetch_to_write(q8_.data(), std::min(rows * g.head_dim, kFetchedBytes));
+  fetch_to_write(q_.data(), std::min(rows * g.head_dim * 4, kFetchedBytes));
 }
 
 uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
                           float scale, CancelWord cancel, bool cancel_known) {
+  fetch_operands(geometry, work);
   geometry_ = geometry;
   cache_ = cache;
   scale_ = scale;
@@ -75,12 +89,15 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   started_.store(false, std::memory_order_relaxed);
   left_.store(0, std::memory_order_relaxed);
   for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
-  span_ns_.store(0, std::memory_order_relaxed);
+  span_ns_ = 0;
+  covered_.reset();
   const uint32_t status = cancel_known ? validate(work) : kInvalid;
   status_.store(status, std::memory_order_relaxed);
   const Geometry& g = geometry_;
-  out_.resize(g.batch * g.heads * g.head_dim);
-  lse_.resize(g.batch * g.heads);
+  own_out_.resize(g.batch * g.heads * g.head_dim);
+  own_lse_.resize(g.batch * g.heads);
+  out_ = own_out_.data();
+  lse_ = own_lse_.data();
   bitmap_.resize(g.batch * g.heads * g.words());
   blocks_read_.assign(g.batch * g.kv_heads, 0);
   units_scanned_.assign(g.batch * g.kv_heads, 0);
@@ -106,6 +123,18 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   submitted_ = Clock::now();
   left_.store(task_count_, std::memory_order_release);
   return kOk;
+}
+
+void Request::fetch_state() const {
+  fetch(&left_, reinterpret_cast<const char*>(this + 1) - reinterpret_cast<const char*>(&left_));
+  pool_->fetch_queue();
+}
+
+void Request::write_to(float* out, float* lse) {
+  if (started_.load(std::memory_order_relaxed)) return;
+  if (task_count_ < geometry_.batch * geometry_.kv_heads) return;
+  out_ = out;
+  lse_ = lse;
 }
 
 void Request::refuse(uint32_t status) {
@@ -138,22 +167,22 @@ bool Request::stopped() {
 }
 
 void Request::task_finished(const std::atomic<int64_t> (&stage_ns)[kStages]) {
+  for (int i = 0; i < kStages; ++i) {
+    const int64_t took = stage_ns[i].load(std::memory_order_relaxed);
+    stage_ns_[i].fetch_add(took, std::memory_order_relaxed);
+  }
+  int64_t left = left_.load(std::memory_order_acquire);
+  while (left > 1) {
+    if (left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel)) return;
+  }
   Pool* pool = pool_;
   std::function<void()> action;
   {
     // The request may be reused as soon as the count is 0: only its mutex is touched after that.
     std::lock_guard<std::mutex> lock(finish_mutex_);
-    for (int i = 0; i < kStages; ++i) {
-      stage_ns_[i].fetch_add(stage_ns[i].load(std::memory_order_relaxed),
-                             std::memory_order_relaxed);
-    }
-    if (left_.load(std::memory_order_relaxed) == 1) {
-      const Clock::duration span = Clock::now() - submitted_;
-      span_ns_.store(std::chrono::duration_cast<std::chrono::nanoseconds>(span).count(),
-                     std::memory_order_relaxed);
-      action.swap(action_);
-    }
-    if (left_.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    span_ns_ = std::chrono::nanoseconds(Clock::now() - submitted_).count();
+    action.swap(action_);
+    left_.store(0, std::memory_order_release);
   }
   pool->notify_done();
   // Last, because the framework may run any part of its program inside this call.

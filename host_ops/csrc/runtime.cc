@@ -40,7 +40,7 @@ Runtime& runtime() {
   return *instance;
 }
 
-Clock::duration timeout() {
+Clock::duration default_timeout() {
   double seconds = kDefaultTimeout_s;
   const char* text = std::getenv("FLUXION_TIMEOUT_S");
   if (text != nullptr && *text != '\0') {

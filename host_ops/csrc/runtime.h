@@ -39,8 +39,13 @@ class Fault {
   std::atomic<int64_t> countdown_{0};
 };
 
+// FLUXION_TIMEOUT_S if it is a positive number, otherwise 300 seconds.
+Clock::duration default_timeout();
+
 struct Runtime {
   Pool pool{default_threads(), wanted_cpus(), default_spin()};
+  // How long a collect waits before it gives up.
+  std::atomic<Clock::duration> timeout{default_timeout()};
   SlotTable slots;
   CancelTable cancels;
   Fault append_fault;
@@ -48,9 +53,6 @@ struct Runtime {
 };
 
 Runtime& runtime();
-
-// How long a collect waits before it gives up: FLUXION_TIMEOUT_S, 300 by default.
-Clock::duration timeout();
 
 }  // namespace fluxion
 

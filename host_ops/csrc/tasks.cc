@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "dispatch.h"
+#include "fetch.h"
 #include "selection.h"
 
 namespace fluxion {
@@ -27,6 +28,9 @@ T* grown(std::vector<T>* memory, int64_t count) {
   if (static_cast<int64_t>(memory->size()) < count) memory->resize(count);
   return memory->data();
 }
+
+// Scores that are fetched before they are ranked: as many as stay in the nearest cache.
+constexpr int64_t kFetchedUnits = 4096;
 
 int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -66,10 +70,12 @@ void Task::plan_scoring() {
   if (!ranked_) return;
   request_->units_scanned_[index_] = static_cast<int32_t>(units_);
   grown(&scores_, g.group() * units_);
+  const int64_t wished = parts_of(parts_of(units_, kScoreParts), kMinScoreUnits) * kMinScoreUnits;
+  score_units_ = std::min(wished, kMaxScoreUnits);
 }
 
 int64_t Task::begin_first() {
-  begin(ranked_ ? Stage::kScore : Stage::kSelect, ranked_ ? parts_of(units_, kScoreUnits) : 1);
+  begin(ranked_ ? Stage::kScore : Stage::kSelect, ranked_ ? parts_of(units_, score_units_) : 1);
   return parts_;
 }
 
@@ -79,15 +85,16 @@ void Task::begin(Stage stage, int64_t parts) {
   parts_left_.store(parts, std::memory_order_relaxed);
 }
 
-void Task::go_on(Stage stage, int64_t parts) {
+void Task::go_on(Stage stage, int64_t parts, Turn turn) {
   begin(stage, parts);
   // What one thread has to do alone, this one does at once.
   if (parts == 1 || request_->pool_->threads() == 1) return run(0, parts);
-  request_->pool_->push(this, parts);
+  request_->pool_->push(this, parts, turn);
 }
 
 template <typename Body>
-Clock::time_point Task::timed(Clock::time_point start, const Body& body) noexcept {
+void Task::timed(const Body& body) noexcept {
+  const Clock::time_point start = request_->covered_.enter();
   if (!request_->stopped()) {
     try {
       body();
@@ -95,51 +102,62 @@ Clock::time_point Task::timed(Clock::time_point start, const Body& body) noexcep
       request_->fail(kInternal);
     }
   }
-  const Clock::time_point end = Clock::now();
-  const int64_t took = std::chrono::duration_cast<std::chrono::nanoseconds>(end - start).count();
-  stage_ns_[static_cast<int>(stage_)].fetch_add(took, std::memory_order_relaxed);
-  return end;
+  const std::chrono::nanoseconds took = request_->covered_.leave() - start;
+  stage_ns_[static_cast<int>(stage_)].fetch_add(took.count(), std::memory_order_relaxed);
 }
 
 void Task::run(int64_t first, int64_t last) noexcept {
-  const Clock::time_point end = timed(Clock::now(), [&] {
-    for (int64_t part = first; part < last && !request_->stopped(); ++part) {
-      if (stage_ == Stage::kScore) score(part);
-      if (stage_ == Stage::kSelect) select(part);
-      if (stage_ == Stage::kAttend) attend(part);
-    }
-  });
   const int64_t done = last - first;
-  if (parts_left_.fetch_sub(done, std::memory_order_acq_rel) == done) advance(end);
+  const bool alone = done == parts_;
+  timed([&] {
+    run_parts(first, last);
+    if (alone) conclude();
+  });
+  if (parts_left_.fetch_sub(done, std::memory_order_acq_rel) != done) return;
+  if (!alone && stage_ != Stage::kScore) timed([&] { conclude(); });
+  advance();
 }
 
-// `now`: when the last part of the stage was done.
-void Task::advance(Clock::time_point now) {
+void Task::run_parts(int64_t first, int64_t last) {
+  if (stage_ == Stage::kAttend) return attend(first, last);
+  for (int64_t part = first; part < last && !request_->stopped(); ++part) {
+    if (stage_ == Stage::kScore) score(part);
+    if (stage_ == Stage::kSelect) select(part);
+  }
+}
+
+// What belongs to a stage, behind all of its parts.
+void Task::conclude() {
+  if (request_->stopped()) return;
+  if (stage_ == Stage::kSelect) cut_union();
+  if (stage_ == Stage::kAttend) merge();
+}
+
+void Task::advance() {
   if (stage_ == Stage::kScore && !request_->stopped()) {
-    // A short row is ranked sooner than another thread is told of it.
-    const bool one_by_one = units_ > kTogetherUnits && !shared_;
-    return go_on(Stage::kSelect, one_by_one ? request_->geometry_.group() : 1);
+    const bool together = shared_ || units_ <= kTogetherUnits * request_->task_count_;
+    // Others would wait for what it leads to.
+    return go_on(Stage::kSelect, together ? 1 : request_->geometry_.group(), Turn::kNext);
   }
   if (stage_ == Stage::kSelect) {
-    now = timed(now, [&] { cut_union(); });
-    const int64_t chunks = parts_of(union_blocks_, kChunkBlocks);
-    if (chunks > 0 && !request_->stopped()) return go_on(Stage::kAttend, chunks);
+    const int64_t chunks = chunks_of(union_blocks_);
+    if (chunks > 0 && !request_->stopped()) return go_on(Stage::kAttend, chunks, Turn::kLast);
     begin(Stage::kAttend, 0);
+    timed([&] { conclude(); });
   }
-  timed(now, [&] { merge(); });
   request_->task_finished(stage_ns_);
 }
 
 void Task::score(int64_t part) {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
-  const int64_t first = part * kScoreUnits;
+  const int64_t first = part * score_units_;
   const int level = ratio_ == 1 ? 0 : ratio_ == 2 ? 1 : ratio_ == 4 ? 2 : 3;
   const int64_t row = index_ * g.summary_rows() + level_offset(g.blocks, level) + first;
   ScoreArgs args;
   args.q8 = request_->q8_.data() + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
   args.rows = request_->cache_.summaries + row * 2 * g.head_dim;
-  args.count = std::min(kScoreUnits, units_ - first);
+  args.count = std::min(score_units_, units_ - first);
   args.group = static_cast<int32_t>(group);
   args.head_dim = static_cast<int32_t>(g.head_dim);
   args.scratch = grown(&scratch().split_queries, group * 2 * g.head_dim);
@@ -153,6 +171,8 @@ void Task::select(int64_t part) {
   if (request_->has_bitmap_) return;
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
+  // Other threads have written them; of the next head's scores the kernel takes care.
+  if (ranked_) fetch(scores_.data() + part * units_, 4 * std::min(units_, kFetchedUnits));
   if (ranked_ && shared_) {
     select_head(0, most_wanted_, nullptr);
     uint32_t* words =
@@ -163,7 +183,6 @@ void Task::select(int64_t part) {
   const int32_t* wanted = request_->k_units_.data() + batch_ * g.heads + kv_head_ * group;
   if (parts_ > 1) return select_head(part, wanted[part], nullptr);
   for (int64_t h = 0; h < group; ++h) {
-    // Other threads have written them.
     const int32_t* next = ranked_ && h + 1 < group ? scores_.data() + (h + 1) * units_ : nullptr;
     select_head(h, wanted[h], next);
   }
@@ -193,9 +212,9 @@ UnionArgs Task::selections() const {
 void Task::cut_union() {
   const Geometry& g = request_->geometry_;
   const UnionArgs args = selections();
-  union_blocks_ = kernels().find_chunks(args, grown(&chunks_, args.limit / kChunkBlocks + 2));
+  union_blocks_ = kernels().find_chunks(args, grown(&chunks_, chunks_of(args.limit)));
   request_->blocks_read_[index_] = static_cast<int32_t>(union_blocks_);
-  grown(&partials_, parts_of(union_blocks_, kChunkBlocks) * g.group() * (g.head_dim + 2));
+  grown(&partials_, chunks_of(union_blocks_) * g.group() * (g.head_dim + 2));
 }
 
 float* Task::partial(int64_t chunk) {
@@ -203,27 +222,52 @@ float* Task::partial(int64_t chunk) {
   return partials_.data() + chunk * g.group() * (g.head_dim + 2);
 }
 
-void Task::attend(int64_t chunk) {
+void Task::list(int64_t chunk, ChunkList* listed) const {
+  const int64_t end = std::min(chunk_begin(chunk + 1), union_blocks_);
+  listed->count = static_cast<int32_t>(end - chunk_begin(chunk));
+  kernels().list_chunk(selections(), chunks_[chunk], listed->count, listed->blocks,
+                       listed->head_masks);
+}
+
+// Parts are chunks from the last to the first, which are the smallest.
+void Task::attend(int64_t first, int64_t last) {
+  ChunkList lists[2];
+  list(parts_ - 1 - first, &lists[first % 2]);
+  for (int64_t part = first; part < last && !request_->stopped(); ++part) {
+    const int64_t chunk = parts_ - 1 - part;
+    ChunkList& after = lists[(part + 1) % 2];
+    if (part + 1 < last) list(chunk - 1, &after);
+    if (chunk == 0) fetch_what_follows();
+    attend_chunk(chunk, lists[part % 2], part + 1 < last ? after.blocks[0] : -1);
+  }
+}
+
+// Asks for what is needed behind the chunk that is begun last.
+void Task::fetch_what_follows() {
+  const Geometry& g = request_->geometry_;
+  const int64_t row = batch_ * g.heads + kv_head_ * g.group();
+  fetch_to_write(request_->out_ + row * g.head_dim, 4 * g.group() * g.head_dim);
+  fetch_to_write(request_->lse_ + row, 4 * g.group());
+  request_->fetch_state();
+}
+
+void Task::attend_chunk(int64_t chunk, const ChunkList& listed, int32_t next) {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
-  const int64_t count = std::min(kChunkBlocks, union_blocks_ - chunk * kChunkBlocks);
-  int32_t blocks[kChunkBlocks];
-  uint64_t head_masks[kChunkBlocks];
-  kernels().list_chunk(selections(), chunks_[chunk], static_cast<int32_t>(count), blocks,
-                       head_masks);
   const int64_t offset = index_ * g.task_elements();
   const int64_t bytes = element_bytes(g.dtype);
   AttendArgs args;
   args.k = static_cast<const char*>(request_->cache_.k) + offset * bytes;
   args.v = static_cast<const char*>(request_->cache_.v) + offset * bytes;
   args.q = request_->q_.data() + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
-  args.blocks = blocks;
-  args.head_masks = head_masks;
-  args.count = static_cast<int32_t>(count);
+  args.blocks = listed.blocks;
+  args.head_masks = listed.head_masks;
+  args.count = listed.count;
+  args.next = next;
   args.group = static_cast<int32_t>(group);
   args.head_dim = static_cast<int32_t>(g.head_dim);
   args.scale = request_->scale_;
-  args.scratch = grown(&scratch().attention, group * count * kBlockTokens);
+  args.scratch = grown(&scratch().attention, group * listed.count * kBlockTokens);
   args.m = partial(chunk);
   args.l = args.m + group;
   args.acc = args.l + group;
@@ -238,7 +282,7 @@ void Task::merge() {
   const float minus_infinity = -std::numeric_limits<float>::infinity();
   for (int64_t h = 0; h < group; ++h) {
     const int64_t row = batch_ * g.heads + kv_head_ * group + h;
-    float* out = request_->out_.data() + row * g.head_dim;
+    float* out = request_->out_ + row * g.head_dim;
     std::fill_n(out, g.head_dim, 0.0f);
     float top = minus_infinity;
     for (int64_t c = 0; c < parts_; ++c) top = std::max(top, partial(c)[h]);

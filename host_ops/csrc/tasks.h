@@ -2,14 +2,15 @@
 //
 // A task is one (sequence, KV head) with something to do for the host: selectable blocks and a
 // boundary above 0. It runs on the pool in three stages, each cut into parts of a fixed size, so
-// that few large tasks keep as many threads busy as many small ones: scoring by kScoreUnits units,
-// selection by query heads, attention by chunks of kChunkBlocks blocks. Whoever finishes the last
-// part of a stage begins the next one, and in the end merges the chunks' partial states in their
-// order. Parts depend only on the work, so the bits of the result depend neither on the number of
-// threads nor on who ran what.
+// that few large tasks keep as many threads busy as many small ones: scoring by a few hundred units,
+// selection by query heads, attention by chunks of up to kMaxChunkBlocks blocks. Whoever finishes
+// the last part of a stage begins the next one, and in the end merges the chunks' partial states in
+// their order. Scores and selections are exact integers and chunks depend only on the work, so the
+// bits of the result depend neither on the number of threads nor on who ran what.
 //
 // Ownership: a request copies the small operands and only points at K, V and the summaries, which
-// the caller keeps alive from start to `finished()`. It owns its results. It is never destroyed;
+// the caller keeps alive from start to `finished()`. It owns its results, unless `write_to` says
+// where else they go, which then is the caller's to keep alive likewise. It is never destroyed;
 // its memory is reused by the next request in the same slot.
 // Threads: prepare and the results belong to one thread at a time; between start and finished()
 // only the pool touches the tasks. Any thread may call `start`, `when_finished` and `abort`.
@@ -22,6 +23,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include "cancel.h"
@@ -31,13 +33,23 @@
 
 namespace fluxion {
 
-constexpr int64_t kScoreUnits = 512;
-// With no more units one thread ranks them for all heads.
+// Parts of scoring: of kMaxScoreUnits units, of fewer where that would leave few parts.
+constexpr int64_t kMinScoreUnits = 128;
+constexpr int64_t kMaxScoreUnits = 512;
+constexpr int64_t kScoreParts = 16;
+// With no more units for each task of the request, one thread ranks a task's units for all heads,
+// because other threads have other tasks and scores are soonest read where they lie.
 constexpr int64_t kTogetherUnits = 2048;
 
 constexpr int kStages = 3;  // Scoring, selection, attention.
 
 class Request;
+
+struct ChunkList {
+  int32_t count;
+  int32_t blocks[kMaxChunkBlocks];
+  uint64_t head_masks[kMaxChunkBlocks];
+};
 
 class Task : public Job {
  public:
@@ -57,19 +69,24 @@ class Task : public Job {
 
   void plan_scoring();
   void begin(Stage stage, int64_t parts);
-  void go_on(Stage stage, int64_t parts);
-  void advance(Clock::time_point now);
+  void go_on(Stage stage, int64_t parts, Turn turn);
+  void run_parts(int64_t first, int64_t last);
+  void conclude();
+  void advance();
   void score(int64_t part);
   void select(int64_t part);
   void select_head(int64_t head, int64_t wanted, const int32_t* next);
   UnionArgs selections() const;
   void cut_union();
-  void attend(int64_t chunk);
+  void list(int64_t chunk, ChunkList* listed) const;
+  void attend(int64_t first, int64_t last);
+  void fetch_what_follows();
+  void attend_chunk(int64_t chunk, const ChunkList& listed, int32_t next);
   void merge();
   float* partial(int64_t chunk);
-  // Charges the time from `start` on to the stage; returns the time at the end.
+  // Runs what belongs to the stage and charges its time to it.
   template <typename Body>
-  Clock::time_point timed(Clock::time_point start, const Body& body) noexcept;
+  void timed(const Body& body) noexcept;
 
   Request* request_ = nullptr;
   int64_t batch_ = 0;
@@ -78,6 +95,7 @@ class Task : public Job {
   int64_t bytes_ = 0;
   int64_t ratio_ = 1;                    // Blocks of a unit.
   int64_t units_ = 0;
+  int64_t score_units_ = kMaxScoreUnits; // Of a part of scoring.
   int64_t most_wanted_ = 0;              // By any head of the group.
   bool shared_ = false;                  // One ranking for the whole group.
   bool ranked_ = false;                  // Whether there is anything to score.
@@ -91,6 +109,37 @@ class Task : public Job {
   std::vector<float> partials_;          // Per chunk: m [G], l [G], acc [G, H].
 };
 
+// The time in which any of several threads works. Every change between none and some is added with
+// its time, so no thread reads what another one wrote. The clock is read within the time that counts,
+// so what is measured is never longer than what was.
+class CoveredTime {
+ public:
+  void reset() { ns_.store(0, std::memory_order_relaxed); }
+
+  // Before work and after it, by any thread; each returns when that was.
+  Clock::time_point enter() {
+    const bool first = working_.fetch_add(1, std::memory_order_relaxed) == 0;
+    const Clock::time_point now = Clock::now();
+    if (first) ns_.fetch_sub(now.time_since_epoch().count(), std::memory_order_relaxed);
+    return now;
+  }
+  Clock::time_point leave() {
+    const Clock::time_point now = Clock::now();
+    const bool last = working_.fetch_sub(1, std::memory_order_relaxed) == 1;
+    if (last) ns_.fetch_add(now.time_since_epoch().count(), std::memory_order_relaxed);
+    return now;
+  }
+
+  // While nobody works.
+  double seconds() const { return 1e-9 * ns_.load(std::memory_order_relaxed); }
+
+ private:
+  static_assert(std::is_same<Clock::period, std::nano>::value, "");
+
+  std::atomic<int64_t> working_{0};
+  std::atomic<int64_t> ns_{0};
+};
+
 class Request {
  public:
   // Copies the operands and checks their values. Returns kOk or kInvalid; in the latter case there
@@ -100,6 +149,10 @@ class Request {
 
   // Instead of prepare, or after it threw: there are no tasks, and the status is this one.
   void refuse(uint32_t status);
+
+  // Before start: where `out` and `lse` go. Has no effect after it, nor where a group has no task,
+  // because then some of them are written already.
+  void write_to(float* out, float* lse);
 
   // Queues the tasks, the first time it is called after prepare. Does not throw.
   void start(Pool* pool) noexcept;
@@ -126,8 +179,8 @@ class Request {
   const Task& task(int64_t i) const { return *tasks_[i]; }
   int64_t tasks() const { return task_count_; }
   const CacheView& cache() const { return cache_; }
-  const std::vector<float>& out() const { return out_; }             // [B, N, H]
-  const std::vector<float>& lse() const { return lse_; }             // [B, N]
+  const float* out() const { return out_; }                          // [B, N, H]
+  const float* lse() const { return lse_; }                          // [B, N]
   const std::vector<uint32_t>& selection() const { return bitmap_; } // [B, N, W]
   const std::vector<int32_t>& blocks_read() const { return blocks_read_; }      // [B, K]
   const std::vector<int32_t>& units_scanned() const { return units_scanned_; }  // [B, K]
@@ -136,16 +189,19 @@ class Request {
   double attended_s() const { return 1e-9 * stage_ns_[2].load(std::memory_order_relaxed); }
   double submit_s = 0.0;  // Set by whoever prepares it.
   double busy_s() const { return scored_s() + selected_s() + attended_s(); }
-  double span_s() const { return 1e-9 * span_ns_.load(std::memory_order_relaxed); }
+  double covered_s() const { return covered_.seconds(); }
+  double span_s() const { return 1e-9 * span_ns_; }
 
  private:
   friend class Task;
 
   uint32_t validate(const WorkView& work) const;
+  void fetch_operands(const Geometry& g, const WorkView& work);
   void copy(const WorkView& work);
   void copy_bitmap(const uint32_t* bitmap, int64_t batch, int64_t kv_head);
   void write_nothing(int64_t batch, int64_t kv_head);
   bool stopped();
+  void fetch_state() const;
   void fail(uint32_t status) { status_.fetch_or(status, std::memory_order_acq_rel); }
   void task_finished(const std::atomic<int64_t> (&stage_ns)[kStages]);
 
@@ -174,12 +230,15 @@ class Request {
   std::function<void()> action_;         // Guarded by finish_mutex_.
   std::atomic<uint32_t> status_{0};
 
-  std::vector<float> out_;
-  std::vector<float> lse_;
+  float* out_ = nullptr;                 // Where results go: the next two, or elsewhere.
+  float* lse_ = nullptr;
+  std::vector<float> own_out_;
+  std::vector<float> own_lse_;
   std::vector<int32_t> blocks_read_;
   std::vector<int32_t> units_scanned_;
   std::atomic<int64_t> stage_ns_[kStages] = {};  // Of the tasks that have finished.
-  std::atomic<int64_t> span_ns_{0};
+  CoveredTime covered_;                          // By parts of tasks.
+  int64_t span_ns_ = 0;                          // Written by whoever finishes the last task.
 };
 
 }  // namespace fluxion

@@ -29,12 +29,11 @@ int64_t find_chunks(const UnionArgs& a, ChunkStart* starts) {
     uint32_t any[kWordTile];
     any_head(a, first, any);
     for (int64_t i = 0; i < kWordTile; i += 2) {
-      // Two words have no more blocks than a chunk, so at most one chunk begins in them. Written
-      // always, because a branch would be guessed wrong once a chunk.
-      starts[chunk] = {static_cast<int32_t>(first + i), static_cast<int32_t>(next - count)};
+      const int64_t before = count;
       count += __builtin_popcountll(static_cast<uint64_t>(any[i + 1]) << 32 | any[i]);
-      chunk += next < count;
-      next = chunk * kChunkBlocks;
+      for (; next < count; next = chunk_begin(++chunk)) {
+        starts[chunk] = {static_cast<int32_t>(first + i), static_cast<int32_t>(next - before)};
+      }
     }
   }
   return count;

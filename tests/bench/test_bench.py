@@ -68,6 +68,12 @@ def test_a_tiny_run_has_every_figure(tmp_path):
         assert row["attention_gb_s"]["median"] > 0
         assert row["scoring_of_ceiling"] > 0
         assert row["rest_us"]["repetitions"] == row["rest_first_us"]["repetitions"] == 2
+        assert row["rest_us"]["min"] > 0
+        # With one thread nobody is idle, up to what float32 rounds; nor has scoring idle time.
+        idle = row["imbalance_us"]["median"]
+        assert abs(idle) < 0.1 if row["threads"] == 1 else idle > -0.1
+        busy = row["scoring_without_idle_gb_s"]["median"]
+        assert row["scoring_gb_s"]["median"] <= busy * 1.01
         assert ("attention_over_fastest" in row) == (row["group"] == 2 and row["threads"] > 1)
     last = [row for row in report["rows"] if row["group"] == 2 and row["threads"] > 1][-1]
     others = last["attention_comparators_gb_s"]
@@ -107,6 +113,7 @@ def host_report_of(**changes) -> dict:
             "scoring_of_ceiling": 0.75,
             "selection_of_scoring": {"median": 0.15},
             "rest_us": {"median": 10.0},
+            "imbalance_us": {"median": 50.0},
             **({"attention_over_fastest": 4.0, "scoring_over_fastest": 4.0} if threads > 1 else {}),
         }
 

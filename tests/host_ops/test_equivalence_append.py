@@ -99,6 +99,13 @@ def test_an_invalid_flush_is_refused_and_nothing_is_written(implementation, fiel
     assert np.isneginf(want.lse).all()
 
 
+def test_the_shift_of_a_sequence_that_writes_nothing_does_not_count(implementation):
+    case = with_flush(random_case(SHAPE), (1, 2), (3, 0))
+    shift = np.array(case.flush.shift)
+    shift[1] = -1
+    assert check(implementation, case.with_flush(shift=shift)).status == [STATUS_OK]
+
+
 @pytest.mark.parametrize(("first", "count"), FIRST_AND_COUNT)
 def test_collect_flushes(implementation, first, count):
     check(implementation, with_flush(random_case(SHAPE), first, count))

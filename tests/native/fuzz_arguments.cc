@@ -103,9 +103,11 @@ bool flush_is_valid(const Case& c) {
   for (int64_t b = 0; b < c.g.batch; ++b) {
     const bool none = c.num_blocks[b] == 0;
     const bool inside = c.first_block[b] >= 0 && c.first_block[b] < c.g.blocks;
-    valid &= none || (c.num_blocks[b] == 1 && inside);
+    const int64_t shifts = c.g.kv_heads * c.g.head_dim;
+    const bool grows = std::all_of(c.shift.begin() + b * shifts, c.shift.begin() + (b + 1) * shifts,
+                                   [](int32_t shift) { return shift >= 0; });
+    valid &= none || (c.num_blocks[b] == 1 && inside && grows);
   }
-  for (const int32_t shift : c.shift) valid &= shift >= 0;
   return valid;
 }
 

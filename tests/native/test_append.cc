@@ -142,5 +142,6 @@ TEST(append_refuses_what_is_out_of_range) {
   CHECK_EQ(status(0, 5, 0), uint32_t{kInvalid});
   CHECK_EQ(status(0, -1, 0), uint32_t{kInvalid});
   CHECK_EQ(status(0, 1, -1), uint32_t{kInvalid});
+  CHECK_EQ(status(0, 0, -1), uint32_t{kOk});
   CHECK_EQ(status(INT32_MAX, 4, 0), uint32_t{kInvalid});
 }

@@ -32,6 +32,7 @@ Chunk run_chunk(const KernelTable& table, Case& c, const std::vector<int32_t>& b
   args.group = static_cast<int32_t>(group);
   args.head_dim = static_cast<int32_t>(c.g.head_dim);
   args.scale = c.scale;
+  args.next = blocks.back();
   args.scratch = scratch.data();
   args.m = chunk.m.data();
   args.l = chunk.l.data();

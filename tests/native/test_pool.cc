@@ -275,3 +275,30 @@ TEST(a_forked_child_has_a_working_pool) {
   waitpid(child, &status, 0);
   CHECK_EQ(status, 0);
 }
+
+TEST(pool_begins_what_is_next_before_what_was_queued) {
+  Pool pool(1);
+  // Without workers each job runs when the caller helps, in the order of the queue.
+  struct Noting : Job {
+    Noting(std::vector<int>* all, int mine) : order(all), name(mine) {}
+    void run(int64_t, int64_t) noexcept override { order->push_back(name); }
+    std::vector<int>* order;
+    int name;
+  };
+  std::vector<int> order;
+  order.reserve(8);
+  Noting first(&order, 1), second(&order, 2), urgent(&order, 3), more_urgent(&order, 4);
+  pool.push(&first, 2);
+  pool.push(&second, 1);
+  pool.push(&urgent, 1, Turn::kNext);
+  pool.push(&more_urgent, 1, Turn::kNext);
+  while (pool.run_some()) {
+  }
+  CHECK(order == (std::vector<int>{4, 3, 1, 2}));
+  // Also on an empty queue, behind which others go.
+  pool.push(&urgent, 1, Turn::kNext);
+  pool.push(&first, 1);
+  while (pool.run_some()) {
+  }
+  CHECK(order == (std::vector<int>{4, 3, 1, 2, 3, 1}));
+}

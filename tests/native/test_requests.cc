@@ -17,7 +17,7 @@ using namespace fluxion_tests;
 
 namespace {
 
-// Tasks of 5 chunks.
+// Tasks of 20 chunks.
 const Geometry kLarge{2, 6, 2, 64, 320, DType::kBFloat16};
 
 // A page whose reader is stuck until it is let go.
@@ -47,6 +47,16 @@ class Stuck {
   static inline std::atomic<bool> reached_{false};
   static inline std::atomic<bool> let_go_{false};
   struct sigaction before_ = {};
+};
+
+// Nobody waits while there is one.
+class ShortTimeout {
+ public:
+  ShortTimeout() { runtime().timeout = Clock::duration(1); }
+  ~ShortTimeout() { runtime().timeout = before_; }
+
+ private:
+  const Clock::duration before_ = runtime().timeout;
 };
 
 Case large_case(uint32_t seed = 0) {
@@ -81,7 +91,14 @@ TEST(results_have_the_same_bits_for_any_number_of_threads) {
   scoring.granularity = {16, 16};
   scoring.shared = {0, 1};
   scoring.host_blocks = {1160, 1155};
-  for (Case* c : {&attending, &scoring}) {
+  // One task of chunks of all sizes, whose heads are ranked by several threads.
+  Case long_one = make_case({1, 4, 1, 8, 2304, DType::kBFloat16}, 5);
+  long_one.granularity = {16};
+  long_one.host_blocks = {2300};
+  long_one.k_units = {2000, 700, 5, 1200};
+  CHECK(long_one.host_blocks[0] > kTogetherUnits);
+  CHECK(chunk_begin(2 * kChunksOfSize) < 2000);
+  for (Case* c : {&attending, &scoring, &long_one}) {
     c->boundary.assign(c->boundary.size(), static_cast<int32_t>(c->g.blocks));
     runtime().pool.set_threads(1);
     const Result alone = run(*c);
@@ -201,9 +218,10 @@ TEST(cancel_words_stop_work_and_unknown_ones_are_refused) {
 TEST(a_collect_that_takes_too_long_ends_with_a_status) {
   Case c = large_case();
   runtime().pool.set_threads(1);
-  setenv("FLUXION_TIMEOUT_S", "1e-9", 1);
-  const Result r = run(c);
-  unsetenv("FLUXION_TIMEOUT_S");
+  const Result r = [&] {
+    const ShortTimeout now;
+    return run(c);
+  }();
   CHECK_EQ(r.status, static_cast<int32_t>(kTimeout));
   CHECK(is_empty(r));
   CHECK_EQ(run(c).status, 0);
@@ -221,9 +239,10 @@ TEST(a_thread_that_is_stuck_is_left_behind_with_its_slot) {
   submit(c.g, c.work(), cache, c.scale, tick);
   CHECK(start(tick, [] {}));
   Stuck::await();
-  setenv("FLUXION_TIMEOUT_S", "1e-9", 1);
-  const Result left = collect_tick(c, tick, true, true);
-  unsetenv("FLUXION_TIMEOUT_S");
+  const Result left = [&] {
+    const ShortTimeout now;
+    return collect_tick(c, tick, true, true);
+  }();
   CHECK_EQ(left.status, static_cast<int32_t>(kTimeout));
   CHECK(is_empty(left));
   CHECK_EQ(collect_tick(c, tick).status, static_cast<int32_t>(kInvalid));

@@ -39,14 +39,15 @@ void compare(const std::vector<uint32_t>& rows, int64_t words, int64_t group, in
   for (const char* name : {"scalar", "avx2", "avx512", "avx512_vnni"}) {
     const KernelTable* table = find_kernels(name);
     if (table == nullptr) continue;
-    const auto starts = guard(std::vector<ChunkStart>(limit / kChunkBlocks + 2));
+    const auto starts = guard(std::vector<ChunkStart>(chunks_of(limit)));
     CHECK_EQ(table->find_chunks(args, starts->as<ChunkStart>()), total);
     CHECK(starts->intact());
-    for (int64_t first = 0; first < total; first += kChunkBlocks) {
-      const int64_t count = std::min(kChunkBlocks, total - first);
+    for (int64_t chunk = 0; chunk < chunks_of(total); ++chunk) {
+      const int64_t first = chunk_begin(chunk);
+      const int64_t count = std::min(chunk_begin(chunk + 1), total) - first;
       const auto blocks = guard(std::vector<int32_t>(count));
       const auto masks = guard(std::vector<uint64_t>(count));
-      table->list_chunk(args, starts->as<ChunkStart>()[first / kChunkBlocks],
+      table->list_chunk(args, starts->as<ChunkStart>()[chunk],
                         static_cast<int32_t>(count), blocks->as<int32_t>(),
                         masks->as<uint64_t>());
       CHECK(std::equal(want.blocks.begin() + first, want.blocks.begin() + first + count,

@@ -5,6 +5,7 @@
 #   make lint      formatting, lint and types
 #   make bench     the host kernels against this machine's memory, into benchmarks/results/
 #   make docs      the documentation as web pages, into build/docs/
+#   make dist      the source distribution and a wheel for Linux machines, into dist/
 #
 # Variables: PYTHON (the interpreter, 3.11 or newer), VENV (where the environment goes),
 # ARGS (passed on, as in `make demo ARGS="--model gemma3-270m"`).
@@ -20,10 +21,10 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs native clean
+.PHONY: help demo test lint format bench docs dist native clean
 
 help:
-	@sed -n 's/^# \{0,1\}//; 3,7p; 7q' Makefile
+	@sed -n 's/^# \{0,1\}//; 3,8p; 8q' Makefile
 
 demo: $(VENV)/.made-demo native
 	$(BIN)/fluxion demo $(ARGS)
@@ -46,13 +47,22 @@ bench: $(VENV)/.made-demo native
 docs: $(VENV)/.made-docs native
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
+# The wheel is built from the source distribution, in an environment of its own, and gets the tag of
+# the oldest systems that its library runs on. Without a compiler it is pure Python and keeps its tag.
+dist: $(VENV)/.made-dist
+	rm -rf dist build/dist
+	$(BIN)/python -m build --outdir build/dist .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --allow-pure-python-wheel \
+	  --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist/
+
 # Builds in place, and again only what changed. Without a compiler it says so and goes on: the
 # package then runs on its JAX and NumPy code.
 native: $(VENV)/.made-base
 	@$(BIN)/python tools/build_native.py
 
 clean:
-	rm -rf $(VENV) build host_ops/_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist host_ops/_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.made-venv:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("expected Python 3.11 \
@@ -77,6 +87,6 @@ $(VENV)/.made-demo $(VENV)/.made-test: $(VENV)/.made-%: $(VENV)/.made-base $(VEN
 	$(PIP) install --no-build-isolation --editable '.[$*]'
 	@touch $@
 
-$(VENV)/.made-lint $(VENV)/.made-docs: $(VENV)/.made-%: $(VENV)/.made-base
+$(VENV)/.made-lint $(VENV)/.made-docs $(VENV)/.made-dist: $(VENV)/.made-%: $(VENV)/.made-base
 	$(PIP) install --no-build-isolation --editable '.[$*]'
 	@touch $@

@@ -254,7 +254,10 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--policy", default="fixed:16:0.05", help="full, or such as fixed:16:0.05")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--summaries", default="host", choices=("host", "device"))
-    parser.add_argument("--machine", default="h100", help="h100, or a JSON file of its constants")
+    parser.add_argument("--split", default="host", choices=("host", "device", "model"))
+    parser.add_argument(
+        "--machine", default="h100", help="h100, or a report of fluxion bench machine"
+    )
     _add_common(parser)
     parser.set_defaults(run=_plan)
 
@@ -269,6 +272,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         policy=arguments.policy,
         dtype=arguments.dtype,
         summaries=arguments.summaries,
+        split=arguments.split,
         machine=planning.Machine.load(arguments.machine),
     )
     _emit(arguments, found.to_dict(), str(found), "plan.json")

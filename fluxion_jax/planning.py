@@ -2,8 +2,8 @@
 
 Bytes are counted from the shapes that `HostKV.allocate` uses. Times are predictions of a simple
 model with the constants of a machine, which say nothing about a machine that nobody measured: the
-weights once at the device's bandwidth, the selected K/V and the scored summaries at the host's, and
-one hand-over for each layer.
+weights once at the device's bandwidth, for each layer a fixed time, and by the cost model that also
+splits the work the selected K/V and, where they lie on the host, the scored summaries.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import json
 import math
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, KVLayout, host_tokens
 from fluxion_jax.errors import ConfigError, IntegrityError
 from fluxion_jax.models.config import ModelConfig
-from fluxion_jax.policy import FixedPolicy, parse_policy
+from fluxion_jax.policy import CostModel, FixedPolicy, parse_policy
 from fluxion_jax.rope import Rope
 
+SplitName = Literal["host", "device", "model"]
 DEFAULT_MACHINE = "h100"
-_CONSTANTS = ("host_bytes_per_s", "device_bytes_per_s", "handover_s")
+DEFAULT_LAYER_S = 220e-6
+"""See `Machine.layer_s`. Median of five steps of an 8B-shaped model with 128K tokens on an H100."""
 
 
 def _llama(vocab: int, width: int, layers: int, heads: int, kv: int, ff: int) -> ModelConfig:
@@ -56,23 +58,31 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Constants of a machine, rounded from measurements on it.
+    """Constants of a machine, measured on it.
 
     Attributes:
       name: what it is.
-      host_bytes_per_s: at which the host's threads attend to blocks in host memory.
-      device_bytes_per_s: at which decoding reads weights out of device memory.
-      handover_s: of one layer's work to the host and back, when there is none.
+      cost: rates of reading the host cache by either side, and fixed costs of a layer that does;
+        the one that `split="model"` divides work by.
+      device_bytes_per_s: at which decoding reads weights.
+      layer_s: what a layer takes besides: kernels too short for their bytes to count, and the
+        waiting between them.
     """
 
     name: str
-    host_bytes_per_s: float
+    cost: CostModel
     device_bytes_per_s: float
-    handover_s: float
+    layer_s: float = DEFAULT_LAYER_S
 
     @classmethod
     def load(cls, path_or_name: str | Path = DEFAULT_MACHINE) -> Machine:
-        """Reads the constants of a JSON file, or those that come with the package by name.
+        """Reads a report of `fluxion bench machine`, or the constants that come with the package.
+
+        A report says nothing of `layer_s`, which keeps its default. Without a GPU weights are read
+        from the host's memory.
+
+        Args:
+          path_or_name: a JSON file, or `"h100"`.
 
         Raises:
           ConfigError: there is no such file or machine.
@@ -87,15 +97,27 @@ class Machine:
             )
         source = path if path.is_file() else packaged
         try:
-            found = json.loads(source.read_text(encoding="utf-8"))
-            constants = {name: float(found[name]) for name in _CONSTANTS}
-        except (ValueError, KeyError, TypeError) as error:
+            return _machine(json.loads(source.read_text(encoding="utf-8")), str(path_or_name))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(
-                f"expected the numbers {', '.join(_CONSTANTS)} in {source}, got: {error!r}"
+                "expected a JSON report with the numbers of a cost_model and the rate of a device "
+                f"copy in {source}, got: {error!r}; write one with fluxion bench machine --output "
+                "DIR"
             ) from error
-        if not all(math.isfinite(value) and value > 0 for value in constants.values()):
-            raise IntegrityError(f"expected numbers above 0 in {source}, got {constants}")
-        return cls(str(found.get("name", path_or_name)), **constants)
+
+
+def _machine(found: dict[str, Any], name: str) -> Machine:
+    cost = CostModel.from_dict(found["cost_model"])
+    if "device_bytes_per_s" in found:
+        device_bytes_per_s = float(found["device_bytes_per_s"])
+    else:
+        # Of several rows of reads by the host the last is by all threads.
+        rates = {row["pipe"]: 1e9 * float(row["gb_s"]["median"]) for row in found["rows"]}
+        device_bytes_per_s = rates.get("device copy", rates["host read"])
+    layer_s = float(found.get("layer_s", DEFAULT_LAYER_S))
+    if not (0 < device_bytes_per_s < math.inf and 0 <= layer_s < math.inf):
+        raise ValueError(f"device_bytes_per_s {device_bytes_per_s} and layer_s {layer_s}")
+    return Machine(str(found.get("name", name)), cost, device_bytes_per_s, layer_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,29 +158,40 @@ class Plan:
       policy: what each head reads.
       context_tokens: capacity of a sequence.
       batch: sequences.
+      split: who reads the host cache.
       memory: bytes by place.
       machine: whose constants the times are predicted with.
       dense_s: predicted time of a step for the weights.
+      layers_s: for what layers take whatever they read.
       read_bytes: per step from host memory, K/V and summaries: if all heads of a group select the
         same units, and if none of them do.
-      step_s: predicted time of a step, for each of the two.
+      read_s: for reading that, each of the two.
     """
 
     model: str
     policy: str
     context_tokens: int
     batch: int
+    split: SplitName
     memory: Memory
     machine: Machine
     dense_s: float
+    layers_s: float
     read_bytes: tuple[int, int]
-    step_s: tuple[float, float]
+    read_s: tuple[float, float]
+
+    @property
+    def step_s(self) -> tuple[float, float]:
+        """Predicted time of a step, for each of the two `read_bytes`."""
+        low, high = (self.dense_s + self.layers_s + seconds for seconds in self.read_s)
+        return low, high
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON wants it."""
         return dataclasses.asdict(self) | {
             "host_bytes": self.memory.host_bytes,
             "device_cache_bytes": self.memory.device_cache_bytes,
+            "step_s": self.step_s,
         }
 
     def __str__(self) -> str:
@@ -174,10 +207,12 @@ class Plan:
         lines += [f"  {place:14}{what:22}{_gib(size):>14}" for place, what, size in rows]
         low, high = self.step_s
         lines += [
-            f"predicted with the constants of {self.machine.name} (not measured):",
+            f"predicted with the constants of {self.machine.name} (not measured), "
+            f"split {self.split}:",
             "  a step reads {} to {} of host memory".format(*map(_gib, self.read_bytes)),
-            f"  and takes {low * 1e3:.1f} to {high * 1e3:.1f} ms, of it {self.dense_s * 1e3:.1f} "
-            f"for the weights: {self.batch / high:.1f} to {self.batch / low:.1f} tokens/s",
+            f"  and takes {low * 1e3:.1f} to {high * 1e3:.1f} ms ({self.dense_s * 1e3:.1f} for the "
+            f"weights, {self.layers_s * 1e3:.1f} for short kernels): "
+            f"{self.batch / high:.1f} to {self.batch / low:.1f} tokens/s",
         ]
         return "\n".join(lines)
 
@@ -190,6 +225,7 @@ def plan(
     policy: str | FixedPolicy = "fixed:16:0.05",
     dtype: str = "bfloat16",
     summaries: Literal["host", "device"] = "host",
+    split: SplitName = "host",
     machine: Machine | None = None,
 ) -> Plan:
     """Says where everything of a generation would lie, and predicts the time of a step.
@@ -202,6 +238,7 @@ def plan(
       policy: `"full"` or a fixed policy.
       dtype: of weights and cache, `"bfloat16"` or `"float32"`.
       summaries: where summaries lie.
+      split: who reads the host cache: `"host"`, `"device"`, or both, divided by `"model"`.
       machine: constants for the prediction; None for those of an H100.
 
     Raises:
@@ -211,6 +248,8 @@ def plan(
         raise ConfigError(
             f"expected context_tokens >= 1 and batch >= 1, got {context_tokens} and {batch}"
         )
+    if split not in get_args(SplitName):
+        raise ConfigError(f"expected split 'host', 'device' or 'model', got {split!r}")
     parsed = parse_policy(policy)
     if not isinstance(parsed, FixedPolicy):
         raise ConfigError(f"expected 'full' or a fixed policy, got {policy}; others read by data")
@@ -218,25 +257,23 @@ def plan(
     machine = machine or Machine.load()
     layout = config.kv_layout(dtype, summaries)
     memory = _memory(layout, config, context_tokens, batch)
-    read = tuple(
-        batch
-        * len(layout.global_layers)
-        * _row_bytes(layout, config, context_tokens, parsed, apart)
-        for apart in (False, True)
-    )
-    dense_s = memory.device_weight_bytes / machine.device_bytes_per_s
-    handover_s = machine.handover_s * len(layout.global_layers)
-    low, high = (dense_s + handover_s + size / machine.host_bytes_per_s for size in read)
+    layers = len(layout.global_layers)
+    per_layer = [
+        batch * _row_bytes(layout, config, context_tokens, parsed, apart) for apart in (False, True)
+    ]
+    low, high = (layers * machine.cost.seconds(float(size), split) for size in per_layer)
     return Plan(
         model=name,
         policy=str(parsed),
         context_tokens=context_tokens,
         batch=batch,
+        split=split,
         memory=memory,
         machine=machine,
-        dense_s=dense_s,
-        read_bytes=(read[0], read[1]),
-        step_s=(low, high),
+        dense_s=_read_weights(config) * layout.jax_dtype.itemsize / machine.device_bytes_per_s,
+        layers_s=config.num_layers * machine.layer_s,
+        read_bytes=(layers * per_layer[0], layers * per_layer[1]),
+        read_s=(low, high),
     )
 
 
@@ -266,6 +303,12 @@ def _num_parameters(config: ModelConfig) -> int:
     tables = 1 if config.tied_embeddings else 2
     layer = attention + 3 * config.d_model * config.d_ff
     return config.num_layers * layer + tables * config.vocab_size * config.d_model
+
+
+def _read_weights(config: ModelConfig) -> int:
+    """What a step reads: of a table of embeddings that is no output matrix too, a row a token."""
+    table = 0 if config.tied_embeddings else config.vocab_size * config.d_model
+    return _num_parameters(config) - table
 
 
 def _row_bytes(

@@ -10,14 +10,14 @@ processor without wide instructions:
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from host_ops import native
 
-CASES = Path(__file__).resolve().parents[1] / "tests" / "host_ops" / "cases.py"
+CASES = Path(__file__).resolve().parents[1] / "tests" / "host_ops"
 # Sizes that every variant has code of its own for, and one that none has.
 SHAPES: tuple[dict[str, Any], ...] = (
     {"head_dim": 40, "dtype": "float32"},
@@ -28,12 +28,11 @@ SHAPES: tuple[dict[str, Any], ...] = (
 
 def load_cases() -> Any:
     """The tests' inputs and comparison, without the tree's packages on the path."""
-    spec = importlib.util.spec_from_file_location("cases", CASES)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cases"] = module
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(CASES))
+    try:
+        return importlib.import_module("cases")
+    finally:
+        sys.path.remove(str(CASES))
 
 
 def main() -> int:

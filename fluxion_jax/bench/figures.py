@@ -102,7 +102,7 @@ def prediction_figure(plans: Sequence[Plan], labels: Sequence[str], title: str) 
       title: what they are of, in one line.
 
     Returns:
-      A matplotlib `Figure` of one bar a plan, on a common scale: weights, hand-overs, reading if
+      A matplotlib `Figure` of one bar a plan, on a common scale: weights, short kernels, reading if
       the heads of a group agree, and what more they read if they do not.
     """
     height = 1.5 + 0.38 * len(plans)
@@ -110,15 +110,13 @@ def prediction_figure(plans: Sequence[Plan], labels: Sequence[str], title: str) 
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     axes = figure.subplots()
     rows = range(len(plans))
-    agreed, disagreed = (
-        [p.read_bytes[i] / p.machine.host_bytes_per_s for p in plans] for i in (0, 1)
-    )
     dense = [p.dense_s for p in plans]
-    handed = [p.step_s[0] - p.dense_s - r for p, r in zip(plans, agreed, strict=True)]
+    layers = [p.layers_s for p in plans]
+    agreed, disagreed = ([p.read_s[i] for p in plans] for i in (0, 1))
     apart = [b - a for a, b in zip(agreed, disagreed, strict=True)]
     parts: tuple[tuple[str, list[float], dict[str, Any]], ...] = (
         ("weights", dense, {"color": COLOURS[4]}),
-        ("hand-overs", handed, {"color": "#111827"}),
+        ("short kernels", layers, {"color": "#111827"}),
         ("host cache, heads of a group agree", agreed, {"color": COLOURS[2]}),
         ("more, if they disagree", apart, {"color": "#c9e6e2", "hatch": "////",
                                            "edgecolor": COLOURS[2], "linewidth": 0}),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +64,37 @@ class CostModel:
         ahead = (self.device_fixed_s - self.host_fixed_s) * pcie
         return jnp.clip((total_bytes + ahead) * (host / (host + pcie)), 0.0, total_bytes)
 
-    def seconds(self, total_bytes: float) -> float:
-        """The modelled time of a layer that reads so many bytes, split by this model."""
-        host = float(self.host_bytes(jnp.float32(total_bytes)))
-        pcie = total_bytes - host
-        return max(
-            self.host_fixed_s + host / self.host_bytes_per_s if host else 0.0,
-            self.device_fixed_s + pcie / self.pcie_bytes_per_s if pcie else 0.0,
-        )
+    def seconds(self, total_bytes: float, split: Literal["model", "host", "device"]) -> float:
+        """The modelled time of a layer that reads so many bytes.
+
+        Args:
+          total_bytes: of keys and values, and of summaries where they lie on the host.
+          split: who reads: one side, or both, divided by this model.
+        """
+        if not total_bytes:
+            return 0.0
+        host, pcie = self.host_bytes_per_s, self.pcie_bytes_per_s
+        host_s = self.host_fixed_s + total_bytes / host
+        device_s = self.device_fixed_s + total_bytes / pcie
+        # A side that could not begin before the other has ended gets nothing.
+        if split == "host" or (split == "model" and host_s <= self.device_fixed_s):
+            return host_s
+        if split == "device" or device_s <= self.host_fixed_s:
+            return device_s
+        fixed = host * self.host_fixed_s + pcie * self.device_fixed_s
+        return (total_bytes + fixed) / (host + pcie)
+
+    @classmethod
+    def from_dict(cls, section: dict[str, Any]) -> CostModel:
+        """The model of exactly these numbers, all of them, by name.
+
+        Raises:
+          ValueError: one is missing, unknown or no number.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(section) != names:
+            raise ValueError(f"the numbers {sorted(section)} instead of {sorted(names)}")
+        return cls(**{name: float(value) for name, value in section.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
@@ -82,8 +105,7 @@ class CostModel:
         """
         try:
             document: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-            section = document["cost_model"]
-            return cls(**{name: float(value) for name, value in section.items()})
+            return cls.from_dict(document["cost_model"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             names = [field.name for field in dataclasses.fields(cls)]
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -39,7 +40,9 @@ def test_both_sides_end_together(seed):
     device_s = cost.device_fixed_s + device / cost.pcie_bytes_per_s
     # Whole ranges of blocks cannot meet exactly; 64 KiB are a few microseconds here.
     assert abs(host_s - device_s) < 5e-6
-    assert cost.seconds(float(host + device)) == pytest.approx(max(host_s, device_s), abs=5e-6)
+    assert cost.seconds(float(host + device), "model") == pytest.approx(
+        max(host_s, device_s), abs=5e-6
+    )
 
 
 def test_fixed_costs_keep_little_work_on_the_cheaper_side():
@@ -47,6 +50,19 @@ def test_fixed_costs_keep_little_work_on_the_cheaper_side():
     assert host_bytes(CostModel(host_fixed_s=200e-6), wanted).sum() == 0
     everything = wanted.sum() * BLOCK_BYTES
     assert host_bytes(CostModel(device_fixed_s=200e-6), wanted).sum() == everything
+
+
+@pytest.mark.parametrize("total", [1.0, 1e5, 1e6, 1e8])
+@pytest.mark.parametrize("fixed", [(40e-6, 30e-6), (200e-6, 0.0), (0.0, 200e-6)])
+def test_the_modelled_time_is_that_of_the_longer_side(total, fixed):
+    cost = CostModel(50e9, 25e9, *fixed)
+    host = float(cost.host_bytes(jnp.float32(total)))
+    host_s = cost.host_fixed_s + host / 50e9 if host else 0.0
+    device_s = cost.device_fixed_s + (total - host) / 25e9 if host < total else 0.0
+    assert cost.seconds(total, "model") == pytest.approx(max(host_s, device_s), rel=1e-5)
+    assert cost.seconds(total, "host") == cost.host_fixed_s + total / 50e9
+    assert cost.seconds(total, "device") == cost.device_fixed_s + total / 25e9
+    assert cost.seconds(0.0, "model") == 0.0
 
 
 def test_a_shared_task_has_at_least_the_least_range_on_either_side():
@@ -95,13 +111,15 @@ def test_rates_are_data_and_outputs_do_not_depend_on_them():
 def test_names_of_splits(tmp_path):
     assert parse_split("model").cost == CostModel()
     path = tmp_path / "bench-machine.json"
-    path.write_text(json.dumps({"cost_model": {"host_bytes_per_s": 5e9, "host_fixed_s": 0}}))
-    assert parse_split(f"model:{path}").cost == CostModel(host_bytes_per_s=5e9, host_fixed_s=0.0)
+    own = CostModel(host_bytes_per_s=5e9, host_fixed_s=0.0)
+    path.write_text(json.dumps({"cost_model": dataclasses.asdict(own)}))
+    assert parse_split(f"model:{path}").cost == own
     with pytest.raises(fx.ConfigError, match="'adaptive:FILE' or a host fraction"):
         parse_split("models")
-    path.write_text(json.dumps({"cost_model": {"speed": 3}}))
-    with pytest.raises(fx.ConfigError, match="write one with fluxion bench machine"):
-        parse_split(f"model:{path}")
+    for numbers in ({"speed": 3}, {"host_bytes_per_s": 5e9}, {}):
+        path.write_text(json.dumps({"cost_model": numbers}))
+        with pytest.raises(fx.ConfigError, match="write one with fluxion bench machine"):
+            parse_split(f"model:{path}")
 
 
 @pytest.mark.parametrize(

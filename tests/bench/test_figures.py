@@ -6,6 +6,7 @@ import pytest
 
 from fluxion_jax.bench.figures import prediction_figure, roofline_figure
 from fluxion_jax.planning import Machine, plan
+from fluxion_jax.policy import CostModel
 
 
 def row(group, granularity, threads, speed):
@@ -32,19 +33,19 @@ def test_the_roof_is_the_lower_of_both_ceilings_and_marks_are_at_the_group():
 
 
 def test_the_parts_of_a_prediction_add_up_to_the_step():
-    machine = Machine("a machine", 10e9, 1e12, 50e-6)
+    machine = Machine("a machine", CostModel(10e9, 5e9, 20e-6, 30e-6), 1e12, 50e-6)
     plans = [
         plan("8b", context_tokens=n, policy=policy, machine=machine)
         for n, policy in ((8192, "full"), (131_072, "fixed:16:0.05"))
     ]
     (axes,) = prediction_figure(plans, ["short", "long"], "A title").axes
-    weights, handed, agreed, apart = axes.containers
+    weights, layers, agreed, apart = axes.containers
     for i, predicted in enumerate(plans):
-        parts = [bars[i].get_width() for bars in (weights, handed, agreed, apart)]
+        parts = [bars[i].get_width() for bars in (weights, layers, agreed, apart)]
         assert sum(parts[:3]) == pytest.approx(1e3 * predicted.step_s[0])
         assert sum(parts) == pytest.approx(1e3 * predicted.step_s[1])
     assert apart[0].get_width() == 0 < apart[1].get_width()
-    assert handed[0].get_width() == pytest.approx(32 * 50e-3)
+    assert layers[0].get_width() == pytest.approx(32 * 50e-3)
     texts = [text.get_text() for text in axes.texts]
     low, high = (1e3 * seconds for seconds in plans[1].step_s)
     assert texts[1] == f"{low:,.0f} to {high:,.0f} ms"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,59 @@ from flax import nnx
 import fluxion_jax as fx
 from fluxion_jax.cli import main
 from fluxion_jax.models import Decoder, ModelConfig
-from fluxion_jax.planning import SHAPES, Machine, plan
+from fluxion_jax.planning import DEFAULT_LAYER_S, SHAPES, Machine, plan
 from fluxion_jax.policy import CostModel
 from tests.goldens import load as goldens
 
-MACHINE = Machine("a machine", 1e9, 1e10, 1e-3)
+COST = CostModel(1e9, 5e8, 1e-3, 2e-3)
+MACHINE = Machine("a machine", COST, 1e10, 1e-4)
+# Of one H100, its machine and its decode steps, as they were written there.
+RECORDED = Path(__file__).parent / "recorded"
+REPORT = RECORDED / "bench-machine-h100.json"
+STEPS = json.loads((RECORDED / "bench-step-h100.json").read_text())["rows"]
+
+
+def shaped(head_dim: int) -> ModelConfig:
+    return dataclasses.replace(ModelConfig.tiny_llama(), head_dim=head_dim)
+
+
+SHAPED = [
+    (shaped(32), 1000, "float32"),
+    (shaped(80), 330, "bfloat16"),
+    (shaped(128), 2500, "bfloat16"),
+    (shaped(256), 200, "float32"),
+]
+# Layers with a sliding window are not stacked.
+LAID_OUT = [(*case, stacked) for case in SHAPED for stacked in (False, True)]
+LAID_OUT += [(ModelConfig.tiny_gemma3(), 2500, "bfloat16", False)]
 
 
 @pytest.mark.parametrize("summaries", ["host", "device"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("config", "tokens", "batch"),
-    [
-        (ModelConfig.tiny_llama(), 1000, 3),
-        (ModelConfig.tiny_llama(), 200, 1),
-        (ModelConfig.tiny_gemma3(), 2500, 2),
-    ],
-)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("config", "tokens", "dtype", "stacked"), LAID_OUT)
 def test_bytes_are_those_that_are_allocated(
-    config: ModelConfig, tokens: int, batch: int, dtype: str, summaries: Any
+    config: ModelConfig, tokens: int, dtype: str, stacked: bool, batch: int, summaries: Any
 ) -> None:
+    layout = config.kv_layout(dtype, summaries)
     memory = plan(
         config, context_tokens=tokens, batch=batch, dtype=dtype, summaries=summaries
     ).memory
-    cache = fx.HostKV.allocate(config.kv_layout(dtype, summaries), batch, tokens)
-    assert memory.host_bytes == cache.host_bytes
-    assert memory.device_cache_bytes == pytest.approx(cache.device_bytes, rel=0.02)
+    cache = fx.HostKV.allocate(layout, batch, tokens, stacked=stacked)
+    by_place = {"pinned_host": 0, "device": 0}
+    # Counted here, not asked of the cache.
+    for array in jax.tree.leaves(cache):
+        by_place[array.sharding.memory_kind] += array.nbytes
+    assert memory.host_bytes == by_place["pinned_host"] == cache.host_bytes
+    assert memory.device_cache_bytes == pytest.approx(by_place["device"], rel=0.02)
+
+
+@pytest.mark.parametrize("config", [ModelConfig.tiny_llama(), ModelConfig.tiny_gemma3()])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_those_of_the_decoder(config: ModelConfig, dtype: str) -> None:
     model = nnx.eval_shape(lambda: Decoder.random(config, dtype=dtype))
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model)))
-    assert memory.device_weight_bytes == pytest.approx(weights, rel=0.02)
+    planned = plan(config, context_tokens=8, dtype=dtype).memory.device_weight_bytes
+    assert planned == pytest.approx(weights, rel=0.02)
 
 
 def test_a_prediction_is_arithmetic() -> None:
@@ -53,10 +78,102 @@ def test_a_prediction_is_arithmetic() -> None:
     same = 2 * 2 * 2 * (11 * block + 200 * summary)
     apart = 2 * 2 * 2 * (33 * block + 200 * summary)
     assert found.read_bytes == (same, apart)
-    dense_s = found.memory.device_weight_bytes / 1e10
-    assert found.step_s == pytest.approx([dense_s + 2e-3 + n / 1e9 for n in (same, apart)])
+    # A row of a table that is not the output matrix, too, is nothing.
+    table = config.vocab_size * config.d_model * 2 * (not config.tied_embeddings)
+    assert found.dense_s == pytest.approx((found.memory.device_weight_bytes - table) / 1e10)
+    fixed_s = found.dense_s + 2 * 1e-4
+    assert found.step_s == pytest.approx([fixed_s + 2e-3 + n / 1e9 for n in (same, apart)])
     full = plan(config, context_tokens=3520, batch=2, policy="full", machine=MACHINE)
     assert full.read_bytes == (2 * 2 * 2 * 200 * block,) * 2
+    by_device, by_both = (
+        plan(config, context_tokens=3520, batch=2, machine=MACHINE, split=split)
+        for split in ("device", "model")
+    )
+    assert by_device.step_s[1] == pytest.approx(fixed_s + 4e-3 + apart / 5e8)
+    assert by_both.step_s == pytest.approx(
+        [fixed_s + 2 * COST.seconds(n / 2, "model") for n in (same, apart)]
+    )
+
+
+def measured(policy: str, split: str) -> dict[str, Any]:
+    (row,) = (row for row in STEPS if (row["policy"], row["split"]) == (policy, split))
+    assert (row["case"], row["summaries"]) == ("llama-3.1-8b-131072-b1", "device")
+    return row
+
+
+@pytest.mark.parametrize("machine", ["h100", REPORT], ids=["h100", "report"])
+@pytest.mark.parametrize(
+    ("policy", "split"),
+    [
+        ("fixed:16:0.02:group", "model"),
+        ("fixed:16:0.02:group", "host"),
+        ("fixed:16:0.02:group", "device"),
+        ("fixed:16:0.05", "model"),
+        ("fixed:16:0.05", "host"),
+    ],
+)
+def test_steps_took_what_is_predicted_to_25_percent(policy: str, split: Any, machine: Any) -> None:
+    found = plan(
+        "8b",
+        context_tokens=131_072,
+        policy=policy,
+        summaries="device",
+        split=split,
+        machine=Machine.load(machine),
+    )
+    row = measured(policy, split)
+    read_bytes, step_s = row["host_bytes"] + row["device_bytes"], row["step_s"]["median"]
+    low, high = found.read_bytes
+    assert 0.99 * low <= read_bytes <= high
+    # How far heads agree is data. For what they did read:
+    read_s = 32 * found.machine.cost.seconds(read_bytes / 32, split)
+    assert found.dense_s + found.layers_s + read_s == pytest.approx(step_s, rel=0.25)
+    # Before anything has run there is a range, which is a point if a group has one selection.
+    low_s, high_s = found.step_s
+    assert 0.8 * low_s <= step_s <= 1.25 * high_s
+    if split == "model":
+        # The caches were random, so the heads of a group hardly agreed.
+        assert high_s == pytest.approx(step_s, rel=0.25)
+
+
+def test_the_time_of_a_layer_is_what_these_steps_leave() -> None:
+    machine = Machine.load(REPORT)
+    left = []
+    for row in STEPS:
+        found = plan("8b", context_tokens=131_072, machine=machine)
+        read_bytes = row["host_bytes"] + row["device_bytes"]
+        read_s = 32 * machine.cost.seconds(read_bytes / 32, row["split"])
+        left.append((row["step_s"]["median"] - found.dense_s - read_s) / 32)
+    assert statistics.median(left) == pytest.approx(DEFAULT_LAYER_S, rel=0.02)
+
+
+def test_a_report_of_the_benchmark_names_the_constants() -> None:
+    report = json.loads(REPORT.read_text())
+    machine = Machine.load(REPORT)
+    assert dataclasses.asdict(machine.cost) == report["cost_model"]
+    assert machine.cost == CostModel.load(REPORT)
+    assert machine.device_bytes_per_s == pytest.approx(2.772e12, rel=1e-3)
+    assert machine.layer_s == DEFAULT_LAYER_S
+
+
+def test_without_a_gpu_weights_come_out_of_the_hosts_memory(tmp_path: Path) -> None:
+    report = json.loads(REPORT.read_text())
+    report["rows"] = [row for row in report["rows"] if row["pipe"] == "host read"]
+    (tmp_path / "machine.json").write_text(json.dumps(report))
+    assert Machine.load(tmp_path / "machine.json").device_bytes_per_s == pytest.approx(79.2e9, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"cost_model": {}}, {"cost_model": {"host_bytes_per_s": "fast"}}, {"rows": []}, {"rows": 1}]
+    + [{"device_bytes_per_s": value} for value in (0, -1, float("inf"), float("nan"), "much")]
+    + [{"layer_s": -1e-6}, {"cost_model": {"host_bytes_per_s": -1}}, {"cost_model": 3}],
+)
+def test_a_report_that_is_none_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(json.loads(REPORT.read_text()) | change))
+    with pytest.raises(fx.IntegrityError, match="expected a JSON report"):
+        Machine.load(path)
 
 
 def test_an_8b_model_at_128k() -> None:
@@ -77,7 +194,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert report["memory"]["host_kv_bytes"] > 0
     assert main(["plan", "--model", "8b", "--context", "8192", "--output", str(tmp_path)]) == 0
     assert "keys and values" in capsys.readouterr().out
-    assert json.loads((tmp_path / "plan.json").read_text())["model"] == "8b"
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert (written["model"], written["split"]) == ("8b", "host")
+    options = ["--machine", str(REPORT), "--split", "model", "--summaries", "device"]
+    assert main(["plan", "--model", "8b", "--context", "131072", *options]) == 0
+    assert "split model" in capsys.readouterr().out
     assert set(SHAPES) == {"8b", "70b", "qwen3-8b", "mistral-7b"}
 
 
@@ -92,7 +213,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
             2,
             "expected a machine's JSON",
         ),
-        (["--model", "8b", "--context", "8", "--machine", __file__], 1, "expected the numbers"),
+        (["--model", "8b", "--context", "8", "--machine", __file__], 1, "expected a JSON report"),
     ],
 )
 def test_bad_input(
@@ -104,4 +225,4 @@ def test_bad_input(
 
 def test_the_planner_and_the_split_assume_the_same_host() -> None:
     """Both predict with the constants of one machine, so that neither drifts from the other."""
-    assert Machine.load().host_bytes_per_s == CostModel().host_bytes_per_s
+    assert Machine.load().cost == CostModel()

@@ -6,7 +6,12 @@ import runpy
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+
+import fluxion_jax as fx
+from fluxion_jax.policy import parse_split
+from tests.hlo import full_size_copies
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # These take options and are tested by themselves.
@@ -21,3 +26,17 @@ def test_example_runs(
     monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("linen_scan_over_layers", "variables"), ("scan_over_layers", "parameters")],
+)
+def test_no_step_of_a_scan_over_layers_copies_the_cache(name: str, weights: str) -> None:
+    found = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    cache, token = found["cache"], jnp.zeros((1,), jnp.int32)
+    traced = found["decode"].trace(
+        cache, found[weights], token, fx.fixed(16, 0.1), parse_split("host")
+    )
+    text = traced.lower().compile().as_text()
+    assert full_size_copies(text, [x.shape for x in cache.host_arrays]) == []

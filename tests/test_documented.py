@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -125,3 +126,20 @@ def test_results_print_what_matters() -> None:
     assert str(fx.greedy()) == "greedy()"
     assert str(fx.top_p(0.9, top_k=5)) == "top_p(0.9, temperature=1, top_k=5)"
     assert repr(fx.KVLayout(1, 2, 64)).startswith("KVLayout(num_layers=1, num_kv_heads=2")
+    assert repr(fx.cache_shardings(cache)).startswith("HostKV of ")
+    assert "3 SingleDeviceSharding in pinned_host" in repr(fx.cache_shardings(cache))
+    # As decode_attention did.
+    assert "HostKV that a program has consumed" in repr(cache)
+    assert str(fx.fixed(16, 0.05)) == "fixed:16:0.05"
+    assert str(fx.full()) == "full"
+    plan = fx.Plan(
+        jnp.full((1, 2), 32), jnp.asarray([[64, 0, 32, 8]]), jnp.asarray([[True, False]])
+    )
+    assert str(plan) == (
+        "Plan of [1, 2] groups: units of 32 tokens; budgets of [1, 4] heads 0 to 64 tokens, "
+        "mean 26; groups that rank once 1"
+    )
+    texts = []
+    jax.make_jaxpr(lambda plan: texts.append(str(plan)))(plan)
+    assert texts == ["Plan of [1, 2] groups, traced"]
+    assert "dense_below_tokens=1024" in str(fx.Execution())

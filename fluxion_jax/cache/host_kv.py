@@ -10,6 +10,7 @@ Axes: B batch, K KV heads, P host blocks, C = 16 tokens of a block, H head size,
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -624,6 +625,10 @@ class HostKV:
         layout = self.layout
         sliding = f", {len(layout.sliding_layers)} sliding" if layout.sliding_layers else ""
         stacked = ", stacked" if self.stacked else ""
+        if not hasattr(self.lengths, "shape"):
+            return f"HostKV of {_leaf_kinds(self)}"
+        if any(getattr(x, "is_deleted", bool)() for x in jax.tree.leaves(self)):
+            return "HostKV that a program has consumed; go on with the one that it returned"
         if isinstance(self.lengths, jax.core.Tracer):
             lengths = "traced"
         else:
@@ -667,6 +672,15 @@ def cache_shardings(cache: HostKV) -> HostKV:
         on_host = [array_sharding(placement, s, "pinned_host") for s in getattr(spec, name)]
         shardings = shardings.replace(**{name: tuple(on_host)})
     return shardings  # type: ignore[no-any-return]
+
+
+def _leaf_kinds(tree: Any) -> str:
+    """What a pytree holds that are no arrays, such as shardings."""
+    kinds = Counter(
+        type(x).__name__ + (f" in {x.memory_kind}" if hasattr(x, "memory_kind") else "")
+        for x in jax.tree.leaves(tree)
+    )
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
 def _places(parts: dict[str, int]) -> str:

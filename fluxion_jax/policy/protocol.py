@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
 from fluxion_jax.cache.layout import KVLayout
 from fluxion_jax.cache.sketch import Sketch
@@ -82,6 +83,17 @@ class Plan(NamedTuple):
     shared: jax.Array
     clipped: jax.Array | None = None
     notes: Any = None
+
+    def __str__(self) -> str:
+        groups, heads = list(self.granularity.shape), list(self.budget_tokens.shape)
+        if any(isinstance(x, jax.core.Tracer) for x in self[:3]):
+            return f"Plan of {groups} groups, traced"
+        units, budgets = np.unique(self.granularity), np.asarray(self.budget_tokens)
+        return (
+            f"Plan of {groups} groups: units of {', '.join(map(str, units))} tokens; budgets of "
+            f"{heads} heads {budgets.min()} to {budgets.max()} tokens, mean {budgets.mean():.4g}; "
+            f"groups that rank once {int(np.sum(self.shared))}"
+        )
 
 
 @runtime_checkable

@@ -180,6 +180,8 @@ def test_a_writer_that_is_killed_loses_nothing(tmp_path: Path) -> None:
         writer.join()
         kept = fx.HostKV.load(tmp_path / "kept")
         assert_same(kept, first if int(kept.lengths[0]) == 70 else second)
+    # Or no writer was killed while it wrote.
+    assert list(tmp_path.glob(".kept.*.partial"))
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(

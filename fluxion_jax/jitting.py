@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fluxion_jax.cache.host_kv import HostKV, cache_shardings
 from fluxion_jax.cache.placement import Placement, array_sharding
 from fluxion_jax.compilations import compilations
-from fluxion_jax.errors import ConfigError
+from fluxion_jax.errors import ConfigError, FluxionError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,6 +51,7 @@ def jit(
     Raises:
       ConfigError: an argument of the function has no name of its own (`*args`, `**kwargs`,
         positional-only), or a given name is none of them.
+      FluxionError: at a call, an argument's buffers have been consumed by an earlier one.
 
     Example:
       >>> import fluxion_jax as fx
@@ -197,7 +198,16 @@ class _Program:
 
     def __call__(self, dynamic: dict[str, Any]) -> Any:
         before = compilations()
-        results = self._compiled(*self._divide(dynamic))
+        try:
+            results = self._compiled(*self._divide(dynamic))
+        except RuntimeError as error:
+            # Not by a look at the buffers: a program that fails has consumed them, too.
+            if "has been deleted" not in str(error):
+                raise
+            raise FluxionError(
+                "expected arguments with their buffers, got one that a compiled program consumed; "
+                "go on with the cache that the program returned"
+            ) from error
         self.compilations += compilations() - before
         return results
 

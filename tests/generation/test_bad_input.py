@@ -278,6 +278,7 @@ def test_a_consumed_cache_is_refused(model, intact):
         lambda: tiny.generate(model, REST, cache=consumed),
         lambda: fx.prefill(model, REST, consumed),
         lambda: fx.score(model, consumed, [[1, 2]] * 3),
+        lambda: fx.jit(lambda cache: cache.advance())(consumed),
     ):
         refused(fx.FluxionError, "one that a compiled program consumed; go on with", call)
 

@@ -15,6 +15,7 @@ import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "host_ops/_native/libfluxion_host.so"
@@ -54,16 +55,26 @@ def wheel_problems(wheel: Path, native: bool) -> list[str]:
     return found
 
 
+def project() -> dict[str, Any]:
+    """What pyproject.toml says of the package."""
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return table
+
+
+def extras() -> set[str]:
+    return set(project()["optional-dependencies"])
+
+
 def metadata_problems(text: str) -> list[str]:
     """Whether all extras are there, the license has a name, and types are announced."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     metadata = email.message_from_string(text)
-    # Names are normalised, with a hyphen for an underscore.
-    extras = set(metadata.get_all("Provides-Extra", []))
-    found = [f"the extra {x} is missing" for x in set(project["optional-dependencies"]) - extras]
+    found = [
+        f"the extra {extra} is missing"
+        for extra in sorted(extras() - set(metadata.get_all("Provides-Extra", [])))
+    ]
     for field, value in (
-        ("License-Expression", project["license"]),
-        ("Requires-Python", project["requires-python"]),
+        ("License-Expression", project()["license"]),
+        ("Requires-Python", project()["requires-python"]),
     ):
         if metadata[field] != value:
             found.append(f"expected {field} {value}, got {metadata[field]}")

@@ -21,6 +21,8 @@ import json, os, sys, threading, time
 import jax
 from jax._src import xla_bridge
 
+HANDLED = ("SigBlk", "SigIgn", "SigCgt")
+
 def process():
     return {
         "environment": dict(os.environ),
@@ -28,7 +30,7 @@ def process():
         "python threads": [thread.name for thread in threading.enumerate()],
         "folder": os.getcwd(),
         "files": sorted(os.listdir(".")),
-        "signals": [line for line in open("/proc/self/status") if line.startswith("Sig")],
+        "signals": [line for line in open("/proc/self/status") if line[:6] in HANDLED],
         "path": list(sys.path),
         "options": {name: repr(value) for name, value in jax.config.values.items()},
     }

@@ -36,7 +36,7 @@ SECTIONS = (
     ("Calibrated predictors", "calibrat", "fluxion_jax.calibration.report"),
     ("What heads need", "heads", "fluxion_jax.evaluation.heads"),
     ("Whole decode steps", "bench-step", "fluxion_jax.bench.step_report"),
-    ("Host kernels against memory", "bench-host", "fluxion_jax.bench.host"),
+    ("Host kernels against memory", "bench-host", "fluxion_jax.bench.host_report"),
     ("Device kernels against the buses", "bench-device", "fluxion_jax.bench.device"),
     ("Handing a layer to the host", "bench-roundtrip", "fluxion_jax.bench.roundtrip"),
     ("Ceilings of machines", "bench-machine", "fluxion_jax.bench.machine"),

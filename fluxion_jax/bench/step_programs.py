@@ -99,10 +99,11 @@ def random_cache(
     if keep is None:
         require_memory(layout, len(context_tokens), most)
     cache = HostKV.allocate_with(make, layout, len(context_tokens), most)
-    # Keys in [-1, 1): the scale under which int8 summaries of all values are theirs.
+    # A scale of up to 7.9, which the keys of the decoded tokens keep to as well: a context has met
+    # its largest keys long before, and to requantise the summaries is no part of a usual step.
     return cache.replace(
         lengths=jnp.asarray(context_tokens, jnp.int32),
-        exponents=tuple(jnp.full_like(x, -6) for x in cache.exponents),
+        exponents=tuple(jnp.full_like(x, -4) for x in cache.exponents),
     )
 
 

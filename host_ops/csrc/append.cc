@@ -49,8 +49,7 @@ void fold(const Level& level, int64_t block, int depth, const int8_t* summary) {
 }
 
 void write_summaries(const Geometry& g, int8_t* task_rows, int64_t first, int64_t count,
-                     const int8_t* summaries, const int32_t* shift) {
-  const bool grown = std::any_of(shift, shift + g.head_dim, [](int32_t s) { return s > 0; });
+                     const int8_t* summaries, const int32_t* shift, bool grown) {
   for (int depth = 0; depth < kLevels; ++depth) {
     const Level level{task_rows + level_offset(g.blocks, depth) * 2 * g.head_dim, g.head_dim};
     const int64_t written = (first + (int64_t{1} << depth) - 1) >> depth;
@@ -59,6 +58,22 @@ void write_summaries(const Geometry& g, int8_t* task_rows, int64_t first, int64_
       fold(level, first + i, depth, summaries + i * 2 * g.head_dim);
     }
   }
+}
+
+bool grown(const Geometry& g, const FlushView& flush, int64_t task) {
+  const int32_t* shift = flush.shift + task * g.head_dim;
+  return std::any_of(shift, shift + g.head_dim, [](int32_t s) { return s > 0; });
+}
+
+// One grown channel has every summary of its task rewritten, which takes far longer than the blocks.
+int64_t requantised_bytes(const Geometry& g, const FlushView& flush) {
+  int64_t bytes = 0;
+  for (int64_t task = 0; task < g.batch * g.kv_heads; ++task) {
+    const int64_t b = task / g.kv_heads;
+    if (flush.num_blocks[b] == 0 || !grown(g, flush, task)) continue;
+    bytes += level_offset(flush.first_block[b], kLevels) * 2 * g.head_dim;
+  }
+  return bytes;
 }
 
 // Writes the blocks of one (sequence, KV head).
@@ -77,7 +92,7 @@ void write_task(const Geometry& g, const CacheView& cache, const FlushView& flus
   if (cache.summaries == nullptr) return;
   write_summaries(g, cache.summaries + task * g.summary_rows() * 2 * g.head_dim, first, count,
                   flush.summaries + task * flush.capacity * 2 * g.head_dim,
-                  flush.shift + task * g.head_dim);
+                  flush.shift + task * g.head_dim, grown(g, flush, task));
 }
 
 class FlushJob : public Job {
@@ -129,8 +144,9 @@ void write_flush(const Geometry& geometry, const CacheView& cache, const FlushVi
   int64_t blocks = 0;
   for (int64_t b = 0; b < geometry.batch; ++b) blocks += flush.num_blocks[b];
   if (blocks == 0) return;
-  const int64_t bytes =
+  int64_t bytes =
       blocks * geometry.kv_heads * geometry.block_elements() * element_bytes(geometry.dtype);
+  if (cache.summaries != nullptr) bytes += requantised_bytes(geometry, flush);
   if (bytes >= kParallelBytes) {
     FlushJob(geometry, cache, flush, pool).run_all();
     return;

@@ -23,9 +23,9 @@ FIRST_AND_COUNT = [
 ]
 
 
-def with_flush(case: cases.Case, first, count, seed: int = 5) -> cases.Case:
+def with_flush(case: cases.Case, first, count, seed: int = 5, shape: Shape = SHAPE) -> cases.Case:
     rng = np.random.default_rng(seed)
-    case.flush = cases.random_flush(SHAPE, rng, first, count)
+    case.flush = cases.random_flush(shape, rng, first, count)
     # Most channels keep their scale; some shift by more than an int8 has bits.
     shift = rng.choice([0, 0, 0, 1, 2, 7, 8, 40], size=case.flush.shift.shape)
     return case.with_flush(shift=shift)
@@ -39,6 +39,16 @@ def append(implementation: str, case: cases.Case):
 @pytest.mark.parametrize(("first", "count"), FIRST_AND_COUNT)
 def test_append(implementation, first, count):
     case = with_flush(random_case(SHAPE), first, count)
+    *got, status = append(implementation, case)
+    want = [x.copy() for x in (case.k, case.v, case.summaries)]
+    assert status == numpy_reference.append(*want, case.flush) == [STATUS_OK]
+    check_cache(got, want, case.flush)
+
+
+def test_several_threads_requantise_large_summaries(implementation):
+    # Beyond a megabyte of summaries the native operation hands tasks to its threads.
+    shape = Shape(num_blocks=2048, head_dim=64)
+    case = with_flush(random_case(shape), (2040, 1999), (1, 2), shape=shape)
     *got, status = append(implementation, case)
     want = [x.copy() for x in (case.k, case.v, case.summaries)]
     assert status == numpy_reference.append(*want, case.flush) == [STATUS_OK]

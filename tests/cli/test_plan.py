@@ -24,7 +24,11 @@ MACHINE = Machine("a machine", COST, 1e10, 1e-4)
 # Of one H100, its machine and its decode steps, as they were written there.
 RECORDED = Path(__file__).parent / "recorded"
 REPORT = RECORDED / "bench-machine-h100.json"
-STEPS = json.loads((RECORDED / "bench-step-h100.json").read_text())["rows"]
+STEPS = [
+    row
+    for row in json.loads((RECORDED / "bench-step-h100.json").read_text())["rows"]
+    if row["kind"] == "sparse" and row["summaries"] == "device"
+]
 
 
 def shaped(head_dim: int) -> ModelConfig:
@@ -110,6 +114,7 @@ def measured(policy: str, split: str) -> dict[str, Any]:
         ("fixed:16:0.02:group", "device"),
         ("fixed:16:0.05", "model"),
         ("fixed:16:0.05", "host"),
+        ("fixed:16:0.05", "device"),
     ],
 )
 def test_steps_took_what_is_predicted_to_25_percent(policy: str, split: Any, machine: Any) -> None:
@@ -152,7 +157,7 @@ def test_a_report_of_the_benchmark_names_the_constants() -> None:
     machine = Machine.load(REPORT)
     assert dataclasses.asdict(machine.cost) == report["cost_model"]
     assert machine.cost == CostModel.load(REPORT)
-    assert machine.device_bytes_per_s == pytest.approx(2.772e12, rel=1e-3)
+    assert machine.device_bytes_per_s == pytest.approx(2.858e12, rel=1e-3)
     assert machine.layer_s == DEFAULT_LAYER_S
 
 
@@ -160,7 +165,7 @@ def test_without_a_gpu_weights_come_out_of_the_hosts_memory(tmp_path: Path) -> N
     report = json.loads(REPORT.read_text())
     report["rows"] = [row for row in report["rows"] if row["pipe"] == "host read"]
     (tmp_path / "machine.json").write_text(json.dumps(report))
-    assert Machine.load(tmp_path / "machine.json").device_bytes_per_s == pytest.approx(79.2e9, 1e-3)
+    assert Machine.load(tmp_path / "machine.json").device_bytes_per_s == pytest.approx(83.36e9, 1e-3)
 
 
 @pytest.mark.parametrize(

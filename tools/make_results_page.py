@@ -3,8 +3,8 @@
     python tools/make_results_page.py            # write the page
     python tools/make_results_page.py --check    # fail if it is not what the reports say
 
-A report is shown by the function that shows it on the command line; where there is none of a kind,
-its section says that nothing was measured yet.
+A report is shown by the function that shows it on the command line, with the figure beside it;
+where there is none of a kind, its section says that nothing was measured yet.
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ def page() -> str:
             # Some are tables in Markdown already.
             shown = [text] if "\n|---" in text else ["```text", text, "```"]
             lines += [f"{link}. {machine(report['stamp'])}", "", *shown, ""]
+            figure = path.with_suffix(".png").name
+            if (RESULTS / figure).exists():
+                lines += [f"![{title}](../benchmarks/results/{figure})", ""]
         paths = [path for path in paths if path not in found]
         if not found:
             lines += ["Not measured yet.", ""]

@@ -120,9 +120,12 @@ def _quality_panel(axes: Any, rows: Sequence[dict[str, Any]], value: str, factor
                     text, place, xytext=(4, 5), textcoords="offset points", fontsize=7,
                     color=colour,
                 )  # fmt: skip
-    axes.set_xscale("log")
+    # Plain numbers, few enough not to touch.
+    axes.set_xscale("log", subs=(2, 5))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.margins(x=0.1, y=0.12)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e7eb", linewidth=0.8)
     axes.legend(frameon=False, fontsize=6.5)

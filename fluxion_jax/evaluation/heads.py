@@ -167,7 +167,7 @@ def heads_figure(report: dict[str, Any], tolerance: float = 0.1) -> Any:
         axes.set_xlabel("query head", fontsize=8)
         axes.set_ylabel("layer", fontsize=8)
         axes.tick_params(labelsize=8)
-        figure.colorbar(image, ax=axes, shrink=0.9)
+        figure.colorbar(image, ax=axes, shrink=0.9).ax.tick_params(labelsize=8)
     for e, one in enumerate(report["tolerances"]):
         panels[2].plot(
             report["granularities"],

@@ -25,7 +25,9 @@ def stamp() -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
     report = env.report()
-    report["environment"].pop("executable", None)
+    # Where things lie on a machine tells nothing of what was measured on it.
+    for path in ("executable", "JAX_COMPILATION_CACHE_DIR"):
+        report["environment"].pop(path, None)
     report["host_library"].pop("path", None)
     return {
         **report,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,8 @@ def first_prompts(model: LoadedModel, settings: Settings) -> dict[str, str]:
 
 
 def frozen_for(model: LoadedModel) -> str:
-    """Name of a set of hashes: prompts depend on the tokenizer, and prose on Python's version."""
-    return f"{model.name}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    """Name of a set of hashes: prompts depend on the tokenizer, and prose on Python's release."""
+    return f"{model.name}, Python {platform.python_version()}"
 
 
 def check_prompts(model: LoadedModel, settings: Settings, document: dict[str, Any]) -> bool:

@@ -20,10 +20,12 @@ def stamp() -> dict[str, Any]:
     Returns:
       The sections of `fluxion info` and also `caches` (bytes by level, as the first CPU sees
       them), `load` (of the last minute), `commit` and `dirty` (None outside of a git checkout) and
-      `date` (UTC).
+      `date` (UTC). FLUXION_COMMIT names the commit of a clean tree that was copied to this machine
+      without its history.
     """
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    copied = os.environ.get("FLUXION_COMMIT")
+    commit = copied or _git("rev-parse", "HEAD")
+    changes = "" if copied else _git("status", "--porcelain", "--untracked-files=no")
     report = env.report()
     # Where things lie on a machine tells nothing of what was measured on it.
     for path in ("executable", "JAX_COMPILATION_CACHE_DIR"):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import host_ops
 from fluxion_jax.bench.cells import cell
 from fluxion_jax.bench.device_kernels import KERNELS, Kernel
 from fluxion_jax.bench.stamp import stamp
@@ -220,6 +221,9 @@ def _programs(kernel: Kernel, calls: int, num_blocks: int) -> tuple[Any, Any, An
         attend = jax.jit(attend)
 
         def program(q: jax.Array, k: jax.Array, v: jax.Array, inputs: Any) -> jax.Array:
+            # As the decode step hands them over: Mosaic takes no operand that says it is pinned.
+            k, v = (host_ops.retag(x, host_ops.DEVICE) for x in (k, v))
+
             def call_all(_: jax.Array, q: jax.Array) -> jax.Array:
                 for selection in inputs:
                     # Nothing of a call may be done for all rounds at once, or before its turn.

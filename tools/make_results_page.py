@@ -3,7 +3,8 @@
     python tools/make_results_page.py            # write the page
     python tools/make_results_page.py --check    # fail if it is not what the reports say
 
-A report is shown by the function that shows it on the command line, with the figure beside it;
+A report is shown by the function that shows it on the command line, or a shorter one where that
+would fill pages, with the figure beside it;
 where there is none of a kind, its section says that nothing was measured yet.
 """
 
@@ -70,7 +71,9 @@ def page() -> str:
         found = [path for path in paths if path.name.startswith(prefix)]
         for path in found:
             report = json.loads(path.read_text(encoding="utf-8"))
-            text = importlib.import_module(module).render(report).strip("\n")
+            shown_by = importlib.import_module(module)
+            brief = getattr(shown_by, "render_brief", shown_by.render)
+            text = brief(report).strip("\n")
             link = f"[`{path.name}`](../benchmarks/results/{path.name})"
             # Some are tables in Markdown already.
             shown = [text] if "\n|---" in text else ["```text", text, "```"]

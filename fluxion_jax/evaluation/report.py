@@ -83,44 +83,86 @@ def _bytes(cells: Cells, policy: int) -> dict[str, float]:
 
 def render(report: dict[str, Any]) -> str:
     """The report as tables for a terminal; they are Markdown as well."""
+    return _joined([*_head(report), _task_table(report["rows"]), _text_table(report["text_rows"])])
+
+
+def render_brief(report: dict[str, Any]) -> str:
+    """The report for a page: over all tasks, and by task only for the reference."""
+    return _joined([*_head(report), _reference_table(report), _text_table(report["text_rows"])])
+
+
+def _joined(parts: Sequence[Sequence[str]]) -> str:
+    """Parts with an empty line between them."""
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _head(report: dict[str, Any]) -> list[list[str]]:
     settings = report["settings"]
-    lines = [
+    text = (
         f"{settings['model']}; scores out of 100, differences from {settings['policies'][0]} with "
-        "paired 95 % bootstrap intervals.",
-        "",
+        "paired 95 % bootstrap intervals."
+    )
+    several = len({row["task"] for row in report["rows"]}) > 1
+    return [[text], render_summary(report["summary"]) if several else []]
+
+
+def _reference_table(report: dict[str, Any]) -> list[str]:
+    reference = report["settings"]["policies"][0]
+    scores = {
+        (row["task"], row["length_tokens"]): 100 * row["score"]
+        for row in report["rows"]
+        if row["policy"] == reference
+    }
+    if not scores:
+        return []
+    tasks, lengths = (list(dict.fromkeys(key[i] for key in scores)) for i in (0, 1))
+    return [
+        f"| score of {reference} | " + " | ".join(str(n) for n in lengths) + " |",
+        "|---|" + "---:|" * len(lengths),
+        *(
+            f"| {task} | "
+            + " | ".join(f"{scores[task, n]:.1f}" if (task, n) in scores else "" for n in lengths)
+            + " |"
+            for task in tasks
+        ),
     ]
-    if len({row["task"] for row in report["rows"]}) > 1:
-        lines += [*render_summary(report["summary"]), ""]
-    if report["rows"]:
-        lines += [
-            "| task | length | policy | samples | score | difference | same prefix | MiB/token "
-            "| K/V read |",
-            "|---|---:|---|---:|---:|---|---:|---:|---:|",
-        ]
-        for row in report["rows"]:
-            low, high = (100 * x for x in row["interval"])
-            lines.append(
-                f"| {row['task']} | {row['length_tokens']} | {row['policy']} | {row['samples']} "
-                f"| {100 * row['score']:.1f} | {100 * row['difference']:+.1f} "
-                f"[{low:+.1f}, {high:+.1f}] | {row['same_prefix']:.1%} | {_cost(row)} |"
-            )
-        lines.append("")
-    if report["text_rows"]:
-        lines += [
-            "| real text | policy | stretches | perplexity | log difference | KL (nats) "
-            "| same token | recall | out. error | MiB/token | K/V read |",
-            "|---:|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for row in report["text_rows"]:
-            low, high = row["interval"]
-            lines.append(
-                f"| {row['length_tokens']} | {row['policy']} | {row['stretches']} "
-                f"| {row['perplexity']:.3f} | {row['log_perplexity_difference']:+.4f} "
-                f"[{low:+.4f}, {high:+.4f}] | {row['kl']:.4f} | {row['agreement']:.1%} "
-                f"| {row['recall']:.3f} | {row['output_error']:.4f} | {_cost(row)} |"
-            )
-        lines.append("")
-    return "\n".join(lines[:-1])
+
+
+def _task_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "| task | length | policy | samples | score | difference | same prefix | MiB/token "
+        "| K/V read |",
+        "|---|---:|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        low, high = (100 * x for x in row["interval"])
+        lines.append(
+            f"| {row['task']} | {row['length_tokens']} | {row['policy']} | {row['samples']} "
+            f"| {100 * row['score']:.1f} | {100 * row['difference']:+.1f} "
+            f"[{low:+.1f}, {high:+.1f}] | {row['same_prefix']:.1%} | {_cost(row)} |"
+        )
+    return lines
+
+
+def _text_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "| real text | policy | stretches | perplexity | log difference | KL (nats) "
+        "| same token | recall | out. error | MiB/token | K/V read |",
+        "|---:|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        low, high = row["interval"]
+        lines.append(
+            f"| {row['length_tokens']} | {row['policy']} | {row['stretches']} "
+            f"| {row['perplexity']:.3f} | {row['log_perplexity_difference']:+.4f} "
+            f"[{low:+.4f}, {high:+.4f}] | {row['kl']:.4f} | {row['agreement']:.1%} "
+            f"| {row['recall']:.3f} | {row['output_error']:.4f} | {_cost(row)} |"
+        )
+    return lines
 
 
 def _cost(row: dict[str, Any]) -> str:

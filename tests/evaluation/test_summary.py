@@ -2,7 +2,7 @@
 
 import pytest
 
-from fluxion_jax.evaluation.report import render
+from fluxion_jax.evaluation.report import render, render_brief
 from fluxion_jax.evaluation.summary import BASELINE, summary_rows
 
 
@@ -54,6 +54,9 @@ def test_means_ratios_and_paired_differences():
     text = render(report)
     assert "| 4096 | oracle:0.1 | 2 | 4 | 50.0 | 0.00 | -25.00 [" in text
     assert "| 0.40 x | +25.00 [+0.00, " in text
+    brief = render_brief(report)
+    assert "| 0.40 x | +25.00 [+0.00, " in brief
+    assert brief.endswith("| score of full | 4096 |\n|---|---:|\n| a | 100.0 |\n| b | 50.0 |")
 
 
 def test_without_the_baseline_only_full_attention_is_compared():

@@ -255,35 +255,77 @@ def adapt_qwen3(model: nnx.Module, *, rope: Rope | None = None) -> AdaptedDecode
 
     They share the names of their parts: `embedder`, `layers` of `input_layernorm`, `attn` (with
     `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`, which keep heads as an axis),
-    `post_attention_layernorm` and `mlp`, then `final_norm` and `lm_head`, if there is one.
+    `post_attention_layernorm` and `mlp`, then `final_norm` and `lm_head`, if there is one. The
+    embedder has `encode` and `decode`, or is an `nnx.Embed`, of which the table is read as it is.
 
     Args:
       model: such a decoder.
-      rope: rotary embedding; None for that of Qwen3, with theta 1,000,000.
+      rope: rotary embedding; None for that of Qwen3, with theta 1,000,000, which is what both
+        projects compute with, whatever `rope_theta` their configurations say.
 
     Returns:
       A decoder that `generate`, `prefill`, `score` and `stream` take.
+
+    Raises:
+      ConfigError: the model lacks one of these parts, or a part returns other shapes.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.adapters import adapt_qwen3
+      >>> from fluxion_jax.models import Decoder, ModelConfig
+      >>> try:
+      ...     adapt_qwen3(Decoder.random(ModelConfig.tiny_llama()))
+      ... except fx.ConfigError as error:
+      ...     print(str(error)[:43])
+      expected a Qwen3 with the part `embedder`,
     """
-    rope = rope or Rope(1_000_000.0)
+    _check_parts(model, ("embedder", "layers", "final_norm"), "")
+    decoder: Any = model
+    for layer in decoder.layers[:1]:
+        _check_parts(
+            layer, ("input_layernorm", "attn", "post_attention_layernorm", "mlp"), "layers[0]."
+        )
+        _check_parts(
+            layer.attn,
+            ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"),
+            "layers[0].attn.",
+        )
+    rotary = rope or Rope(1_000_000.0)
+
+    def embed(model: Any, tokens: jax.Array, _: jax.Array) -> jax.Array:
+        if hasattr(model.embedder, "encode"):
+            return model.embedder.encode(tokens)  # type: ignore[no-any-return]
+        return model.embedder.embedding[...][tokens]  # type: ignore[no-any-return]
 
     def qkv(layer: Any, x: jax.Array, positions: jax.Array) -> QKV:
         x, attn = layer.input_layernorm(x), layer.attn
         q, k = attn.q_norm(attn.q_proj(x)), attn.k_norm(attn.k_proj(x))
-        return rope.rotate(q, positions), rope.rotate(k, positions), attn.v_proj(x)
+        return rotary.rotate(q, positions), rotary.rotate(k, positions), attn.v_proj(x)
 
     def finish(layer: Any, x: jax.Array, attended: jax.Array) -> jax.Array:
         x = x + layer.attn.o_proj(attended)
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
     def logits(model: Any, x: jax.Array) -> jax.Array:
-        head = getattr(model, "lm_head", None)
-        return (head or model.embedder.decode)(model.final_norm(x))
+        x = model.final_norm(x)
+        if hasattr(model, "lm_head"):
+            return model.lm_head(x)  # type: ignore[no-any-return]
+        return model.embedder.decode(x)  # type: ignore[no-any-return]
 
     return adapt(
         model,
-        embed=lambda model, tokens, _: model.embedder.encode(tokens),
+        embed=embed,
         layers=lambda model: model.layers,
         qkv=qkv,
         finish=finish,
         logits=logits,
     )
+
+
+def _check_parts(module: Any, names: Sequence[str], where: str) -> None:
+    for name in names:
+        if not hasattr(module, name):
+            raise ConfigError(
+                f"expected a Qwen3 with the part `{where}{name}`, got a "
+                f"{type(module).__name__} without it; use `adapt`, and say what its parts are"
+            )

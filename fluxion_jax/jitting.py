@@ -126,13 +126,24 @@ class _Constants:
 
     def __init__(self, named: tuple[tuple[str, _Same], ...]) -> None:
         self._items = tuple((name, same.value) for name, same in named)
-        self._hash = hash(self._items)
+        self._hash = hash(tuple((name, _hashed(value)) for name, value in self._items))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Constants) and self._items == other._items
+
+
+def _hashed(value: Any) -> int:
+    """A hash of a constant; of a model's graph even if it holds a configuration that has none."""
+    try:
+        return hash(value)
+    except TypeError:
+        if jax.tree.leaves(value):
+            raise
+        # As `jax.jit` keys a pytree without leaves: by its type, then by equality.
+        return hash(jax.tree.structure(value))
 
 
 def _check_signature(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -67,6 +67,13 @@ def jit(
       >>> cache.lengths.tolist(), count.compilations()
       ([3, 3], 1)
     """
+    if not callable(function):
+        raise ConfigError(f"expected a function to compile, got {type(function).__name__}")
+    for names in (static_argnames, donate_argnames):
+        given: Any = names
+        listed = isinstance(given, Iterable) and not isinstance(given, str)
+        if not listed or not all(isinstance(name, str) for name in given):
+            raise ConfigError(f"expected a list of arguments' names, got {names!r}")
     signature = inspect.signature(function)
     _check_signature(function, signature, (*static_argnames, *donate_argnames))
     programs: dict[Any, Any] = {}

@@ -18,5 +18,3 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
 myst_heading_anchors = 3
-# Links to files beside the pages lead somewhere in the repository, which a test checks.
-suppress_warnings = ["myst.xref_missing"]

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 import fluxion_jax as fx
-from fluxion_jax.adapters import adapt
 
 
 class Layer(nnx.Module):
@@ -39,7 +38,7 @@ class SmallDecoder(nnx.Module):
 
 decoder = SmallDecoder(nnx.Rngs(0))
 # ------------------------------------------------------------------------------ the ten lines
-model = adapt(
+model = fx.adapt(
     decoder,
     embed=lambda decoder, tokens, positions: decoder.tokens(tokens) + decoder.positions(positions),
     layers=lambda decoder: decoder.layers,

@@ -1,5 +1,6 @@
 """fluxion_jax: long-context decoding in JAX with the KV cache in host memory."""
 
+from fluxion_jax.adapters import adapt as adapt
 from fluxion_jax.attention import Execution as Execution
 from fluxion_jax.attention import LayerStats as LayerStats
 from fluxion_jax.attention import decode_attention as decode_attention
@@ -24,6 +25,7 @@ from fluxion_jax.policy import Policy as Policy
 from fluxion_jax.policy import fixed as fixed
 from fluxion_jax.policy import full as full
 from fluxion_jax.policy import parse_policy as parse_policy
+from fluxion_jax.policy import parse_split as parse_split
 from fluxion_jax.sampling import Sampling as Sampling
 from fluxion_jax.sampling import greedy as greedy
 from fluxion_jax.sampling import top_p as top_p

@@ -9,7 +9,6 @@ Axes: B batch, T tokens, D model width, N query heads, K KV heads, H head size, 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from fluxion_jax.attention import Execution, LayerStats, decode_attention
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import KVLayout
 from fluxion_jax.chunk_attention import prefill_attention
-from fluxion_jax.errors import ConfigError
+from fluxion_jax.errors import ConfigError, require, require_number
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.split import Split
 from fluxion_jax.rope import Rope
@@ -195,16 +194,53 @@ def adapt(
       A decoder that `generate`, `prefill`, `score` and `stream` take.
 
     Raises:
-      ConfigError: a part returns other shapes.
+      ConfigError: a part is no function or returns other shapes, or a window has no layers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import fluxion_jax as fx
+      >>> class Layer(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.qkv = nnx.LinearGeneral(16, (3, 2, 8), rngs=rngs)
+      ...         self.out = nnx.LinearGeneral((2, 8), 16, axis=(-2, -1), rngs=rngs)
+      >>> class Theirs(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.tokens = nnx.Embed(32, 16, rngs=rngs)
+      ...         self.layers = nnx.List([Layer(rngs), Layer(rngs)])
+      >>> model = fx.adapt(
+      ...     Theirs(nnx.Rngs(0)),
+      ...     embed=lambda model, tokens, positions: model.tokens(tokens),
+      ...     layers=lambda model: model.layers,
+      ...     qkv=lambda layer, x, positions: tuple(jnp.moveaxis(layer.qkv(x), 2, 0)),
+      ...     finish=lambda layer, x, attended: x + layer.out(attended),
+      ...     logits=lambda model, x: model.tokens.attend(x),
+      ... )
+      >>> print(model.config.kv_layout().num_layers)
+      2
+      >>> len(fx.generate(model, [1, 2, 3], max_new_tokens=4).tokens[0])
+      4
     """
+    require("model", model, nnx.Module, "adapt one of Flax NNX")
+    for name, part in (
+        ("embed", embed),
+        ("layers", layers),
+        ("qkv", qkv),
+        ("finish", finish),
+        ("logits", logits),
+    ):
+        if not callable(part):
+            raise ConfigError(f"expected a function as {name}, got {type(part).__name__}")
     # An unlikely number of heads, so that exchanged axes show.
     rows = (1, 13)
     tokens = jax.ShapeDtypeStruct(rows, jnp.int32)
 
     if not len(layers(model)):
         raise ConfigError("expected at least one layer, got none; correct `layers`")
-    if scale is not None and not math.isfinite(scale):
-        raise ConfigError(f"expected a finite scale, got {scale}; None for H ** -0.5")
+    if scale is not None:
+        require_number("a scale", scale, "None for H ** -0.5")
+    if not isinstance(sliding_layers, Sequence):
+        raise ConfigError(f"expected a list of layers as sliding_layers, got {sliding_layers!r}")
 
     def projected(tokens: jax.Array) -> Any:
         x = embed(model, tokens, tokens)
@@ -235,13 +271,18 @@ def adapt(
             "expected finish to return [B, T, D] and logits [B, T, V], got "
             f"{after.shape} and {behind.shape}"
         )
+    if sliding_window is not None and not sliding_layers:
+        raise ConfigError(
+            f"expected sliding_layers for a sliding_window of {sliding_window}, got none; say "
+            "which layers have it"
+        )
     config = AdapterConfig(
         vocab_size=behind.shape[-1],
         num_layers=len(layers(model)),
         num_heads=q.shape[2],
         num_kv_heads=k.shape[2],
         head_dim=q.shape[3],
-        sliding_window=sliding_window if sliding_layers else None,
+        sliding_window=sliding_window,
         sliding_layers=tuple(sliding_layers),
     )
     config.kv_layout()
@@ -255,35 +296,77 @@ def adapt_qwen3(model: nnx.Module, *, rope: Rope | None = None) -> AdaptedDecode
 
     They share the names of their parts: `embedder`, `layers` of `input_layernorm`, `attn` (with
     `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`, which keep heads as an axis),
-    `post_attention_layernorm` and `mlp`, then `final_norm` and `lm_head`, if there is one.
+    `post_attention_layernorm` and `mlp`, then `final_norm` and `lm_head`, if there is one. The
+    embedder has `encode` and `decode`, or is an `nnx.Embed`, of which the table is read as it is.
 
     Args:
       model: such a decoder.
-      rope: rotary embedding; None for that of Qwen3, with theta 1,000,000.
+      rope: rotary embedding; None for that of Qwen3, with theta 1,000,000, which is what both
+        projects compute with, whatever `rope_theta` their configurations say.
 
     Returns:
       A decoder that `generate`, `prefill`, `score` and `stream` take.
+
+    Raises:
+      ConfigError: the model lacks one of these parts, or a part returns other shapes.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.adapters import adapt_qwen3
+      >>> from fluxion_jax.models import Decoder, ModelConfig
+      >>> try:
+      ...     adapt_qwen3(Decoder.random(ModelConfig.tiny_llama()))
+      ... except fx.ConfigError as error:
+      ...     print(str(error)[:42])
+      expected a Qwen3 with the part `embedder`,
     """
-    rope = rope or Rope(1_000_000.0)
+    _check_parts(model, ("embedder", "layers", "final_norm"), "")
+    decoder: Any = model
+    for layer in decoder.layers[:1]:
+        _check_parts(
+            layer, ("input_layernorm", "attn", "post_attention_layernorm", "mlp"), "layers[0]."
+        )
+        _check_parts(
+            layer.attn,
+            ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"),
+            "layers[0].attn.",
+        )
+    rotary = rope or Rope(1_000_000.0)
+
+    def embed(model: Any, tokens: jax.Array, _: jax.Array) -> jax.Array:
+        if hasattr(model.embedder, "encode"):
+            return model.embedder.encode(tokens)  # type: ignore[no-any-return]
+        return model.embedder.embedding[...][tokens]  # type: ignore[no-any-return]
 
     def qkv(layer: Any, x: jax.Array, positions: jax.Array) -> QKV:
         x, attn = layer.input_layernorm(x), layer.attn
         q, k = attn.q_norm(attn.q_proj(x)), attn.k_norm(attn.k_proj(x))
-        return rope.rotate(q, positions), rope.rotate(k, positions), attn.v_proj(x)
+        return rotary.rotate(q, positions), rotary.rotate(k, positions), attn.v_proj(x)
 
     def finish(layer: Any, x: jax.Array, attended: jax.Array) -> jax.Array:
         x = x + layer.attn.o_proj(attended)
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
     def logits(model: Any, x: jax.Array) -> jax.Array:
-        head = getattr(model, "lm_head", None)
-        return (head or model.embedder.decode)(model.final_norm(x))
+        x = model.final_norm(x)
+        if hasattr(model, "lm_head"):
+            return model.lm_head(x)  # type: ignore[no-any-return]
+        return model.embedder.decode(x)  # type: ignore[no-any-return]
 
     return adapt(
         model,
-        embed=lambda model, tokens, _: model.embedder.encode(tokens),
+        embed=embed,
         layers=lambda model: model.layers,
         qkv=qkv,
         finish=finish,
         logits=logits,
     )
+
+
+def _check_parts(module: Any, names: Sequence[str], where: str) -> None:
+    for name in names:
+        if not hasattr(module, name):
+            raise ConfigError(
+                f"expected a Qwen3 with the part `{where}{name}`, got a "
+                f"{type(module).__name__} without it; use `adapt`, and say what its parts are"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,19 +19,19 @@ Prompts = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 _STOP_SLOTS = 8
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises ConfigError unless a value is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ConfigError(f"expected an integer {name} >= 1, got {value!r}")
-
-
 def check_prompts(prompts: Prompts, model: Any) -> list[list[int]]:
     """Turns one prompt or several into lists of token ids.
 
     Raises:
       ConfigError: there is none, one is empty, or holds something else than the model's ids.
     """
-    rows = np.asarray(prompts).tolist() if hasattr(prompts, "shape") else list(prompts)
+    listed: Any = prompts
+    if isinstance(listed, bytes) or not (hasattr(listed, "shape") or isinstance(listed, Iterable)):
+        raise ConfigError(
+            f"expected prompts as lists of integer token ids, got {type(prompts).__name__}; pass "
+            "one list, or one per row"
+        )
+    rows = np.atleast_1d(np.asarray(prompts)).tolist() if hasattr(prompts, "shape") else [*prompts]
     if rows and not isinstance(rows[0], Sequence | np.ndarray | jax.Array):
         rows = [rows]
     if not rows:
@@ -128,6 +128,8 @@ def check_recorded(cache: HostKV, policy: Any) -> None:
 def stop_slots(stop_tokens: Sequence[int]) -> np.ndarray:
     """Stop tokens, int32, filled up with `NO_TOKEN`."""
     try:
+        if isinstance(stop_tokens, bytes):
+            raise TypeError
         ids = [operator.index(token) for token in stop_tokens]
     except TypeError:
         raise ConfigError(

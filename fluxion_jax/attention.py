@@ -10,7 +10,7 @@ W words of a bitmap over base blocks.
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,13 +19,20 @@ import jax.numpy as jnp
 import host_ops
 import pallas_kernels
 from fluxion_jax.cache.append import make_flush, sketch_flush, with_layer, write_summaries
-from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.host_kv import HostKV, check_layer
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import remember_query
 from fluxion_jax.cache.stacked import on_layer
 from fluxion_jax.cache.summaries import MIN_EXPONENT, quantise_query
 from fluxion_jax.cache.window import window_mask, window_positions, write_token
-from fluxion_jax.errors import ConfigError, UnsupportedError, refused_by_name, require
+from fluxion_jax.errors import (
+    ConfigError,
+    UnsupportedError,
+    refused_by_name,
+    require,
+    require_integer,
+    require_number,
+)
 from fluxion_jax.jitting import jit
 from fluxion_jax.policy.protocol import Features, Plan, Policy
 from fluxion_jax.policy.scheduler import observe
@@ -81,14 +88,18 @@ class Execution:
             chosen = getattr(self, name)
             if chosen is None:
                 continue
-            names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
-            if not names or not set(names) <= set(known):
+            names = (chosen,) if isinstance(chosen, str) else chosen
+            names = tuple(names) if isinstance(names, Iterable) else ()
+            if not names or not all(isinstance(n, str) and n in known for n in names):
                 raise ConfigError(
                     f"expected {name} to be None or out of {known}, got {chosen!r}; name one, or "
                     "several in the order of preference"
                 )
             # A sequence must be hashable to be part of a compiled program's key.
             object.__setattr__(self, name, chosen if isinstance(chosen, str) else names)
+        require_integer("dense_below_tokens", self.dense_below_tokens, least=0)
+        for name in ("measure", "record"):
+            require(name, getattr(self, name), bool, "say True or False")
 
 
 class LayerStats(NamedTuple):
@@ -204,13 +215,14 @@ def decode_attention(
       >>> out.shape, cache.lengths.tolist()
       ((1, 4, 64), [1])
     """
-    execution = execution or Execution()
+    execution = Execution() if execution is None else execution
     require("cache", cache, HostKV, "allocate one with HostKV.allocate")
     require("execution", execution, Execution, "make one with Execution(...)")
     require("split", split, Split, "make one with fluxion_jax.policy.parse_split")
     require("policy", policy, Policy, "make one with parse_policy")
-    if not math.isfinite(scale):
-        raise ConfigError(f"expected a finite number as scale, got {scale!r}; H ** -0.5 is usual")
+    require_number("a scale", scale, "H ** -0.5 is usual")
+    scale = float(scale)
+    check_layer(layer)
     _check_shapes(q, k_new, v_new, cache)
     if not isinstance(jnp.asarray(q), jax.core.Tracer):
         return _decode_attention_compiled(
@@ -866,6 +878,9 @@ def _no_host_work(
 
 def _check_shapes(q: jax.Array, k_new: jax.Array, v_new: jax.Array, cache: HostKV) -> None:
     layout = cache.layout
+    for name, given in (("q", q), ("k_new", k_new), ("v_new", v_new)):
+        if not hasattr(given, "shape") or not hasattr(given, "dtype"):
+            raise ConfigError(f"expected an array as {name}, got {type(given).__name__}")
     expected = (cache.batch, layout.num_kv_heads, layout.head_dim)
     for name, array in (("k_new", k_new), ("v_new", v_new)):
         if array.shape != expected:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+import numbers
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import numpy as np
 
 import host_ops
 import pallas_kernels
@@ -89,6 +94,37 @@ def require(name: str, value: Any, kind: type, remedy: str) -> None:
         raise ConfigError(
             f"expected a {kind.__name__} as {name}, got {type(value).__name__}; {remedy}"
         )
+
+
+def require_integer(name: str, value: Any, *, least: int = 1) -> None:
+    """Raises ConfigError unless a value is an integer of at least `least` that int32 holds."""
+    known = isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
+    if not known or value < least:
+        raise ConfigError(f"expected an integer {name} >= {least}, got {value!r}")
+    if value > np.iinfo(np.int32).max:
+        raise ConfigError(f"expected an integer {name} below 2**31, got {value}")
+
+
+def require_number(name: str, value: Any, remedy: str) -> None:
+    """Raises ConfigError unless a value is one finite real number."""
+    known = isinstance(value, numbers.Real | np.number) or getattr(value, "shape", None) == ()
+    try:
+        good = known and math.isfinite(value)
+    except TypeError:
+        good = False
+    if not good:
+        raise ConfigError(f"expected {name}, a finite number, got {value!r}; {remedy}")
+
+
+def is_one_of(value: Any, known: Iterable[str]) -> bool:
+    """Whether a value is one of some words; it may be anything, an array too."""
+    return isinstance(value, str) and value in known
+
+
+def require_path(value: Any, what: str) -> None:
+    """Raises ConfigError unless a value can name a file."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"expected the path of {what}, got {type(value).__name__}; pass a string")
 
 
 @contextlib.contextmanager

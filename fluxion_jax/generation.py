@@ -11,14 +11,13 @@ import numpy as np
 from fluxion_jax.arguments import (
     Prompts,
     check_cache,
-    check_count,
     check_prompts,
     check_scored,
 )
 from fluxion_jax.attention import Execution
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.decode import NO_TOKEN, Steps
-from fluxion_jax.errors import FluxionError
+from fluxion_jax.errors import FluxionError, require_integer
 from fluxion_jax.interrupt import cancel_word
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.replay_policy import ReplayPolicy, recorded_plans
@@ -33,8 +32,9 @@ class Result:
     """What `generate` returns.
 
     Attributes:
-      tokens: per row the generated tokens, int32; a stop token is included.
-      log_probs: per row the natural log of the probability of each of them, float32.
+      tokens: per row the generated tokens, int32 `[S]`, each row with an S of its own; a stop
+        token is included.
+      log_probs: per row the natural log of the probability of each of them, float32 `[S]`.
       stats: counts and times.
       cache: the cache, all fed tokens included; the last generated token has not been fed yet.
       plans: every step's plans, with `Execution(record=True)`: a policy that repeats this
@@ -180,16 +180,43 @@ def _plans(session: Session, chunks: Sequence[Steps]) -> ReplayPolicy | None:
     return recorded_plans(session.cache.layout, session.first_positions, *recorded)
 
 
-def stream(model: Any, prompts: Prompts, **options: Any) -> Iterator[Step]:
-    """Generates like `generate`, but yields each step; it arrives in compiled chunks.
+def stream(
+    model: Any,
+    prompts: Prompts,
+    *,
+    policy: str | Policy | None = None,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    cache: HostKV | None = None,
+    split: str | float | Split | None = None,
+    execution: Execution | None = None,
+    seed: int = 0,
+    chunk_tokens: int = CHUNK_TOKENS,
+    progress: bool | None = False,
+) -> Iterator[Step]:
+    """Generates like `generate`, but gives each step by itself; they arrive in compiled chunks.
 
     Args:
       model: see `generate`.
       prompts: see `generate`.
-      **options: see `generate`.
+      policy: see `generate`.
+      max_new_tokens: see `generate`.
+      sampling: see `generate`.
+      stop_tokens: see `generate`.
+      cache: see `generate`; it holds what the steps so far have fed.
+      split: see `generate`.
+      execution: see `generate`.
+      seed: see `generate`.
+      chunk_tokens: see `generate`.
+      progress: see `generate`; off by default, because what is streamed is usually printed.
 
-    Yields:
-      One `Step` per decode step.
+    Returns:
+      An iterator of one `Step` per decode step. The prompt is read when the first is asked for.
+
+    Raises:
+      ConfigError, UnsupportedError, CacheFullError: see `generate`; at the call.
+      FluxionError, KeyboardInterrupt: see `generate`; while the steps are taken.
 
     Example:
       >>> import fluxion_jax as fx
@@ -200,17 +227,25 @@ def stream(model: Any, prompts: Prompts, **options: Any) -> Iterator[Step]:
       >>> [step.tokens.shape for step in fx.stream(model, prompt, max_new_tokens=4)]
       [(1,), (1,), (1,), (1,)]
     """
-    unset = dict.fromkeys(("sampling", "stop_tokens", "cache", "split", "execution"))
-    options = {
-        "policy": None,
-        "max_new_tokens": 128,
-        "seed": 0,
-        "chunk_tokens": CHUNK_TOKENS,
-        "progress": False,
-        **unset,
-        **options,
-    }
-    for chunk in Session(model, prompts, **options).run():
+    session = Session(
+        model,
+        prompts,
+        policy=policy,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        cache=cache,
+        split=split,
+        execution=execution,
+        seed=seed,
+        chunk_tokens=chunk_tokens,
+        progress=progress,
+    )
+    return _steps(session)
+
+
+def _steps(session: Session) -> Iterator[Step]:
+    for chunk in session.run():
         for i in range(int(chunk.num_steps)):
             yield Step(np.asarray(chunk.tokens[:, i]), np.asarray(chunk.log_probs[:, i]))
 
@@ -363,7 +398,7 @@ def prefill(
     """
     model = unwrap(model)
     rows = check_prompts(prompts, model)
-    check_count("chunk_tokens", chunk_tokens)
+    require_integer("chunk_tokens", chunk_tokens)
     check_cache(cache, model, np.asarray([len(row) for row in rows]))
     with cancel_word() as word:
         return read_prompts(model, rows, cache, word, chunk_tokens, progress, Execution())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -67,6 +67,13 @@ def jit(
       >>> cache.lengths.tolist(), count.compilations()
       ([3, 3], 1)
     """
+    if not callable(function):
+        raise ConfigError(f"expected a function to compile, got {type(function).__name__}")
+    for names in (static_argnames, donate_argnames):
+        given: Any = names
+        listed = isinstance(given, Iterable) and not isinstance(given, str)
+        if not listed or not all(isinstance(name, str) for name in given):
+            raise ConfigError(f"expected a list of arguments' names, got {names!r}")
     signature = inspect.signature(function)
     _check_signature(function, signature, (*static_argnames, *donate_argnames))
     programs: dict[Any, Any] = {}
@@ -126,13 +133,24 @@ class _Constants:
 
     def __init__(self, named: tuple[tuple[str, _Same], ...]) -> None:
         self._items = tuple((name, same.value) for name, same in named)
-        self._hash = hash(self._items)
+        self._hash = hash(tuple((name, _hashed(value)) for name, value in self._items))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Constants) and self._items == other._items
+
+
+def _hashed(value: Any) -> int:
+    """A hash of a constant; of a model's graph even if it holds a configuration that has none."""
+    try:
+        return hash(value)
+    except TypeError:
+        if jax.tree.leaves(value):
+            raise
+        # As `jax.jit` keys a pytree without leaves: by its type, then by equality.
+        return hash(jax.tree.structure(value))
 
 
 def _check_signature(

@@ -16,7 +16,7 @@ from flax import nnx
 from fluxion_jax.attention import Execution, LayerStats, decode_attention
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.chunk_attention import prefill_attention
-from fluxion_jax.errors import ConfigError, require
+from fluxion_jax.errors import ConfigError, require, require_integer, require_number
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.split import Split
 from fluxion_jax.rope import Rope
@@ -58,6 +58,24 @@ class Attention(nnx.Module):
 
     Axes: B batch, S or T tokens, D model width, N query heads, K KV heads, H head size. Query head
     n belongs to KV head `n // (N // K)`. Keys are cached after RoPE, unscaled.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import fluxion_jax as fx
+      >>> from fluxion_jax.modules import Attention
+      >>> attention = Attention(16, num_heads=4, num_kv_heads=2, head_dim=8, rngs=nnx.Rngs(0))
+      >>> layout = fx.KVLayout(num_layers=1, num_kv_heads=2, head_dim=8, dtype="float32")
+      >>> cache = fx.HostKV.allocate(layout, batch=1, max_tokens=512)
+      >>> x = jnp.ones((1, 7, 16))
+
+      >>> out, cache = attention.prefill(x[:, :6], jnp.asarray([6]), cache, 0)
+      >>> cache = cache.advance(6)
+      >>> last, cache, stats = attention.decode(
+      ...     x[:, 6:], cache, 0, fx.fixed(16, 0.05), split=fx.parse_split("host")
+      ... )
+      >>> bool(jnp.allclose(last, attention(x)[:, 6:], atol=1e-5))
+      True
     """
 
     def __init__(
@@ -97,13 +115,25 @@ class Attention(nnx.Module):
         Raises:
           ConfigError: for sizes that do not fit together.
         """
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        require_integer("d_model", d_model)
+        for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            require_integer(name, value, least=0)
+        require_integer("head_dim", head_dim, least=0)
+        for name, number in (("scale", scale), ("qk_norm_eps", qk_norm_eps)):
+            if number is not None:
+                require_number(name, number, "or leave it out")
+        if not (rope is None or isinstance(rope, Rope) or callable(rope)):
+            raise ConfigError(f"expected rope as a Rope, a function or None, got {rope!r}")
+        require("rngs", rngs, nnx.Rngs, "make one with nnx.Rngs(0)")
+        if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
             raise ConfigError(
                 "expected num_heads to be a multiple of num_kv_heads, got "
                 f"{num_heads} and {num_kv_heads}; give every KV head the same number of queries"
             )
         if head_dim < 2 or head_dim % 2:
             raise ConfigError(f"expected an even head_dim, got {head_dim}; RoPE rotates pairs")
+        if sliding_window is not None:
+            require_integer("sliding_window", sliding_window, least=-(2**31))
         if sliding_window is not None and sliding_window < 1:
             raise ConfigError(
                 f"expected sliding_window of at least 1 token, got {sliding_window}; "

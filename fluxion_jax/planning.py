@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, KVLayout, host_tokens
-from fluxion_jax.errors import ConfigError, IntegrityError
+from fluxion_jax.errors import (
+    ConfigError,
+    IntegrityError,
+    is_one_of,
+    require,
+    require_integer,
+    require_path,
+)
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.policy import CostModel, FixedPolicy, parse_policy
 from fluxion_jax.rope import Rope
@@ -84,10 +91,14 @@ class Machine:
         Args:
           path_or_name: a JSON file, or `"h100"`.
 
+        Returns:
+          The constants.
+
         Raises:
           ConfigError: there is no such file or machine.
           IntegrityError: it holds something else.
         """
+        require_path(path_or_name, "a machine's JSON report, or the name of one")
         packaged = resources.files("fluxion_jax") / "machines" / f"{path_or_name}.json"
         path = Path(path_or_name).expanduser()
         if not path.is_file() and not packaged.is_file():
@@ -241,14 +252,23 @@ def plan(
       split: who reads the host cache: `"host"`, `"device"`, or both, divided by `"model"`.
       machine: constants for the prediction; None for those of an H100.
 
+    Returns:
+      Bytes by place and the predicted time of a step; `print` shows them as a table.
+
     Raises:
       ConfigError: a value is out of range, or the policy is not a fixed one.
+
+    Example:
+      >>> from fluxion_jax.planning import plan
+      >>> planned = plan("8b", context_tokens=131_072, batch=2)
+      >>> print(str(planned).splitlines()[1])
+        host memory   keys and values           31.938 GiB
     """
-    if context_tokens < 1 or batch < 1:
-        raise ConfigError(
-            f"expected context_tokens >= 1 and batch >= 1, got {context_tokens} and {batch}"
-        )
-    if split not in get_args(SplitName):
+    require_integer("context_tokens", context_tokens)
+    require_integer("batch", batch)
+    if machine is not None:
+        require("machine", machine, Machine, "load one with Machine.load")
+    if not is_one_of(split, get_args(SplitName)):
         raise ConfigError(f"expected split 'host', 'device' or 'model', got {split!r}")
     parsed = parse_policy(policy)
     if not isinstance(parsed, FixedPolicy):
@@ -338,7 +358,7 @@ def _row_bytes(
 
 
 def _named(model: str) -> tuple[ModelConfig, str]:
-    if model in SHAPES:
+    if is_one_of(model, SHAPES):
         return SHAPES[model], model
     from fluxion_jax.models.load import load_config
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxion_jax.errors import ConfigError
+from fluxion_jax.errors import ConfigError, require_number
 
 # More than any vocabulary.
 _EVERY_TOKEN = np.asarray(np.iinfo(np.int32).max, np.int32)
@@ -75,9 +75,11 @@ def top_p(p: float = 0.9, *, temperature: float = 1.0, top_k: int | None = None)
       >>> print(fx.top_p(0.95))
       top_p(0.95, temperature=1)
     """
+    require_number("a top-p in (0, 1]", p, "0.9 is customary")
+    require_number("a temperature > 0", temperature, "use greedy() for 0")
     if not 0.0 < p <= 1.0:
         raise ConfigError(f"expected top-p in (0, 1], got {p}")
-    if not temperature > 0.0 or not np.isfinite(temperature):
+    if not temperature > 0.0:
         raise ConfigError(f"expected a temperature > 0, got {temperature}; use greedy() for 0")
     wanted: Any = int(_EVERY_TOKEN) if top_k is None else top_k
     if isinstance(wanted, bool) or not isinstance(wanted, int | np.integer) or wanted < 1:

@@ -21,7 +21,6 @@ import host_ops
 from fluxion_jax.arguments import (
     Prompts,
     check_cache,
-    check_count,
     check_prompts,
     check_recorded,
     stop_slots,
@@ -31,7 +30,7 @@ from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.rebuild import rebuild_summaries
 from fluxion_jax.compilations import compilations
 from fluxion_jax.decode import NO_TOKEN, Steps, decode_chunk, prefill_chunk
-from fluxion_jax.errors import ConfigError, FluxionError, refused_by_name, require
+from fluxion_jax.errors import ConfigError, FluxionError, refused_by_name, require, require_integer
 from fluxion_jax.interrupt import cancel_word, interrupt_held, wait
 from fluxion_jax.policy.fixed_policy import full
 from fluxion_jax.policy.parse import parse_policy
@@ -70,8 +69,8 @@ class Session:
         progress: bool | None,
         forced: np.ndarray | None = None,
     ) -> None:
-        check_count("max_new_tokens", max_new_tokens)
-        check_count("chunk_tokens", chunk_tokens)
+        require_integer("max_new_tokens", max_new_tokens)
+        require_integer("chunk_tokens", chunk_tokens)
         self.model = unwrap(model)
         for name, value, kind, remedy in (
             ("sampling", sampling, Sampling, "make one with greedy() or top_p()"),
@@ -82,6 +81,8 @@ class Session:
                 require(name, value, kind, remedy)
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
             raise ConfigError(f"expected an integer seed, got {seed!r}; 0 is the default")
+        if not -(2**63) <= seed < 2**63:
+            raise ConfigError(f"expected a seed that 64 bits hold, got {seed}; 0 is the default")
         self.rows = check_prompts(prompts, self.model)
         self.forced = forced
         self.policy = _default(model, cache) if policy is None else parse_policy(policy, model)

@@ -62,7 +62,12 @@ class DecodeStats:
     output_error: np.ndarray | None = None
 
     def add(self, totals: LayerTotals, num_steps: int) -> None:
-        """Adds a chunk's sums."""
+        """Adds a chunk's sums.
+
+        Args:
+          totals: sums over the steps of the chunk.
+          num_steps: its steps.
+        """
         self.num_steps += num_steps
         for name in ("host_blocks", "device_blocks", "host_units", "device_units", "clipped"):
             setattr(self, name, getattr(self, name) + np.asarray(getattr(totals, name), np.int64))

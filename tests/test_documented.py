@@ -11,19 +11,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import fluxion_jax as fx
-from fluxion_jax import adapters, modules
-from fluxion_jax.models import Decoder, ModelConfig, load_model
+from fluxion_jax import adapters, generation, modules, planning, stats
+from fluxion_jax.models import Decoder, LoadedModel, ModelConfig, load_model
 
 PUBLIC = {
     name: thing for name, thing in vars(fx).items() if callable(thing) and not name.startswith("_")
 }
 MORE = {
-    "modules.Attention": modules.Attention,
-    "adapters.adapt": adapters.adapt,
     "adapters.adapt_qwen3": adapters.adapt_qwen3,
+    "generation.Step": generation.Step,
+    "models.LoadedModel": LoadedModel,
     "models.load_model": load_model,
+    "modules.Attention": modules.Attention,
+    "planning.Machine": planning.Machine,
+    "planning.Memory": planning.Memory,
+    "planning.Plan": planning.Plan,
+    "planning.plan": planning.plan,
+    "policy.Features": fx.policy.Features,
+    "stats.DecodeStats": stats.DecodeStats,
+}
+# They come out of, or go into, what has an example.
+WITHOUT_EXAMPLE = {name for name, thing in MORE.items() if inspect.isclass(thing)} - {
+    "modules.Attention"
 }
 
 
@@ -49,12 +61,31 @@ def functions() -> Iterator[tuple[str, Any]]:
 FUNCTIONS = dict(functions())
 
 
+def described(text: str, name: str) -> str:
+    """What a docstring says of an argument or a field."""
+    found = re.search(rf"^  \**{name}: (.*(?:\n    .*)*)", text, re.M)
+    return found[1] if found else ""
+
+
+def has_shape(annotation: str, text: str) -> bool:
+    """Whether an array's axes are named, here or where the text points."""
+    if "Callable" in annotation or not re.search(r"Array|ndarray", annotation):
+        return True
+    said = r"\[[A-Z0-9]|scalar|\bint, or|\bsee `|\blikewise|\bindex of|\bpytree"
+    return re.search(said, text) is not None
+
+
 def problems(name: str, function: Any) -> list[str]:
     """What a function's docstring lacks, by its signature and its body."""
     text = inspect.getdoc(function) or ""
     signature = inspect.signature(function)
     taken = [p for p in signature.parameters if p not in ("self", "cls")]
     found = [f"Args: {p}" for p in taken if not re.search(rf"^  \**{p}: \S", text, re.M)]
+    found += [
+        f"shape: {p}"
+        for p in taken
+        if not has_shape(str(signature.parameters[p].annotation), described(text, p))
+    ]
     found += ["Args:" for _ in taken[:1] if "Args:" not in text]
     returned = str(signature.return_annotation)
     if taken and returned != "None" and not re.search(r"^(Returns|Yields):$", text, re.M):
@@ -80,24 +111,37 @@ def test_the_check_would_notice() -> None:
         raise fx.ConfigError(dtype * shape)
 
     assert problems("silent", silent) == ["Args: dtype", "Returns: int", "Raises: ConfigError"]
+    assert described("Args:\n  q: one\n    two\n  k: three", "q") == "one\n    two"
+    assert has_shape("jax.Array", "int32 `[B, N]`, counts")
+    assert not has_shape("jax.Array | None", "the queries")
+
+
+EVERYTHING = {**PUBLIC, **MORE}
 
 
 @pytest.mark.parametrize(
-    "name", sorted(n for n, t in PUBLIC.items() if hasattr(t, "__annotations__"))
+    "name",
+    sorted(
+        name
+        for name, thing in EVERYTHING.items()
+        if inspect.isclass(thing)
+        and not issubclass(thing, Exception | nnx.Module)
+        and name != "Policy"
+    ),
 )
 def test_fields_are_documented(name: str) -> None:
-    thing = PUBLIC[name]
-    if not inspect.isclass(thing) or issubclass(thing, Exception) or name == "Policy":
-        return
+    thing = EVERYTHING[name]
     text = (inspect.getdoc(thing) or "").partition("Attributes:")[2]
     fields = [field for field in thing.__annotations__ if not field.startswith("_")]
     assert fields
     assert [f for f in fields if not re.search(rf"^  {f}: \S", text, re.M)] == []
+    annotations = {field: str(thing.__annotations__[field]) for field in fields}
+    assert [f for f in fields if not has_shape(annotations[f], described(text, f))] == []
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC))
+@pytest.mark.parametrize("name", sorted(EVERYTHING.keys() - WITHOUT_EXAMPLE))
 def test_examples_run(name: str) -> None:
-    thing = PUBLIC[name]
+    thing = EVERYTHING[name]
     text = inspect.getdoc(thing) or ""
     assert "Example:" in text, "give it an example"
     test = doctest.DocTestParser().get_doctest(text, {}, name, None, 0)
@@ -130,6 +174,11 @@ def test_results_print_what_matters() -> None:
     assert "3 SingleDeviceSharding in pinned_host" in repr(fx.cache_shardings(cache))
     # As decode_attention did.
     assert "HostKV that a program has consumed" in repr(cache)
+    assert [str(fx.parse_split(x)) for x in ("device", 0.5, "adaptive")] == [
+        "device",
+        "0.5",
+        "adaptive",
+    ]
     assert str(fx.fixed(16, 0.05)) == "fixed:16:0.05"
     assert str(fx.full()) == "full"
     plan = fx.Plan(

@@ -29,7 +29,7 @@ Limits first: what is not on this page was not measured on a machine that can be
 claimed. Speed of whole decode steps belongs to the machine it was measured on; a small model on
 a CPU shows fidelity, not speed. How each figure is measured is in [Benchmarks](benchmarks.md), and
 what each column of an evaluation means in [Evaluation](evaluation.md). Every number below is read
-from a report under [`benchmarks/results`](../benchmarks/results).
+from a report under `benchmarks/results`.
 """
 # Title, how the files of its reports begin, and the module that shows such a report as text.
 SECTIONS = (

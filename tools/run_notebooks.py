@@ -38,7 +38,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as programs:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-        return asyncio.run(run_all(notebooks, arguments.jobs, arguments.write))
+        start = time.monotonic()
+        status = asyncio.run(run_all(notebooks, arguments.jobs, arguments.write))
+    print(f"{len(notebooks)} notebooks in {time.monotonic() - start:.0f} s")
+    return status
 
 
 async def run_all(notebooks: list[Path], jobs: int, write: bool) -> int:

@@ -40,6 +40,7 @@ from fluxion_jax.errors import (
     FluxionError,
     UnsupportedError,
     require,
+    require_integer,
 )
 from fluxion_jax.status import STATUS_FULL, STATUS_NAN, describe_status
 
@@ -141,13 +142,8 @@ class HostKV:
           UnsupportedError: `stacked` with a mesh, with a sketch, or on a GPU.
         """
         require("layout", layout, KVLayout, "take that of model.config.kv_layout()")
-        for name, value in (("batch", batch), ("max_tokens", max_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise ConfigError(f"expected an integer {name} >= 1, got {value!r}")
-        if batch < 1 or max_tokens < 1:
-            raise ConfigError(
-                f"expected batch >= 1 and max_tokens >= 1, got {batch} and {max_tokens}"
-            )
+        require_integer("batch", batch)
+        require_integer("max_tokens", max_tokens)
         placement = Placement.over(mesh, axis, layout.num_kv_heads)
         if stacked and (placement is not None or layout.sketch or jax.default_backend() == "gpu"):
             raise UnsupportedError(
@@ -270,25 +266,36 @@ class HostKV:
           ConfigError: a shape does not fit the layout, or there are sliding layers.
           CacheFullError: a row is longer than `max_tokens`.
         """
+        require("layout", layout, KVLayout, "take that of model.config.kv_layout()")
         if layout.sliding_layers:
             raise ConfigError(
                 "expected a layout without sliding layers, "
                 f"got sliding_layers={layout.sliding_layers}; prefill such a model instead"
             )
-        if len(k) != layout.num_layers or len(v) != layout.num_layers:
+        given: tuple[Any, Any] = (k, v)
+        counted = [
+            len(x) if isinstance(x, Sequence | np.ndarray | jax.Array) else type(x).__name__
+            for x in given
+        ]
+        if counted != [layout.num_layers] * 2:
             raise ConfigError(
-                f"expected {layout.num_layers} layers of keys and values, got {len(k)} and {len(v)}"
+                f"expected {layout.num_layers} layers of keys and values, got {counted[0]} and "
+                f"{counted[1]}; pass two lists, with one array a layer"
             )
+        for name, array in (("k", k[0]), ("v", v[0])):
+            if len(getattr(array, "shape", ())) != 4:
+                found = getattr(array, "shape", type(array).__name__)
+                raise ConfigError(f"expected {name}[0] of shape [B, S, K, H], got {found}")
         batch, tokens = np.shape(k[0])[:2]
         expected = (batch, tokens, layout.num_kv_heads, layout.head_dim)
         for layer, (layer_k, layer_v) in enumerate(zip(k, v, strict=True)):
             for name, array in (("k", layer_k), ("v", layer_v)):
-                if np.shape(array) != expected:
+                found = getattr(array, "shape", type(array).__name__)
+                if found != expected:
                     raise ConfigError(
-                        f"expected {name}[{layer}] of shape [B, S, K, H] = {expected}, "
-                        f"got {np.shape(array)}"
+                        f"expected {name}[{layer}] of shape [B, S, K, H] = {expected}, got {found}"
                     )
-        counts = np.asarray(lengths, np.int32)
+        counts = _integers(lengths, "lengths")
         if counts.shape != (batch,) or (counts < 0).any() or (counts > tokens).any():
             raise ConfigError(
                 f"expected {batch} lengths within [0, {tokens}], got {counts.tolist()}"
@@ -297,7 +304,8 @@ class HostKV:
         cache.require_room(counts)
         from fluxion_jax.cache.append import append_all
 
-        return append_all(cache, tuple(map(jnp.asarray, k)), tuple(map(jnp.asarray, v)), counts)
+        arrays = (tuple(map(jnp.asarray, k)), tuple(map(jnp.asarray, v)))
+        return append_all(cache, *arrays, counts.astype(np.int32))
 
     def save(self, path: str | Path) -> None:
         """Writes the sequences to a file that `load` reads, bit for bit, with checksums.
@@ -387,7 +395,17 @@ class HostKV:
 
         Returns:
           The cache with new lengths, or with a status if a row would grow beyond `max_tokens`.
+
+        Raises:
+          ConfigError: `count` is not integers of a fitting shape, or one of them is negative.
         """
+        if not isinstance(count, jax.core.Tracer):
+            given = _integers(count, "count")
+            if given.shape not in ((), (self.batch,)) or (given < 0).any():
+                raise ConfigError(
+                    f"expected a count of tokens, or {self.batch} of them, from 0 on, got "
+                    f"{given.tolist()}; a sequence only grows, see `reset`"
+                )
         full = (self.active & (self.lengths + count > self.max_tokens)).any()
         status = self.status | jnp.where(full, STATUS_FULL, 0)
         succeeded = self.active & (status[0] == 0)
@@ -589,6 +607,7 @@ class HostKV:
                 "expected a Python int as the layer of a cache with arrays for each layer, got a "
                 f"traced {layer.dtype}; for a loop over layers allocate it with stacked=True"
             )
+        check_layer(layer)
         return find(int(layer))
 
     def _addresses(self) -> dict[Any, list[int]]:
@@ -609,11 +628,7 @@ class HostKV:
         """Row numbers, int32; all of them for None."""
         if rows is None:
             return np.arange(self.batch, dtype=np.int32)
-        index = np.asarray(rows)
-        if index.size and not np.issubdtype(index.dtype, np.integer):
-            raise ConfigError(
-                f"expected row numbers, got {index.dtype}; for a mask pass np.flatnonzero(mask)"
-            )
+        index = _integers(rows, "row numbers; for a mask pass np.flatnonzero(mask)")
         if ((index < 0) | (index >= self.batch)).any():
             raise ConfigError(
                 f"expected rows within [0, {self.batch}), got {index.tolist()}; "
@@ -689,3 +704,24 @@ def _places(parts: dict[str, int]) -> str:
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB"
+
+
+def check_layer(layer: Any) -> None:
+    """Raises ConfigError unless a value is one integer, which a program may choose."""
+    if not isinstance(layer, jax.core.Tracer) and _integers(layer, "the layer").shape != ():
+        raise ConfigError(
+            f"expected the index of a layer as layer, got {layer!r}; pass one integer"
+        )
+
+
+def _integers(values: Any, what: str) -> np.ndarray:
+    """An array of integers that a caller gave, which must fit into int32; nothing is rounded."""
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError):
+        found = np.asarray(None)
+    if found.size and not np.issubdtype(found.dtype, np.integer):
+        raise ConfigError(f"expected integers as {what}, got {values!r}")
+    if (np.abs(found.astype(np.float64)) > np.iinfo(np.int32).max).any():
+        raise ConfigError(f"expected integers below 2**31 as {what}, got {values!r}")
+    return found

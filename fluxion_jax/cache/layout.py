@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from fluxion_jax.errors import ConfigError
+from fluxion_jax.errors import ConfigError, is_one_of, require
 
 BLOCK_TOKENS = 16
 GRANULARITIES_TOKENS = (16, 32, 64, 128)
@@ -23,6 +23,10 @@ _BLOCKS_PER_COARSEST = GRANULARITIES_TOKENS[-1] // BLOCK_TOKENS
 def _require(condition: bool, text: str) -> None:
     if not condition:
         raise ConfigError(text)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +75,17 @@ class KVLayout:
     sketch: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_kv_heads", "head_dim", "sink_tokens", "recent_tokens"):
+        integers = ["num_layers", "num_kv_heads", "head_dim", "sink_tokens", "recent_tokens"]
+        integers += [n for n in ("sliding_window", "num_heads") if getattr(self, n) is not None]
+        for name in integers:
             value = getattr(self, name)
-            _require(
-                isinstance(value, int | np.integer) and not isinstance(value, bool),
-                f"expected an integer {name}, got {value!r}",
-            )
+            _require(_is_integer(value), f"expected an integer {name}, got {value!r}")
+        layers: Any = self.sliding_layers
+        _require(
+            isinstance(layers, tuple) and all(map(_is_integer, layers)),
+            f"expected a tuple of layers as sliding_layers, got {layers!r}",
+        )
+        require("sketch", self.sketch, bool, "say True or False")
         _require(self.num_layers >= 1, f"expected num_layers >= 1, got {self.num_layers}")
         _require(self.num_kv_heads >= 1, f"expected num_kv_heads >= 1, got {self.num_kv_heads}")
         _require(
@@ -84,7 +93,7 @@ class KVLayout:
             f"expected head_dim to be a multiple of 8 up to 256, got {self.head_dim}",
         )
         _require(
-            self.dtype in ("bfloat16", "float16", "float32"),
+            is_one_of(self.dtype, ("bfloat16", "float16", "float32")),
             f"expected dtype 'bfloat16', 'float16' or 'float32', got {self.dtype!r}",
         )
         for name in ("sink_tokens", "recent_tokens"):
@@ -101,7 +110,7 @@ class KVLayout:
             f"{self.num_heads}",
         )
         _require(
-            self.summaries in ("host", "device"),
+            is_one_of(self.summaries, ("host", "device")),
             f"expected summaries 'host' or 'device', got {self.summaries!r}",
         )
         _require(

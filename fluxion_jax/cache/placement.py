@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import host_ops
-from fluxion_jax.errors import ConfigError, UnsupportedError
+from fluxion_jax.errors import ConfigError, UnsupportedError, require
 
 if TYPE_CHECKING:
     from fluxion_jax.cache.host_kv import HostKV
@@ -51,6 +51,7 @@ class Placement:
             if axis is not None:
                 raise ConfigError(f"expected a mesh with the axis {axis!r}, got none; pass mesh=")
             return None
+        require("mesh", mesh, jax.sharding.Mesh, "make one with jax.make_mesh")
         if axis is None and len(mesh.axis_names) == 1:
             axis = mesh.axis_names[0]
         if axis is None or axis not in mesh.axis_names:

@@ -28,7 +28,7 @@ from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, KVLayout, host_tokens
 from fluxion_jax.cache.placement import BY_HEAD
 from fluxion_jax.cache.sketch import Sketch, empty_sketch
-from fluxion_jax.errors import ConfigError, IntegrityError, UnsupportedError
+from fluxion_jax.errors import ConfigError, IntegrityError, UnsupportedError, require_path
 
 _MAGIC = b"fluxion kv cache"
 _FORMAT = 1
@@ -58,6 +58,7 @@ def save(cache: HostKV, path: str | Path) -> None:
             "that was allocated with stacked=False"
         )
     jax.block_until_ready(leaves)
+    require_path(path, "the file to write")
     target = Path(path).expanduser()
     if target.is_dir():
         raise ConfigError(f"expected the name of a file, got the directory {target}; name a file")
@@ -91,6 +92,7 @@ def load(
     path: str | Path, *, mesh: jax.sharding.Mesh | None = None, axis: str | None = None
 ) -> HostKV:
     """See `HostKV.load`."""
+    require_path(path, "a file that HostKV.save wrote")
     source = Path(path).expanduser()
     if not source.is_file():
         raise ConfigError(f"expected a file that HostKV.save wrote, got {source}; check the path")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from fluxion_jax.errors import ConfigError
+from fluxion_jax.errors import ConfigError, is_one_of, require_path
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.models.decoder import Decoder
 from fluxion_jax.models.gguf import gguf_config, load_gguf
@@ -34,6 +34,14 @@ class LoadedModel:
     config: ModelConfig
     name: str
 
+    def __str__(self) -> str:
+        config, dtype = self.config, self.model.embedding[...].dtype
+        tokenizer = "without a tokenizer" if self.tokenizer is None else "with a tokenizer"
+        return (
+            f"{self.name}: {config.num_layers} layers, {config.num_heads} query and "
+            f"{config.num_kv_heads} KV heads of {config.head_dim}, {dtype}, {tokenizer}"
+        )
+
 
 def load_model(path_or_name: str | Path, *, dtype: str | None = None) -> LoadedModel:
     """Loads a GGUF file, a Hugging Face directory or a packaged model.
@@ -53,10 +61,16 @@ def load_model(path_or_name: str | Path, *, dtype: str | None = None) -> LoadedM
       FluxionError: the package of a packaged model or of the `models` extra is missing.
       IntegrityError: a file is truncated, incomplete or something else.
       UnsupportedError: the architecture or one of its features is not implemented.
+
+    Example:
+      >>> from fluxion_jax.models import load_model
+      >>> loaded = load_model("recall-12m", dtype="float32")
+      >>> print(loaded)
+      recall-12m: 6 layers, 8 query and 4 KV heads of 64, float32, with a tokenizer
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in ("float32", "bfloat16"):
+    if not is_one_of(dtype, ("float32", "bfloat16")):
         raise ConfigError(f"expected dtype 'float32' or 'bfloat16', got {dtype!r}; choose one")
     name, path = str(path_or_name), _path(path_or_name)
     loaded: tuple[Decoder, Tokenizer | None, Any]
@@ -87,6 +101,7 @@ def load_config(path_or_name: str | Path) -> ModelConfig:
 
 
 def _path(path_or_name: str | Path) -> Path:
+    require_path(path_or_name, "a model, or the name of one")
     name = str(path_or_name)
     path = packaged_file(name) if name in PACKAGED_NAMES else Path(path_or_name).expanduser()
     if not path.exists():

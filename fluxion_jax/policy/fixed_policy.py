@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxion_jax.cache.layout import GRANULARITIES_TOKENS
-from fluxion_jax.errors import ConfigError
+from fluxion_jax.errors import ConfigError, require_number
 from fluxion_jax.policy.protocol import Features, Plan
 
 # More than any sequence: a budget that always covers everything.
@@ -79,10 +79,12 @@ def fixed(
       >>> print(fx.fixed(32, 0.02, per_group=True))
       fixed:32:0.02:group
     """
-    if granularity_tokens not in GRANULARITIES_TOKENS:
+    whole = isinstance(granularity_tokens, int | np.integer)
+    if not whole or granularity_tokens not in GRANULARITIES_TOKENS:
         raise ConfigError(
             f"expected a granularity of {GRANULARITIES_TOKENS} tokens, got {granularity_tokens}"
         )
+    require_number("a budget fraction in (0, 1]", budget_fraction, "0.05 reads a twentieth")
     if not 0.0 < budget_fraction <= 1.0:
         raise ConfigError(f"expected a budget fraction in (0, 1], got {budget_fraction}")
     return FixedPolicy(

@@ -44,6 +44,15 @@ class Split:
     cost: CostModel | None = None
     adapts: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    def __str__(self) -> str:
+        if self.sides != "both":
+            return self.sides
+        if self.cost is not None:
+            return "adaptive" if self.adapts else "model"
+        if isinstance(self.host_fraction, jax.core.Tracer):
+            return "a traced split"
+        return f"{float(self.host_fraction):.6g}"
+
     def at_pace(self, pace: jax.Array) -> Split:
         """This split with its cost model corrected, if it adapts."""
         if not self.adapts or self.cost is None:
@@ -161,23 +170,32 @@ def parse_split(split: str | float | Split | None) -> Split:
     Args:
       split: None means `"host"`: without a cost model the place where the cache lies computes.
 
+    Returns:
+      The split; its share is data, so that another one compiles nothing.
+
     Raises:
       ConfigError: the text is not a split, the share is out of range, or the file is no report.
+
+    Example:
+      >>> import fluxion_jax as fx
+      >>> print(fx.parse_split("host"), fx.parse_split(0.25), fx.parse_split("model"), sep=", ")
+      host, 0.25, model
     """
-    if split is None or split == "host":
+    if split is None:
         return one_sided("host")
-    if split == "device":
-        return one_sided("device")
     if isinstance(split, Split):
         return split
-    for name, build in (("model", modelled), ("adaptive", adaptive)):
-        if split == name:
-            return build()
-        if isinstance(split, str) and split.startswith(f"{name}:"):
-            return build(CostModel.load(split.removeprefix(f"{name}:")))
+    if isinstance(split, str):
+        if split in ("host", "device"):
+            return one_sided("host" if split == "host" else "device")
+        for name, build in (("model", modelled), ("adaptive", adaptive)):
+            if split == name:
+                return build()
+            if split.startswith(f"{name}:"):
+                return build(CostModel.load(split.removeprefix(f"{name}:")))
     try:
         return split_at(float(split))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(

@@ -212,7 +212,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     ("arguments", "code", "message"),
     [
         (["--model", "9b", "--context", "8"], 2, "expected a GGUF file, a model directory"),
-        (["--model", "8b", "--context", "0"], 2, "expected context_tokens >= 1"),
+        (["--model", "8b", "--context", "0"], 2, "expected an integer context_tokens >= 1"),
         (["--model", "8b", "--context", "8", "--policy", "half"], 2, "got 'half'"),
         (
             ["--model", "8b", "--context", "8", "--machine", "abacus"],

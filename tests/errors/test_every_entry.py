@@ -118,14 +118,15 @@ def test_something_that_is_no_cache(given):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((LAYOUT, 0, 512), fx.ConfigError, "batch >= 1"),
+        ((LAYOUT, 0, 512), fx.ConfigError, "integer batch >= 1, got 0"),
         ((LAYOUT, -1, 512), fx.ConfigError, "batch >= 1"),
         ((LAYOUT, 1, 0), fx.ConfigError, "max_tokens >= 1"),
         ((LAYOUT, 1.5, 512), fx.ConfigError, "integer"),
         ((LAYOUT, 1, 512.0), fx.ConfigError, "integer"),
         ((LAYOUT, 1, NAN), fx.ConfigError, "integer"),
         ((LAYOUT, "1", 512), fx.ConfigError, "integer"),
-        ((LAYOUT, 1, 1 << 50), fx.ConfigError, "memory"),
+        ((LAYOUT, 1, 1 << 30), fx.ConfigError, "memory"),
+        ((LAYOUT, 1, 1 << 50), fx.ConfigError, "integer max_tokens below"),
         (("8b", 1, 512), fx.ConfigError, "KVLayout"),
     ],
 )

@@ -28,6 +28,15 @@ def test_example_runs(
     assert capsys.readouterr().out
 
 
+def test_the_ten_lines_are_ten() -> None:
+    """The import, the adapter and the generation, as formatted; a `print` adds nothing."""
+    _, _, added = (EXAMPLES / "ten_lines.py").read_text().partition("the ten lines\n")
+    lines = [line for line in added.splitlines() if line and not line.startswith("print(")]
+    assert len(["import fluxion_jax as fx", *lines]) == 10
+    assert lines[0] == "model = fx.adapt("
+    assert lines[-1].startswith("result = fx.generate(model, ")
+
+
 @pytest.mark.parametrize(
     ("name", "weights"),
     [("linen_scan_over_layers", "variables"), ("scan_over_layers", "parameters")],

@@ -1,6 +1,12 @@
-"""A decoder as other projects write it: heads as an axis of einsums, its own attention and mask."""
+"""A decoder as other projects write it: heads as an axis of einsums, its own attention and mask.
+
+Its embeddings are a module of its own with `encode` and `decode`, or an `nnx.Embed` of which it
+reads the table, for that would round to its `dtype`. Its configuration cannot be hashed.
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -86,16 +92,28 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@dataclasses.dataclass
+class Config:
+    tied: bool = False
+    plain_table: bool = False
+
+
 class Qwen3(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs, tied: bool) -> None:
-        self.embedder = Embedder(rngs)
+    def __init__(self, rngs: nnx.Rngs, config: Config) -> None:
+        self.config = config
+        self.embedder = (
+            nnx.Embed(VOCAB, WIDTH, dtype=jnp.bfloat16, rngs=rngs)
+            if config.plain_table
+            else Embedder(rngs)
+        )
         self.layers = nnx.List([Layer(rngs) for _ in range(LAYERS)])
         self.final_norm = Norm(WIDTH, rngs)
-        if not tied:
+        if not config.tied:
             self.lm_head = Contraction("btd,dv->btv", (WIDTH, VOCAB), rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embedder.encode(tokens)
+        table = self.config.plain_table
+        x = self.embedder.embedding[...][tokens] if table else self.embedder.encode(tokens)
         for layer in self.layers:
             x = layer(x)
         x = self.final_norm(x)

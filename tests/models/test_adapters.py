@@ -14,7 +14,7 @@ from flax import nnx
 import fluxion_jax as fx
 from fluxion_jax.adapters import AdaptedDecoder, adapt, adapt_qwen3
 from fluxion_jax.modules import Attention
-from tests.models.qwen3_style import VOCAB, Qwen3
+from tests.models.qwen3_style import VOCAB, Config, Qwen3
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 420))
 EVERYTHING = fx.Execution(dense_below_tokens=0, measure=True)
@@ -31,9 +31,9 @@ def through_the_cache(model: AdaptedDecoder, tokens: np.ndarray, known: int) -> 
     return scores.distributions
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_qwen3_of_another_project_gives_its_own_logits(tied: bool) -> None:
-    theirs = Qwen3(nnx.Rngs(3), tied)
+@pytest.mark.parametrize("config", [Config(), Config(tied=True), Config(plain_table=True)], ids=str)
+def test_a_qwen3_of_another_project_gives_its_own_logits(config: Config) -> None:
+    theirs = Qwen3(nnx.Rngs(3), config)
     before = jax.tree.map(jnp.array, nnx.state(theirs))
     expected = jax.nn.log_softmax(nnx.jit(lambda m, t: m(t))(theirs, jnp.asarray(TOKENS)))
     model = adapt_qwen3(theirs)
@@ -45,7 +45,7 @@ def test_a_qwen3_of_another_project_gives_its_own_logits(tied: bool) -> None:
 
 
 def test_generation_is_greedy_decoding_of_the_model_itself() -> None:
-    theirs = Qwen3(nnx.Rngs(4), tied=False)
+    theirs = Qwen3(nnx.Rngs(4), Config())
     model = adapt_qwen3(theirs)
     prompt = TOKENS[0, :390].tolist()
     result = fx.generate(model, prompt, max_new_tokens=5, progress=False)
@@ -55,6 +55,31 @@ def test_generation_is_greedy_decoding_of_the_model_itself() -> None:
         padded[0, : len(row)] = row
         assert int(jnp.argmax(full(theirs, jnp.asarray(padded))[0, len(row) - 1])) == token
         row.append(int(token))
+
+
+def test_configurations_that_cannot_be_hashed_are_told_apart() -> None:
+    """Equal ones share a program, and a model does not run in the program of another."""
+
+    def logits(theirs: Qwen3) -> np.ndarray:
+        model = adapt_qwen3(theirs)
+        cache = fx.HostKV.allocate(model.config.kv_layout("float32"), 1, 420)
+        return fx.prefill(model, TOKENS[:1, :20], cache, chunk_tokens=128, progress=False)
+
+    first = [logits(Qwen3(nnx.Rngs(seed), Config())) for seed in (4, 4, 5)]
+    np.testing.assert_array_equal(first[0], first[1])
+    assert np.abs(first[0] - first[2]).max() > 0.1
+    theirs = Qwen3(nnx.Rngs(4), Config(tied=True))
+    own = theirs(jnp.asarray(TOKENS[:1, :20]))[:, -1]
+    np.testing.assert_allclose(logits(theirs), own, rtol=0, atol=1e-4)
+
+
+def test_what_is_no_such_qwen3_is_refused_by_the_part_it_lacks() -> None:
+    theirs = Qwen3(nnx.Rngs(4), Config())
+    del theirs.layers[0].attn.k_norm
+    with pytest.raises(fx.ConfigError, match=r"with the part `layers\[0\]\.attn\.k_norm`"):
+        adapt_qwen3(theirs)
+    with pytest.raises(fx.ConfigError, match="with the part `embedder`, got a Windows"):
+        adapt_qwen3(Windows(nnx.Rngs(0)))
 
 
 class Windows(nnx.Module):

@@ -82,6 +82,7 @@ def main() -> None:
         sys.exit(f"expected fluxion_jax to be installed for {sys.executable}, found none")
     if options.installed and not Path(spec.origin).is_relative_to(sys.prefix):
         sys.exit(f"expected fluxion_jax inside {sys.prefix}, got {spec.origin}")
+    start = time.monotonic()
     for document in documents:
         found = snippets(document)
         if not found:
@@ -91,6 +92,7 @@ def main() -> None:
             link_model(Path(directory))
             execute(found)
             os.chdir("/")
+    print(f"{len(documents)} documents in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

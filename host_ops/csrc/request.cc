@@ -67,14 +67,28 @@ void Request::write_nothing(int64_t batch, int64_t kv_head) {
   std::fill_n(bitmap_.data() + row * g.words(), g.group() * g.words(), 0);
 }
 
-// Asks for what submit reads and writes, as far as it lies where it did the last time.
+// Asks for what submit reads and writes, as far as it lies where it did the last time. Each of the
+// small arrays is a miss of its own, so they come first.
 void Request::fetch_operands(const Geometry& g, const WorkView& work) {
   const int64_t rows = g.batch * g.heads;
+  const int64_t tasks = g.batch * g.kv_heads;
+  fetch_to_write(this, sizeof(Request));
+  fetch(work.host_blocks, 4 * g.batch);
+  fetch(work.boundary, 4 * tasks);
+  fetch(work.granularity, 4 * tasks);
+  fetch(work.k_units, 4 * rows);
+  fetch(work.shared, 4 * tasks);
   if (static_cast<int64_t>(q_.size()) < rows * g.head_dim) return;
-  for (const auto& task : tasks_) fetch_to_write(task.get(), sizeof(Task));
+  for (auto& task : tasks_) fetch_to_write(task.get(), sizeof(Task));
   fetch(work.q8, std::min(rows * g.head_dim, kFetchedBytes));
-  fetch_to_write(q8_.data(), std::min(rows * g.head_dim, kFetchedBytes));
-  fetch_to_write(q_.data(), std::min(rows * g.head_dim * 4, kFetchedBytes));
+  fetch_copies();
+}
+
+// Asks for what the next submit will write over.
+void Request::fetch_copies() const {
+  const int64_t elements = static_cast<int64_t>(q_.size());
+  fetch(q8_.data(), std::min(elements, kFetchedBytes));
+  fetch(q_.data(), std::min(4 * elements, kFetchedBytes));
 }
 
 uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
@@ -126,8 +140,12 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
 }
 
 void Request::fetch_state() const {
-  fetch(&left_, reinterpret_cast<const char*>(this + 1) - reinterpret_cast<const char*>(&left_));
+  fetch(this, sizeof(Request));
   pool_->fetch_queue();
+  // Whoever ends a layer most likely begins the next one, in the same memory.
+  if (left_.load(std::memory_order_relaxed) > 1) return;
+  for (const auto& task : tasks_) fetch(task.get(), sizeof(Task));
+  fetch_copies();
 }
 
 void Request::write_to(float* out, float* lse) {

@@ -21,13 +21,15 @@ import ctypes
 import os
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 # Has to match fluxion_interface_version() in csrc/c_api.cc.
-INTERFACE_VERSION = 4
+INTERFACE_VERSION = 5
 MAX_THREADS = 1024
 MAX_SPIN_US = 1_000_000
 TARGETS = ("fluxion_append", "fluxion_submit", "fluxion_start", "fluxion_collect", "fluxion_keep")
@@ -97,6 +99,21 @@ def set_threads(threads: int) -> None:
             "use at most one per CPU that the process may run on"
         )
     _require().fluxion_set_threads(threads)
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """Within it, idle threads spin for 2 ms before they sleep, as they do where a GPU calls them.
+
+    Otherwise it is 50 us. A time that `FLUXION_SPIN_US` has chosen stays.
+    """
+    library = _require()
+    changed = library.fluxion_stay_awake(1)
+    try:
+        yield
+    finally:
+        if changed:
+            library.fluxion_stay_awake(0)
 
 
 def spread(address: int, num_bytes: int) -> int:
@@ -222,7 +239,7 @@ def _declare(library: ctypes.CDLL) -> None:
         getattr(library, f"fluxion_{name}").restype = ctypes.c_char_p
     for name in ("interface_version", "threads", "cpus", "spin_us", "slots_in_flight", "drain"):
         getattr(library, f"fluxion_{name}").restype = ctypes.c_int32
-    for name in ("set_threads", "cancel", "release_cancel_word"):
+    for name in ("set_threads", "stay_awake", "cancel", "release_cancel_word"):
         getattr(library, f"fluxion_{name}").argtypes = [ctypes.c_int32]
     library.fluxion_spread.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.fluxion_spread.restype = ctypes.c_int32

@@ -76,9 +76,14 @@ def run(
     """
     if reason := native.unavailable_reason():
         raise FluxionError(f"expected the native host library, got none: {reason}")
+    # This is the host's side of a step whose other side is a GPU's.
+    with native.awake():
+        return _run(settings, _Cells(folder, say, budget_s))
+
+
+def _run(settings: Settings, cells: _Cells) -> dict[str, Any]:
     wanted = settings.cache_bytes or _default_bytes()
     threads = native.info()["threads"]
-    cells = _Cells(folder, say, budget_s)
     rows: list[dict[str, Any]] = []
     # Before the rest, because it is short.
     noop = cells.get(f"host-noop-{threads}", "a call without work", lambda: noop_call_us(9))
@@ -88,6 +93,7 @@ def run(
     report = {
         "benchmark": "host",
         "threads": threads,
+        "spin_us": native.info()["spin_us"],
         "variant": native.info()["variant"],
         "stamp": stamp(),
         "settings": {**dataclasses.asdict(settings), "cache_bytes": wanted, "kv_heads": KV_HEADS},
@@ -220,7 +226,7 @@ class _Bench:
     def rest_us(self, granularity: int, threads: int, repetitions: int) -> dict[str, Any]:
         """What a layer costs besides its stages, and what threads are idle within them."""
         k_units = max(1, int(REST_FRACTION * self.blocks * 16 // granularity))
-        within, alone, idle = [], [], []
+        within, alone, own, idle = [], [], [], []
         for repetition in range(repetitions + 1):
             layers, _ = self.step(*[self.work(granularity, k_units, None)] * LAYERS)
             if repetition == 0:
@@ -229,11 +235,13 @@ class _Bench:
             # The first comes after what Python and JAX do between two steps.
             within.append(float(np.mean(rests[1:])))
             alone.append(rests[0])
+            own.append(1e6 * float(np.mean([layer["own"] for layer in layers[1:]])))
             idles = [1e6 * _idle_s(layer, threads) / _workers(threads) for layer in layers]
             idle.append(float(np.mean(idles[1:])))
         return {
             "rest_us": summarise(within),
             "rest_first_us": summarise(alone),
+            "own_us": summarise(own),
             "imbalance_us": summarise(idle),
         }
 

@@ -26,7 +26,7 @@ int32_t guarded(const Body& body) noexcept {
 }  // namespace
 
 // Raised whenever a handler's operands or one of these functions change their meaning.
-FLUXION_EXPORT int32_t fluxion_interface_version() { return 4; }
+FLUXION_EXPORT int32_t fluxion_interface_version() { return 5; }
 
 FLUXION_EXPORT const char* fluxion_variant() { return fluxion::kernels().name; }
 
@@ -57,6 +57,11 @@ FLUXION_EXPORT int32_t fluxion_spin_us() {
   return guarded([] {
     return static_cast<int32_t>(runtime().pool.spin() / std::chrono::microseconds(1));
   });
+}
+
+// Returns 1 if that changed how long idle threads spin, which FLUXION_SPIN_US has not chosen.
+FLUXION_EXPORT int32_t fluxion_stay_awake(int32_t awake) {
+  return guarded([&] { return runtime().pool.stay_awake(awake != 0) ? 1 : 0; });
 }
 
 // How CUDA streams call the host and copy, such as "memops, kernel"; empty before the first call.

@@ -53,14 +53,9 @@ struct Hooks {
 };
 const Hooks hooks;
 
-// Workers sleep between two steps unless they spin for as long as the device needs for the last layer,
-// the logits and the start of the next step, about 0.7 ms of an 8B model; waking them costs a layer
-// 0.1 ms and more. There are CPUs enough, because the framework needs few.
-constexpr auto kSpin = std::chrono::milliseconds(2);
-
 void prepare_pool() {
   Pool& pool = runtime().pool;
-  if (pool.spin() == kDefaultSpin) pool.set_spin(kSpin);
+  pool.stay_awake(true);
   const char* chosen = std::getenv("FLUXION_NUM_THREADS");
   if (chosen != nullptr && *chosen != '\0') return;
   if (pool.threads() != default_threads()) return;

@@ -33,10 +33,14 @@ uint32_t Request::validate(const WorkView& work) const {
   return kOk;
 }
 
-void Request::copy(const WorkView& work) {
+void Request::copy_queries(const WorkView& work) {
+  const int64_t elements = geometry_.batch * geometry_.heads * geometry_.head_dim;
+  copy_array(&q_, work.q, elements);
+  copy_array(&q8_, work.q8, elements);
+}
+
+void Request::copy_numbers(const WorkView& work) {
   const Geometry& g = geometry_;
-  copy_array(&q_, work.q, g.batch * g.heads * g.head_dim);
-  copy_array(&q8_, work.q8, g.batch * g.heads * g.head_dim);
   copy_array(&granularity_, work.granularity, g.batch * g.kv_heads);
   copy_array(&k_units_, work.k_units, g.batch * g.heads);
   copy_array(&shared_, work.shared, g.batch * g.kv_heads);
@@ -86,6 +90,10 @@ void Request::fetch_operands(const Geometry& g, const WorkView& work) {
 
 // Asks for what the next submit will write over.
 void Request::fetch_copies() const {
+  for (const auto* numbers : {&granularity_, &k_units_, &shared_, &host_blocks_, &boundary_,
+                              &blocks_read_, &units_scanned_}) {
+    fetch(numbers->data(), 4 * static_cast<int64_t>(numbers->size()));
+  }
   const int64_t elements = static_cast<int64_t>(q_.size());
   fetch(q8_.data(), std::min(elements, kFetchedBytes));
   fetch(q_.data(), std::min(4 * elements, kFetchedBytes));
@@ -105,6 +113,8 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
   span_ns_ = 0;
   covered_.reset();
+  // Meanwhile the small arrays arrive.
+  copy_queries(work);
   const uint32_t status = cancel_known ? validate(work) : kInvalid;
   status_.store(status, std::memory_order_relaxed);
   const Geometry& g = geometry_;
@@ -116,7 +126,7 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   blocks_read_.assign(g.batch * g.kv_heads, 0);
   units_scanned_.assign(g.batch * g.kv_heads, 0);
   if (status != kOk) return status;
-  copy(work);
+  copy_numbers(work);
   for (int64_t b = 0; b < g.batch; ++b) {
     for (int64_t k = 0; k < g.kv_heads; ++k) {
       if (host_blocks_[b] == 0 || boundary_[b * g.kv_heads + k] <= 0) {

@@ -198,7 +198,8 @@ class Request {
   uint32_t validate(const WorkView& work) const;
   void fetch_operands(const Geometry& g, const WorkView& work);
   void fetch_copies() const;
-  void copy(const WorkView& work);
+  void copy_queries(const WorkView& work);
+  void copy_numbers(const WorkView& work);
   void copy_bitmap(const uint32_t* bitmap, int64_t batch, int64_t kv_head);
   void write_nothing(int64_t batch, int64_t kv_head);
   bool stopped();

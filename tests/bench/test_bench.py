@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from fluxion_jax.bench.stamp import cache_bytes
 from fluxion_jax.bench.statistics import summarise
 from fluxion_jax.cli import main
 from fluxion_jax.plotting import host_figure
-from host_ops import ceiling
+from host_ops import ceiling, native
 
 
 def test_statistics_of_known_values():
@@ -61,13 +62,18 @@ def test_the_ceiling_reads_every_byte(size):
 def test_a_tiny_run_has_every_figure(tmp_path):
     shapes = (16, 2), (16, 1)
     settings = Settings(shapes, (16, 128), repetitions=2, cache_bytes=1 << 21, compared_shapes=1)
+    spin_us = native.info()["spin_us"]
     report = run(settings, tmp_path)
+    # Threads stay awake as where a GPU calls them, unless the environment says how long.
+    assert report["spin_us"] == (spin_us if "FLUXION_SPIN_US" in os.environ else 2000)
+    assert native.info()["spin_us"] == spin_us
     json.dumps(report, allow_nan=False)
     assert {r["granularity"] for r in report["rows"]} == {16, 128}
     for row in report["rows"]:
         assert row["attention_gb_s"]["median"] > 0
         assert row["scoring_of_ceiling"] > 0
         assert row["rest_us"]["repetitions"] == row["rest_first_us"]["repetitions"] == 2
+        assert 0 < row["own_us"]["min"] < row["rest_us"]["max"]
         assert row["rest_us"]["min"] > 0
         # With one thread nobody is idle, up to what float32 rounds; nor has scoring idle time.
         idle = row["imbalance_us"]["median"]

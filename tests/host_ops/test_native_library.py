@@ -96,6 +96,34 @@ def test_the_environment_sets_variant_and_threads():
 
 
 @pytest.mark.native
+@pytest.mark.parametrize(
+    ("chosen_us", "spins_us"), [("", "50 2000 50"), ("7", "7 7 7"), ("2000", "2000 2000 2000")]
+)
+def test_threads_stay_awake_for_as_long_as_the_block_unless_the_environment_says(
+    chosen_us, spins_us
+):
+    script = """
+from host_ops import native
+spins_us = [native.info()["spin_us"]]
+try:
+    with native.awake():
+        spins_us.append(native.info()["spin_us"])
+        raise LookupError
+except LookupError:
+    spins_us.append(native.info()["spin_us"])
+print(*spins_us)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"FLUXION_SPIN_US": chosen_us},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == spins_us
+
+
+@pytest.mark.native
 @pytest.mark.parametrize("threads", [0, -1, native.MAX_THREADS + 1])
 def test_an_impossible_number_of_threads_is_refused(threads):
     with pytest.raises(ValueError, match=f"expected 1 to 1024, got {threads}"):

@@ -17,10 +17,14 @@ void copy_array(std::vector<T>* to, const T* from, int64_t count) {
   to->assign(from, from + count);
 }
 
+// Whether the step has failed before, in another layer.
+bool failed(const WorkView& work) { return work.status != nullptr && *work.status != 0; }
+
 }  // namespace
 
 uint32_t Request::validate(const WorkView& work) const {
   const Geometry& g = geometry_;
+  if (failed(work)) return kOk;
   for (int64_t b = 0; b < g.batch; ++b) {
     if (work.host_blocks[b] < 0 || work.host_blocks[b] > g.blocks) return kInvalid;
     if (work.host_blocks[b] == 0 || work.bitmap != nullptr) continue;
@@ -36,12 +40,14 @@ uint32_t Request::validate(const WorkView& work) const {
 void Request::copy(const WorkView& work) {
   const Geometry& g = geometry_;
   copy_array(&q_, work.q, g.batch * g.heads * g.head_dim);
+  copy_array(&host_blocks_, work.host_blocks, g.batch);
+  copy_array(&boundary_, work.boundary, g.batch * g.kv_heads);
+  if (failed(work)) std::fill(host_blocks_.begin(), host_blocks_.end(), 0);
+  if (has_bitmap_) return;
   copy_array(&q8_, work.q8, g.batch * g.heads * g.head_dim);
   copy_array(&granularity_, work.granularity, g.batch * g.kv_heads);
   copy_array(&k_units_, work.k_units, g.batch * g.heads);
   copy_array(&shared_, work.shared, g.batch * g.kv_heads);
-  copy_array(&host_blocks_, work.host_blocks, g.batch);
-  copy_array(&boundary_, work.boundary, g.batch * g.kv_heads);
 }
 
 // Copies the given selection of a group, cut at the host blocks.
@@ -72,9 +78,10 @@ void Request::fetch_operands(const Geometry& g, const WorkView& work) {
   const int64_t rows = g.batch * g.heads;
   if (static_cast<int64_t>(q_.size()) < rows * g.head_dim) return;
   for (const auto& task : tasks_) fetch_to_write(task.get(), sizeof(Task));
+  fetch_to_write(q_.data(), std::min(rows * g.head_dim * 4, kFetchedBytes));
+  if (work.bitmap != nullptr || static_cast<int64_t>(q8_.size()) < rows * g.head_dim) return;
   fetch(work.q8, std::min(rows * g.head_dim, kFetchedBytes));
   fetch_to_write(q8_.data(), std::min(rows * g.head_dim, kFetchedBytes));
-  fetch_to_write(q_.data(), std::min(rows * g.head_dim * 4, kFetchedBytes));
 }
 
 uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,

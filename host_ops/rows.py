@@ -35,7 +35,8 @@ def spread_rows(arrays: Any, first_row: jax.Array, rows: int) -> Any:
     """Small arrays `[B, ...]` with as many rows as the cache: zeros for all others.
 
     Args:
-      arrays: a pytree of arrays, `Work` or `Flush` for instance; a cancel word and a status stay as they are.
+      arrays: a pytree of arrays, `Work` or `Flush` for instance; a cancel word and a status stay
+        as they are.
       first_row: int32 `[1]`, where the rows of `arrays` belong.
       rows: R.
 

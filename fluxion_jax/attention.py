@@ -285,8 +285,9 @@ def decode_attention(
         window_positions=window_positions(cache.layout, cache.lengths + 1, resident),
         sketch=sketch,
     )
-    plan, cache = _plan(policy, features, cache)
+    plan, plan_status = _plan(policy, features, cache.lengths + 1)
     if cache.num_host_blocks == 0:
+        cache = cache.replace(status=cache.status | plan_status)
         cache = with_layer(cache, index, window_k=window[0], window_v=window[1])
         return (
             window_state[0].astype(dtype),
@@ -304,14 +305,22 @@ def decode_attention(
         q, work, flush, window_state, cache, index, scale, split, execution, return_selection
     )
     host_state = (collected.out, collected.lse)
-    out, lse = pallas_kernels.merge_states([window_state, device.state, host_state])
-
-    cache = _leave_window(cache, index, collected, flush, exponents, window)
+    states = [window_state]
+    states += [device.state] if split.sides != "host" else []
+    states += [host_state] if split.sides != "device" else []
+    finish = _finish_layer_on_gpu if target_platform() == "gpu" else _finish_layer
+    out, lse, cache = finish(
+        states, cache, index, collected, flush, exponents, plan_status,
+        jnp.float32 if execution.measure else dtype,
+    )  # fmt: skip
+    cache = with_layer(
+        cache, index, k=collected.k, v=collected.v, window_k=window[0], window_v=window[1]
+    )
     cache = _adapt(cache, split, collected, device)
     if sketch is not None:
         sketch = remember_query(sketch, q, window_state[1], cache.lengths, active)
         cache = sketch_flush(with_layer(cache, index, sketch=sketch), index, flush)
-    states = jnp.stack([window_state[1], device.state[1], host_state[1]])
+    lse_of_parts = jnp.stack([window_state[1], device.state[1], host_state[1]])
     stats = LayerStats(
         host_blocks=collected.blocks_read,
         device_blocks=device.blocks,
@@ -323,7 +332,7 @@ def decode_attention(
         clipped=_clipped(plan),
         notes=plan.notes,
         selection=_selection(collected, device) if return_selection else None,
-        lse=states if return_selection else None,
+        lse=lse_of_parts if return_selection else None,
         recall=_recall(lse, full_state[1]) if execution.measure else None,
         output_error=_output_error(out, full_state[0]) if execution.measure else None,
     )
@@ -446,7 +455,7 @@ def _attend_host_cache(
 
 def _unless_failed(work: host_ops.Work, cache: HostKV) -> host_ops.Work:
     """The host's work, none after an error: it may have run out of time."""
-    return work._replace(host_blocks=jnp.where(cache.status[0] == 0, work.host_blocks, 0))
+    return work._replace(status=cache.status)
 
 
 def _write_only(
@@ -485,10 +494,14 @@ def _write_only(
     )
 
 
-def _plan(policy: Policy, features: Features, cache: HostKV) -> tuple[Plan, HostKV]:
-    """The policy's plan, checked: shapes now, values when the program runs."""
-    plan = policy.plan(features, cache.lengths + 1)
-    groups = (cache.batch, features.num_kv_heads)
+def _plan(policy: Policy, features: Features, lengths: jax.Array) -> tuple[Plan, jax.Array]:
+    """The policy's plan, checked: shapes now, values when the program runs.
+
+    What is wrong with values is a status of its own: that of the cache differs from layer to layer,
+    and nothing of this layer has to wait for their sum.
+    """
+    plan = policy.plan(features, lengths)
+    groups = (features.q.shape[0], features.num_kv_heads)
     expected = {
         "granularity": (groups, jnp.integer),
         "budget_tokens": (features.q.shape[:2], jnp.integer),
@@ -504,7 +517,7 @@ def _plan(policy: Policy, features: Features, cache: HostKV) -> tuple[Plan, Host
     known = jnp.isin(plan.granularity, jnp.asarray(GRANULARITIES_TOKENS))
     status = jnp.where(known.all(), 0, STATUS_PLAN)
     granularity = jnp.where(known, plan.granularity, BLOCK_TOKENS).astype(jnp.int32)
-    return plan._replace(granularity=granularity), cache.replace(status=cache.status | status)
+    return plan._replace(granularity=granularity), status.astype(jnp.int32)[None]
 
 
 def _enter_window(
@@ -541,8 +554,8 @@ def _enter_window_on_gpu(
     resident: jax.Array,
     scale: float,
 ) -> tuple[State, tuple[jax.Array, jax.Array], host_ops.Flush, jax.Array]:
-    """The same in one kernel, which knows by itself what is resident."""
-    del resident
+    """The same in one kernel, which knows by itself what is resident and what has failed."""
+    del active, resident
     layout = cache.layout
     step = pallas_kernels.window_step(
         q,
@@ -552,7 +565,8 @@ def _enter_window_on_gpu(
         cache.window_v[index],
         cache.exponents[index],
         cache.lengths,
-        active,
+        cache.active & (cache.lengths < cache.max_tokens),
+        cache.status,
         sinks=layout.sink_tokens,
         least_exponent=MIN_EXPONENT,
         scale=scale,
@@ -650,7 +664,6 @@ def _device_share(
     k, v, summaries = (
         host_ops.retag(x[index], host_ops.DEVICE) for x in (cache.k, cache.v, cache.summaries)
     )
-    kv_heads = k.shape[1]
     has_work = work.boundary < work.host_blocks[:, None]
     units = _ranked_units(work)
 
@@ -671,15 +684,21 @@ def _device_share(
             scoring = "triton" if target_platform() == "gpu" else None
             ranked = has_work & (units > 0)
             bitmap = here(_select(everywhere(work), summaries, everywhere(ranked), scoring))
+        # Where all blocks are the host's none of them is beyond the boundary.
+        *state, blocks = pallas_kernels.share_attention(
+            everywhere(q),
+            k,
+            v,
+            everywhere(bitmap),
+            everywhere(work.boundary),
+            scale=scale,
+            implementation=kernels,
+        )
         nothing = jnp.where(has_work, 0, k.shape[2])
         bitmap = pallas_kernels.at_or_above(bitmap, nothing)
-        mine = pallas_kernels.at_or_above(bitmap, work.boundary)
-        state = pallas_kernels.block_sparse_attention(
-            everywhere(q), k, v, everywhere(mine), scale=scale, implementation=kernels
-        )
-        blocks = pallas_kernels.popcount(pallas_kernels.group_union(mine, kv_heads))
         scanned = has_work if work.bitmap is None else jnp.ones_like(has_work)
-        return _DeviceShare(here(state), bitmap, blocks, jnp.where(scanned, units, 0))
+        out, lse, blocks = here((*state, blocks))
+        return _DeviceShare((out, lse), bitmap, blocks, jnp.where(scanned, units, 0))
 
     if target_platform() == "gpu":
         # There a conditional makes the host wait for the device; kernels without work are short.
@@ -778,34 +797,57 @@ def _attend_everything(
     return pallas_kernels.merge_states([window_state, (rest.out, rest.lse)]), cache
 
 
-def _leave_window(
+def _finish_layer(
+    states: list[State],
     cache: HostKV,
     index: int,
     collected: host_ops.Collected,
     flush: host_ops.Flush,
     exponents: jax.Array,
-    window: tuple[jax.Array, jax.Array],
-) -> HostKV:
-    """The cache after the step: collect wrote the leaving block, the window holds the new token.
+    plan_status: jax.Array,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array, HostKV]:
+    """Merges the parts; the summaries and their scales follow the block that collect wrote.
 
     After an error nothing was written, so the scales must stay as they are too.
     """
+    out, lse = pallas_kernels.merge_states(states)
     succeeded = collected.status[0] == 0
     exponents = jnp.where(succeeded, exponents, cache.exponents[index])
     summaries = collected.summaries
     if summaries is None:
         summaries = write_summaries(cache.summaries[index], flush, collected.status)
-    cache = with_layer(
-        cache,
-        index,
-        k=collected.k,
-        v=collected.v,
-        summaries=summaries,
-        exponents=exponents,
-        window_k=window[0],
-        window_v=window[1],
+    cache = with_layer(cache, index, summaries=summaries, exponents=exponents)
+    cache = cache.replace(status=cache.status | plan_status | collected.status)
+    return out.astype(dtype), lse, cache
+
+
+def _finish_layer_on_gpu(
+    states: list[State],
+    cache: HostKV,
+    index: int,
+    collected: host_ops.Collected,
+    flush: host_ops.Flush,
+    exponents: jax.Array,
+    plan_status: jax.Array,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array, HostKV]:
+    """The same in one kernel."""
+    update = None
+    if collected.summaries is None:
+        update = pallas_kernels.SummaryUpdate(cache.summaries[index], *flush[2:])
+    done = pallas_kernels.finish_layer(
+        states,
+        cache.exponents[index],
+        exponents,
+        collected.status,
+        [cache.status, plan_status],
+        update,
+        dtype=jnp.dtype(dtype).name,
     )
-    return cache.replace(status=cache.status | collected.status)
+    summaries = collected.summaries if update is None else done.summaries
+    cache = with_layer(cache, index, summaries=summaries, exponents=done.exponents)
+    return done.out, done.lse, cache.replace(status=done.status)
 
 
 def _adapt(

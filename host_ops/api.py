@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from host_ops import arguments, ordering, rows
 from host_ops.errors import UnavailableError
@@ -111,7 +112,7 @@ def submit(
         work, rows.of_one_layer(k, work.host_blocks.shape[0], first_row), summaries
     )
     more: dict[str, Any] = {}
-    # The other implementations read nothing before collect.
+    # The other implementations look at nothing before collect.
     if first_row is not None and chosen(implementation) == "native":
         more["first_row"] = first_row
     return _call(
@@ -164,6 +165,7 @@ def collect(
     arguments.check_work(work, layer, summaries)
     arguments.check_flush(flush, layer)
     more: dict[str, Any] = {}
+    work = work if chosen(implementation) == "native" else _unless_failed(work)
     spread = first_row is not None and chosen(implementation) != "native"
     if first_row is not None:
         if spread:
@@ -190,6 +192,14 @@ def collect(
     if spread and first_row is not None:
         return rows.take_collected(found, first_row, batch)
     return found
+
+
+def _unless_failed(work: Work) -> Work:
+    """The work without a status, on which XLA's operations need not look."""
+    if work.status is None:
+        return work
+    host_blocks = jnp.where(work.status[0] == 0, work.host_blocks, 0)
+    return work._replace(host_blocks=host_blocks, status=None)
 
 
 def available() -> dict[str, str | None]:

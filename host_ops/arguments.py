@@ -51,6 +51,8 @@ def check_work(work: Work, k: jax.Array, summaries: jax.Array | None) -> None:
     _expect("work.host_blocks", work.host_blocks, (batch,), jnp.int32)
     _expect("work.boundary", work.boundary, (batch, kv_heads), jnp.int32)
     _expect("work.cancel", work.cancel, (1,), jnp.int32)
+    if work.status is not None:
+        _expect("work.status", work.status, (1,), jnp.int32)
     if work.bitmap is not None:
         _expect("work.bitmap", work.bitmap, (batch, heads, -(-num_blocks // 32)), jnp.uint32)
     elif summaries is None:

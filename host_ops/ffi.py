@@ -102,7 +102,8 @@ def submit(
     native.require()
     if compat.traced_for_gpu():
         _refuse_rows(first_row)
-    *operands, bitmap = work
+    *operands, bitmap, status = work
+    operands.append(jnp.zeros((1,), jnp.int32) if status is None else status)
     optional = [x for x in (summaries, bitmap) if x is not None]
     call = jax.ffi.ffi_call(
         "fluxion_submit", jax.ShapeDtypeStruct((2,), jnp.int32), has_side_effect=True

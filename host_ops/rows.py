@@ -35,7 +35,8 @@ def spread_rows(arrays: Any, first_row: jax.Array, rows: int) -> Any:
     """Small arrays `[B, ...]` with as many rows as the cache: zeros for all others.
 
     Args:
-      arrays: a pytree of arrays, `Work` or `Flush` for instance; a cancel word stays as it is.
+      arrays: a pytree of arrays, `Work` or `Flush` for instance; a cancel word and a status stay
+        as they are.
       first_row: int32 `[1]`, where the rows of `arrays` belong.
       rows: R.
 
@@ -48,7 +49,7 @@ def spread_rows(arrays: Any, first_row: jax.Array, rows: int) -> Any:
         return jax.lax.dynamic_update_slice_in_dim(nothing, x, first_row[0], axis=0)
 
     if isinstance(arrays, Work):
-        return jax.tree.map(spread, arrays)._replace(cancel=arrays.cancel)
+        return jax.tree.map(spread, arrays)._replace(cancel=arrays.cancel, status=arrays.status)
     return jax.tree.map(spread, arrays)
 
 

@@ -34,6 +34,8 @@ class Work(NamedTuple):
       boundary: int32 `[B, K]`, the host attends to selected blocks with an id below it.
       cancel: int32 `[1]`, id of a cancel word, 0 for none.
       bitmap: uint32 `[B, N, W]`, a selection made elsewhere, or None if the host selects.
+      status: int32 `[1]`, what went wrong in earlier layers; unless it is 0 the host has nothing to
+        do. None for 0.
     """
 
     q: jax.Array
@@ -45,6 +47,7 @@ class Work(NamedTuple):
     boundary: jax.Array
     cancel: jax.Array
     bitmap: jax.Array | None
+    status: jax.Array | None = None
 
 
 class Flush(NamedTuple):

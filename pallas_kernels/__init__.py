@@ -11,7 +11,10 @@ from pallas_kernels.bitmaps import pack as pack
 from pallas_kernels.bitmaps import popcount as popcount
 from pallas_kernels.bitmaps import unpack as unpack
 from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
+from pallas_kernels.block_sparse_attention import share_attention as share_attention
 from pallas_kernels.copy_blocks import copy_blocks as copy_blocks
+from pallas_kernels.finish_layer import SummaryUpdate as SummaryUpdate
+from pallas_kernels.finish_layer import finish_layer as finish_layer
 from pallas_kernels.merge_states import merge_states as merge_states
 from pallas_kernels.query_triton import quantise_query as quantise_query
 from pallas_kernels.registry import Implementation as Implementation

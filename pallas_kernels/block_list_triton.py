@@ -26,7 +26,12 @@ CHUNK_WORDS = 32
 
 
 def block_table_triton(
-    bitmap: jax.Array, num_kv_heads: int, num_blocks: int, interpret: bool = False
+    bitmap: jax.Array,
+    num_kv_heads: int,
+    num_blocks: int,
+    interpret: bool = False,
+    *,
+    boundary: jax.Array | None = None,
 ) -> BlockTable:
     """Lists the selected blocks of every task; entries after the last are undefined.
 
@@ -35,6 +40,7 @@ def block_table_triton(
       num_kv_heads: K; divides N, and N // K is at most `MAX_GROUP`.
       num_blocks: P.
       interpret: run on any platform, slowly; for tests.
+      boundary: int32 `[B, K]`, blocks with an id below it are left out; None for none.
 
     Returns:
       The table, `[T, P]`.
@@ -44,24 +50,30 @@ def block_table_triton(
     bits = jax.lax.bitcast_convert_type(bitmap, jnp.int32).reshape(tasks, -1, num_words)
     silence_triton_deprecation()
     entries = jax.ShapeDtypeStruct((tasks, num_blocks), jnp.int32)
+    bounds = [] if boundary is None else [boundary.astype(jnp.int32).reshape(tasks)]
     block, heads, total = pl.pallas_call(
-        functools.partial(_kernel, group=num_heads // num_kv_heads),
+        functools.partial(_kernel, group=num_heads // num_kv_heads, bounded=bool(bounds)),
         grid=(tasks, pl.cdiv(num_words, CHUNK_WORDS)),
         out_shape=[entries, entries, jax.ShapeDtypeStruct((tasks,), jnp.int32)],
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="list_blocks",
-    )(bits)
+    )(bits, *bounds)
     return BlockTable(block, heads, total)
 
 
-def _kernel(bitmap_ref: Any, block_ref: Any, heads_ref: Any, total_ref: Any, *, group: int) -> None:
+def _kernel(bitmap_ref: Any, *refs: Any, group: int, bounded: bool) -> None:
+    *bounds, block_ref, heads_ref, total_ref = refs
     task, chunk = pl.program_id(0), pl.program_id(1)
     num_words = bitmap_ref.shape[2]
+    boundary = bounds[0][task] if bounded else jnp.int32(0)
 
     def words(index: jax.Array) -> list[jax.Array]:
+        below = jnp.clip(boundary - index * WORD_BITS, 0, WORD_BITS)
+        # A shift by the full width is undefined.
+        kept = jnp.where(below < WORD_BITS, jnp.int32(-1) << jnp.minimum(below, WORD_BITS - 1), 0)
         return [
-            pltriton.load(bitmap_ref.at[task, g, index], mask=index < num_words, other=0)
+            pltriton.load(bitmap_ref.at[task, g, index], mask=index < num_words, other=0) & kept
             for g in range(group)
         ]
 

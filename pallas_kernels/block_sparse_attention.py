@@ -14,7 +14,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.bitmaps import group_union, has_block, nth_block, num_words, popcount
+from pallas_kernels.bitmaps import (
+    at_or_above,
+    group_union,
+    has_block,
+    nth_block,
+    num_words,
+    popcount,
+)
 from pallas_kernels.compat import take_rows
 from pallas_kernels.registry import Implementation, dispatch
 
@@ -56,6 +63,42 @@ def block_sparse_attention(
       ValueError: if the shapes or dtypes do not fit together.
       UnsupportedImplementationError: if no implementation asked for works here.
     """
+    out, lse, _ = share_attention(q, k, v, bitmap, None, scale=scale, implementation=implementation)
+    return out, lse
+
+
+def share_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bitmap: jax.Array,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+    implementation: Implementation = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same for the blocks from a boundary on: the device's share of every task.
+
+    Kernels that list the blocks of the bitmap cut and count them on the way, which would be kernels
+    of their own.
+
+    Args:
+      q: as for `block_sparse_attention`, like all but the next.
+      k: likewise.
+      v: likewise.
+      bitmap: likewise.
+      boundary: int32 `[B, K]`, blocks with an id below it are left out; None for none.
+      scale: likewise.
+      implementation: likewise.
+
+    Returns:
+      `out` float32 `[B, N, H]`, `lse` float32 `[B, N]`, and int32 `[B, K]`, the blocks that were
+      read, once for all heads of a group.
+
+    Raises:
+      ValueError: if the shapes or dtypes do not fit together.
+      UnsupportedImplementationError: if no implementation asked for works here.
+    """
     _check(q, k, v, bitmap)
     # On an H100 both read pinned memory equally fast, but Triton is faster over device memory.
     candidates = {
@@ -63,10 +106,10 @@ def block_sparse_attention(
         "mosaic": _mosaic,
         "triton_mma": _triton_mma,
         "wgmma": _wgmma,
-        "xla": _block_sparse_attention_xla,
+        "xla": _xla,
     }
     return dispatch(  # type: ignore[no-any-return]
-        "block_sparse_attention", implementation, candidates, q, k, v, bitmap, scale=scale
+        "block_sparse_attention", implementation, candidates, q, k, v, bitmap, boundary, scale=scale
     )
 
 
@@ -164,33 +207,79 @@ def _attend(
     )
 
 
-def _triton(
-    q: jax.Array, k: jax.Array, v: jax.Array, bitmap: jax.Array, *, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    from pallas_kernels.block_sparse_triton import block_sparse_attention_triton
+def _xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bitmap: jax.Array,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    bitmap, blocks = _cut(bitmap, boundary, k.shape[1])
+    return *_block_sparse_attention_xla(q, k, v, bitmap, scale=scale), blocks
 
-    return block_sparse_attention_triton(q, k, v, bitmap, scale=scale)
+
+def _triton(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bitmap: jax.Array,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    from pallas_kernels.block_sparse_triton import share_attention_triton
+
+    return share_attention_triton(q, k, v, bitmap, boundary, scale=scale)
 
 
 def _mosaic(
-    q: jax.Array, k: jax.Array, v: jax.Array, bitmap: jax.Array, *, scale: float
-) -> tuple[jax.Array, jax.Array]:
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bitmap: jax.Array,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     from pallas_kernels.block_sparse_mosaic import block_sparse_attention_mosaic
 
-    return block_sparse_attention_mosaic(q, k, v, bitmap, scale=scale)
+    bitmap, blocks = _cut(bitmap, boundary, k.shape[1])
+    return *block_sparse_attention_mosaic(q, k, v, bitmap, scale=scale), blocks
 
 
 def _triton_mma(
-    q: jax.Array, k: jax.Array, v: jax.Array, bitmap: jax.Array, *, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    from pallas_kernels.block_sparse_triton_mma import block_sparse_attention_triton_mma
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bitmap: jax.Array,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    from pallas_kernels.block_sparse_triton_mma import share_attention_triton_mma
 
-    return block_sparse_attention_triton_mma(q, k, v, bitmap, scale=scale)
+    return share_attention_triton_mma(q, k, v, bitmap, boundary, scale=scale)
 
 
 def _wgmma(
-    q: jax.Array, k: jax.Array, v: jax.Array, bitmap: jax.Array, *, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    from pallas_kernels.block_sparse_wgmma import block_sparse_attention_wgmma
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bitmap: jax.Array,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    from pallas_kernels.block_sparse_wgmma import share_attention_wgmma
 
-    return block_sparse_attention_wgmma(q, k, v, bitmap, scale=scale)
+    return share_attention_wgmma(q, k, v, bitmap, boundary, scale=scale)
+
+
+def _cut(
+    bitmap: jax.Array, boundary: jax.Array | None, num_kv_heads: int
+) -> tuple[jax.Array, jax.Array]:
+    """The bitmap from the boundary on, and how many blocks each task has in it."""
+    bitmap = bitmap if boundary is None else at_or_above(bitmap, boundary)
+    return bitmap, popcount(group_union(bitmap, num_kv_heads))

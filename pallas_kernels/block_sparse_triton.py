@@ -72,11 +72,30 @@ def block_sparse_attention_triton(
     Raises:
       UnsupportedImplementationError: if sizes or platform do not suit Triton.
     """
+    out, lse, _ = share_attention_triton(
+        q, k, v, bitmap, None, scale=scale, tiling=tiling, interpret=interpret
+    )
+    return out, lse
+
+
+def share_attention_triton(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bitmap: jax.Array,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+    tiling: Tiling = TILING,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attends to the blocks from a boundary on; see `pallas_kernels.share_attention`."""
     _, num_kv_heads, num_blocks, block_tokens, head_dim = k.shape
     group = q.shape[1] // num_kv_heads
     _check(head_dim, block_tokens, group, interpret)
-    table = block_table_triton(bitmap, num_kv_heads, num_blocks, interpret)
-    return attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
+    table = block_table_triton(bitmap, num_kv_heads, num_blocks, interpret, boundary=boundary)
+    state = attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
+    return *state, table.total.reshape(-1, num_kv_heads)
 
 
 def attend_to_table(

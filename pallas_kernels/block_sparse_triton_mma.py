@@ -78,6 +78,24 @@ def block_sparse_attention_triton_mma(
     Raises:
       UnsupportedImplementationError: if sizes, dtype or platform do not suit the kernel.
     """
+    out, lse, _ = share_attention_triton_mma(
+        q, k, v, bitmap, None, scale=scale, tiling=tiling, interpret=interpret
+    )
+    return out, lse
+
+
+def share_attention_triton_mma(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bitmap: jax.Array,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+    tiling: Tiling = TILING,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attends to the blocks from a boundary on; see `pallas_kernels.share_attention`."""
     _, num_kv_heads, num_blocks, block_tokens, head_dim = k.shape
     if not interpret and target_platform() != "gpu":
         raise UnsupportedImplementationError(
@@ -88,8 +106,9 @@ def block_sparse_attention_triton_mma(
             f"expected bfloat16 keys and values, got {k.dtype}; use 'triton'"
         )
     _check_sizes(head_dim, block_tokens, q.shape[1] // num_kv_heads)
-    table = block_table_triton(bitmap, num_kv_heads, num_blocks, interpret)
-    return attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
+    table = block_table_triton(bitmap, num_kv_heads, num_blocks, interpret, boundary=boundary)
+    state = attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
+    return *state, table.total.reshape(-1, num_kv_heads)
 
 
 def _check_sizes(head_dim: int, block_tokens: int, group: int) -> None:

@@ -86,6 +86,24 @@ def block_sparse_attention_wgmma(
     Raises:
       UnsupportedImplementationError: if sizes, dtype or device do not suit the kernel.
     """
+    out, lse, _ = share_attention_wgmma(
+        q, k, v, bitmap, None, scale=scale, tiling=tiling, interpret=interpret
+    )
+    return out, lse
+
+
+def share_attention_wgmma(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bitmap: jax.Array,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+    tiling: Tiling = TILING,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attends to the blocks from a boundary on; see `pallas_kernels.share_attention`."""
     _, num_kv_heads, num_blocks, block_tokens, head_dim = k.shape
     if interpret is None:
         _check_device()
@@ -94,8 +112,11 @@ def block_sparse_attention_wgmma(
             f"expected bfloat16 keys and values, got {k.dtype}; use 'triton'"
         )
     _check_sizes(head_dim, block_tokens, q.shape[1] // num_kv_heads)
-    table = block_table_triton(bitmap, num_kv_heads, num_blocks, interpret is not None)
-    return attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
+    table = block_table_triton(
+        bitmap, num_kv_heads, num_blocks, interpret is not None, boundary=boundary
+    )
+    state = attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
+    return *state, table.total.reshape(-1, num_kv_heads)
 
 
 def _check_device() -> None:

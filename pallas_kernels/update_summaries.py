@@ -73,7 +73,7 @@ def update_summaries(
     per_row = pl.BlockSpec((1,), lambda task, *_: (task // kv_heads,))
     once = pl.BlockSpec((1,), lambda *_: (0,))
     table = whole_task(rows, 2, head_dim)
-    programs = max(1, min(pl.cdiv(rows, TILE_ROWS), MAX_PROGRAMS // tasks))
+    programs = programs_of_task(tasks, rows)
     summaries = pl.pallas_call(
         functools.partial(_kernel, programs=programs),
         grid=(tasks, programs),
@@ -112,17 +112,55 @@ def _kernel(
     *,
     programs: int,
 ) -> None:
-    """Rescales every row but those of the new blocks; the first program does both to these."""
     del old_ref  # The same memory as the result.
+    update_rows(
+        out_ref,
+        new_ref,
+        shift_ref,
+        first_block_ref[0],
+        num_blocks_ref[0],
+        status_ref[0],
+        pl.program_id(1),
+        programs,
+    )
+
+
+def programs_of_task(tasks: int, rows: int) -> int:
+    """How many programs share the rows of a task."""
+    return max(1, min(pl.cdiv(rows, TILE_ROWS), MAX_PROGRAMS // tasks))
+
+
+def update_rows(
+    out_ref: Any,
+    new_ref: Any,
+    shift_ref: Any,
+    first: jax.Array,
+    num_blocks: jax.Array,
+    status: jax.Array,
+    program: jax.Array,
+    programs: int,
+) -> None:
+    """A program's part of a task, within a kernel.
+
+    It rescales every row but those of the new blocks; the first program does both to these.
+
+    Args:
+      out_ref: int8 `[U, 2, H]`, changed in place.
+      new_ref: int8 `[M, 2, H]`.
+      shift_ref: int32 `[H]`.
+      first: int32 scalar, where the first block goes.
+      num_blocks: int32 scalar, blocks to write.
+      status: int32 scalar; nothing is written unless it is 0.
+      program: int32 scalar, which of the task's programs this is.
+      programs: how many there are.
+    """
     rows, _, head_dim = out_ref.shape
     capacity = rows * 8 // 15
-    program = pl.program_id(1)
     # Triton's arrays have sizes that are powers of two.
     channel = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
     exists = channel < head_dim
     # A scalar `where` of constants would be taken for one of booleans.
-    written = num_blocks_ref[0] * (1 - jnp.clip(status_ref[0], 0, 1))
-    first = first_block_ref[0]
+    written = num_blocks * (1 - jnp.clip(status, 0, 1))
     last = first + written - 1
     shift = jnp.minimum(pltriton.load(shift_ref.at[channel], mask=exists, other=0), 31)
     # Where no block is written no row may change, and where no channel grew none has to.

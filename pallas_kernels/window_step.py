@@ -71,6 +71,7 @@ def window_step(
     exponents: jax.Array,
     lengths: jax.Array,
     active: jax.Array,
+    status: jax.Array,
     *,
     sinks: int,
     least_exponent: int,
@@ -89,6 +90,7 @@ def window_step(
       exponents: int32 `[B, K, H]`, powers of two that scale the summaries, `least_exponent` to 126.
       lengths: int32 `[B]`, tokens before this one.
       active: bool `[B]`; other rows stay as they are.
+      status: int32 `[1]`; unless it is 0 all rows stay as they are.
       sinks: first slots, that never leave.
       least_exponent: of a channel whose keys are all zero.
       scale: multiplies `q . k`.
@@ -110,6 +112,7 @@ def window_step(
         return pl.BlockSpec((None, *shape), lambda task, _: (task,) + (0,) * len(shape))
 
     row = pl.BlockSpec((1,), lambda task, _: (task // kv_heads,))
+    once = pl.BlockSpec((1,), lambda task, _: (0,))
     channels, window = whole_task(head_dim), whole_task(slots, head_dim)
     block = whole_task(BLOCK_TOKENS, head_dim)
 
@@ -127,7 +130,7 @@ def window_step(
             _kernel, group=group, sinks=sinks, least_exponent=least_exponent, scale=scale
         ),
         grid=(tasks, group + 1),
-        in_specs=[of_head, channels, channels, window, window, channels, row, row],
+        in_specs=[of_head, channels, channels, window, window, channels, row, row, once],
         out_specs=[
             of_head,
             pl.BlockSpec((None, 1), lambda task, i: (task, head_of(i))),
@@ -159,6 +162,7 @@ def window_step(
         exponents.reshape(tasks, head_dim),
         lengths.astype(jnp.int32),
         active.astype(jnp.int32),
+        status,
     )
     out, lse, window_k, window_v, block_k, block_v, summaries, grown, shift, num_blocks = found
     heads = (batch, kv_heads)
@@ -185,6 +189,7 @@ def _kernel(
     exponents_ref: Any,
     lengths_ref: Any,
     active_ref: Any,
+    status_ref: Any,
     out_ref: Any,
     lse_ref: Any,
     k_ref: Any,
@@ -209,7 +214,9 @@ def _kernel(
     ring = slots - sinks
     channel = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
     in_head = channel < head_dim
-    length, active = lengths_ref[0], active_ref[0]
+    length = lengths_ref[0]
+    # A scalar `where` of constants would be taken for one of booleans.
+    active = active_ref[0] * (1 - jnp.clip(status_ref[0], 0, 1))
     first = _on_host(length, sinks, ring)
     num_blocks = jax.lax.div(_on_host(length + active, sinks, ring) - first, BLOCK_TOKENS)
     newest = jax.lax.rem(jnp.maximum(length - sinks, 0), ring)

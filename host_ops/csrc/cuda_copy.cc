@@ -13,15 +13,9 @@ constexpr unsigned kThreads = 512;
 constexpr uint64_t kMaxBlocks = 8;
 constexpr uint64_t kUnitWords = 4;
 
-// Copies the entries of a table, a thread 16 bytes at a time. Loads are volatile, because the host
-// writes between kernels, and all of a thread's come before its stores, because each takes as long
-// as the way over the bus.
-#define FLUXION_COPY(TABLE, UNITS, LABEL)                \
-  "  ld.param.u32 %units, [" UNITS "];\n"                \
-  "  mov.u32 %unit, %first;\n"                           \
-  LABEL "_next:\n"                                       \
-  "  setp.ge.u32 %skip, %unit, %units;\n"                \
-  "  @%skip bra " LABEL "_end;\n"                        \
+// Where a thread's unit of a table's entries comes from and goes to; a unit is 16 bytes or what is
+// left of an entry.
+#define FLUXION_FIND(TABLE, LABEL)                       \
   "  mov.u32 %left, %unit;\n"                            \
   "  mov.u64 %entry, " TABLE ";\n"                       \
   LABEL "_find:\n"                                       \
@@ -41,7 +35,11 @@ constexpr uint64_t kUnitWords = 4;
   "  add.u64 %to, %to, %offset;\n"                       \
   "  add.u64 %from, %from, %offset;\n"                   \
   "  mul.wide.u32 %offset, %left, 4;\n"                  \
-  "  sub.u64 %rest, %words, %offset;\n"                  \
+  "  sub.u64 %rest, %words, %offset;\n"
+
+// Copies that unit. Loads are volatile, because the host writes between kernels, and all of a
+// thread's come before its stores, because each takes as long as the way over the bus.
+#define FLUXION_MOVE(LABEL)                              \
   "  or.b64 %offset, %to, %from;\n"                      \
   "  and.b64 %offset, %offset, 15;\n"                    \
   "  setp.ne.u64 %skip, %offset, 0;\n"                   \
@@ -64,17 +62,19 @@ constexpr uint64_t kUnitWords = 4;
   "  @%third st.global.u32 [%to+8], %c;\n"               \
   "  @%fourth st.global.u32 [%to+12], %d;\n"             \
   LABEL "_step:\n"                                       \
-  "  add.u32 %unit, %unit, %step;\n"                     \
-  "  bra " LABEL "_next;\n"                              \
-  LABEL "_end:\n"
+  "  add.u32 %unit, %unit, %step;\n"
 
 // One exchange with the host: copies the operands; the last block to have done so writes `value` to
-// the word at `signalled`; the first block waits until the word at `awaited` has reached `value`, by
-// difference, and tells the others, which do not ask the host's memory themselves; then the results
-// are copied. Either address may be 0. The tables are CudaCopies::items, and a unit is 16 bytes or
-// what is left of an entry. `turn` differs from one kernel of a stream to the next. Each stream loads
-// a module of its own, so the kernels that share `finished` and `released` run one after another.
-// The driver compiles this for the device at hand.
+// the word at `signalled`; every block with results to copy waits until the word at `awaited` has
+// reached `value`, by difference, and copies its own. Either address may be 0. The tables are
+// CudaCopies::items. Operands behind the first `open_units` are cut into as many rows as there are
+// words at `gate`, and a row is copied if its word is not 0; if all are 0, blocks without other
+// units have no part in the signal. Each stream loads a module of its own, so the kernels that share
+// `finished` run one after another. The driver compiles this for the device at hand.
+//
+// One fence of the system makes all blocks' copies visible to the host: releases are cumulative. A
+// block's threads are ordered before its first one by the barrier, that one before the last block's
+// by the count, and the last block's store releases all that is before it.
 constexpr char kKernel[] =
     R"(
 .version 6.4
@@ -82,93 +82,149 @@ constexpr char kKernel[] =
 .address_size 64
 
 .global .align 4 .u32 finished = 0;
-.global .align 4 .u32 released = 0;
 
 .visible .entry fluxion_exchange(
   .param .align 8 .b8 operands[384],
   .param .align 8 .b8 results[384],
   .param .u32 operand_units,
+  .param .u32 open_units,
   .param .u32 result_units,
+  .param .u32 gate_words,
+  .param .u64 gate,
   .param .u64 signalled,
   .param .u64 awaited,
-  .param .u32 value,
-  .param .u32 turn)
+  .param .u32 value)
 {
-  .reg .pred %skip, %second, %third, %fourth;
-  .reg .b32 %block, %blocks, %thread, %threads, %first, %step, %unit, %units, %left, %inside;
-  .reg .b32 %a, %b, %c, %d, %value, %turn, %word, %last, %before;
-  .reg .b64 %entry, %to, %from, %words, %rest, %offset, %signalled, %awaited;
+  .reg .pred %skip, %second, %third, %fourth, %open, %alone;
+  .reg .b32 %block, %blocks, %thread, %threads, %own, %first, %step, %unit, %units, %left, %inside;
+  .reg .b32 %open_units, %rows, %row, %a, %b, %c, %d, %value, %word, %last, %before;
+  .reg .b64 %entry, %to, %from, %words, %rest, %offset, %gate, %signalled, %awaited;
 
   mov.u32 %block, %ctaid.x;
   mov.u32 %blocks, %nctaid.x;
   mov.u32 %thread, %tid.x;
   mov.u32 %threads, %ntid.x;
-  mad.lo.u32 %first, %block, %threads, %thread;
+  mul.lo.u32 %own, %block, %threads;
+  add.u32 %first, %own, %thread;
   mul.lo.u32 %step, %blocks, %threads;
   ld.param.u64 %signalled, [signalled];
   ld.param.u64 %awaited, [awaited];
   ld.param.u32 %value, [value];
-  ld.param.u32 %turn, [turn];
-)" FLUXION_COPY("operands", "operand_units", "operand") R"(
+
+  ld.param.u32 %units, [operand_units];
+  ld.param.u32 %open_units, [open_units];
+  ld.param.u32 %rows, [gate_words];
+  ld.param.u64 %gate, [gate];
+  setp.eq.u64 %skip, %gate, 0;
+  @%skip bra gate_end;
+  mov.u32 %word, 0;
+  mov.u32 %unit, %thread;
+gate_next:
+  setp.ge.u32 %skip, %unit, %rows;
+  @%skip bra gate_seen;
+  mul.wide.u32 %offset, %unit, 4;
+  add.u64 %from, %gate, %offset;
+  ld.volatile.global.u32 %a, [%from];
+  or.b32 %word, %word, %a;
+  add.u32 %unit, %unit, %threads;
+  bra gate_next;
+gate_seen:
+  setp.ne.u32 %open, %word, 0;
+  bar.red.or.pred %open, 0, %open;
+  @%open bra gate_end;
+  mov.u32 %units, %open_units;
+gate_end:
+
+  mov.u32 %unit, %first;
+operand_next:
+  setp.ge.u32 %skip, %unit, %units;
+  @%skip bra operand_end;
+)" FLUXION_FIND("operands", "operand") FLUXION_MOVE("operand") R"(
+  bra operand_next;
+operand_end:
+
   setp.eq.u64 %skip, %signalled, 0;
   @%skip bra signal_end;
+  setp.eq.u32 %alone, %block, 0;
+  setp.ge.u32 %skip, %own, %units;
+  @%alone bra signal;
+  @%skip bra signal_end;
+signal:
   bar.sync 0;
   setp.ne.u32 %skip, %thread, 0;
   @%skip bra signal_end;
-  membar.sys;
-  sub.u32 %last, %blocks, 1;
+  add.u32 %last, %units, %threads;
+  sub.u32 %last, %last, 1;
+  div.u32 %last, %last, %threads;
+  min.u32 %last, %last, %blocks;
+  setp.le.u32 %alone, %last, 1;
+  @%alone bra signal_now;
+  sub.u32 %last, %last, 1;
   atom.acq_rel.gpu.global.inc.u32 %before, [finished], %last;
   setp.ne.u32 %skip, %before, %last;
   @%skip bra signal_end;
+signal_now:
   st.release.sys.global.u32 [%signalled], %value;
 signal_end:
 
   setp.eq.u64 %skip, %awaited, 0;
   @%skip bra end;
+  ld.param.u32 %units, [result_units];
+  setp.eq.u32 %alone, %block, 0;
+  setp.ge.u32 %skip, %own, %units;
+  @%alone bra wait;
+  @%skip bra end;
+wait:
+  mov.u32 %unit, %first;
+  setp.ge.u32 %skip, %unit, %units;
+  @%skip bra result_known;
+)" FLUXION_FIND("results", "result") R"(
+result_known:
   setp.ne.u32 %skip, %thread, 0;
   @%skip bra reached;
-  setp.ne.u32 %skip, %block, 0;
-  @%skip bra told;
 asked:
   ld.acquire.sys.global.u32 %word, [%awaited];
   sub.s32 %word, %word, %value;
-  setp.ge.s32 %skip, %word, 0;
-  @%skip bra tell;
-  nanosleep.u32 50;
-  bra asked;
-tell:
-  st.release.gpu.global.u32 [released], %turn;
-  bra reached;
-told:
-  ld.acquire.gpu.global.u32 %word, [released];
-  setp.eq.u32 %skip, %word, %turn;
-  @%skip bra reached;
-  nanosleep.u32 50;
-  bra told;
+  setp.lt.s32 %skip, %word, 0;
+  @%skip bra asked;
 reached:
   bar.sync 0;
-)" FLUXION_COPY("results", "result_units", "result") R"(
+result_next:
+  setp.ge.u32 %skip, %unit, %units;
+  @%skip bra end;
+)" FLUXION_MOVE("result") R"(
+  setp.ge.u32 %skip, %unit, %units;
+  @%skip bra end;
+)" FLUXION_FIND("results", "result_after") R"(
+  bra result_next;
 end:
   ret;
 }
 )";
-#undef FLUXION_COPY
+#undef FLUXION_FIND
+#undef FLUXION_MOVE
 static_assert(sizeof(CudaCopies::items) == 384, "the size of the kernel's tables");
 
-bool is_small(const CudaCopy& copy) { return copy.words < kLargeWords; }
-
-// What the kernel copies.
-CudaCopies small_ones(const CudaCopies& copies) {
-  CudaCopies small;
-  for (int i = 0; i < copies.count; ++i) {
-    if (is_small(copies.items[i])) small.items[small.count++] = copies.items[i];
-  }
-  return small;
+// Whether the kernel copies an entry: the driver cannot leave out rows.
+bool is_ours(const CudaCopies& copies, int i) {
+  return copies.items[i].words < kLargeWords || (copies.gate != 0 && i >= copies.open);
 }
 
-uint32_t units_of(const CudaCopies& copies) {
-  uint64_t units = 0;
+CudaCopies ours_of(const CudaCopies& copies) {
+  CudaCopies ours;
+  ours.gate = copies.gate;
+  ours.gate_words = copies.gate_words;
   for (int i = 0; i < copies.count; ++i) {
+    if (!is_ours(copies, i)) continue;
+    if (i < copies.open) ++ours.open;
+    ours.items[ours.count++] = copies.items[i];
+  }
+  return ours;
+}
+
+uint32_t units_of(const CudaCopies& copies, int count) {
+  uint64_t units = 0;
+  for (int i = 0; i < count; ++i) {
     units += (copies.items[i].words + kUnitWords - 1) / kUnitWords;
   }
   return static_cast<uint32_t>(units);
@@ -178,7 +234,7 @@ int copy_by_driver(const CudaDriver& driver, CudaDriver::Stream stream, const Cu
                    bool all) {
   for (int i = 0; i < copies.count; ++i) {
     const CudaCopy& copy = copies.items[i];
-    if (!all && is_small(copy)) continue;
+    if (!all && is_ours(copies, i)) continue;
     const int error = driver.copy(copy.to, copy.from, 4 * copy.words, stream);
     if (error != 0) return error;
   }
@@ -187,15 +243,16 @@ int copy_by_driver(const CudaDriver& driver, CudaDriver::Stream stream, const Cu
 
 int launch(const CudaDriver& driver, CudaDriver::Function kernel, CudaDriver::Stream stream,
            const CudaCopies& operands, const CudaCopies& results, CudaSignal signal) {
-  CudaCopies in = small_ones(operands);
-  CudaCopies out = small_ones(results);
-  uint32_t in_units = units_of(in);
-  uint32_t out_units = units_of(out);
+  CudaCopies in = ours_of(operands);
+  CudaCopies out = ours_of(results);
+  uint32_t in_units = units_of(in, in.count);
+  uint32_t open_units = in.gate == 0 ? in_units : units_of(in, in.open);
+  uint32_t out_units = units_of(out, out.count);
   if (in_units == 0 && signal.signalled == 0 && signal.awaited == 0) return 0;
   const uint64_t threads = std::max<uint64_t>({in_units, out_units, 1});
   const uint64_t blocks = std::min((threads + kThreads - 1) / kThreads, kMaxBlocks);
-  void* arguments[] = {in.items,          out.items,       &in_units,     &out_units,
-                       &signal.signalled, &signal.awaited, &signal.value, &signal.turn};
+  void* arguments[] = {in.items,       out.items, &in_units,         &open_units,     &out_units,
+                       &in.gate_words, &in.gate,  &signal.signalled, &signal.awaited, &signal.value};
   return driver.launch_kernel(kernel, static_cast<unsigned>(blocks), 1, 1, kThreads, 1, 1, 0,
                               stream, arguments, nullptr);
 }

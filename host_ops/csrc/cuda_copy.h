@@ -25,12 +25,24 @@ struct CudaCopy {
 struct CudaCopies {
   CudaCopy items[kMaxCopies] = {};
   int count = 0;
+  int open = 0;             // Of them, those added before the gate.
+  uint64_t gate = 0;        // Words of the device's memory; 0 for none.
+  uint32_t gate_words = 0;
 
   // `bytes` is a multiple of 4. Nothing to copy is left out.
   void add(void* to, const void* from, int64_t bytes) {
     if (bytes == 0) return;
     items[count++] = {reinterpret_cast<uint64_t>(to), reinterpret_cast<uint64_t>(from),
                       static_cast<uint64_t>(bytes) / 4};
+  }
+
+  // What is added from here on has as many rows as there are words, of a multiple of 16 bytes each,
+  // and need not be copied where a row's word is 0 when the stream gets there: the kernel leaves it
+  // out, the driver does not.
+  void add_gate(const void* words, int64_t count_of_words) {
+    open = count;
+    gate = reinterpret_cast<uint64_t>(words);
+    gate_words = static_cast<uint32_t>(count_of_words);
   }
 };
 
@@ -46,7 +58,6 @@ struct CudaSignal {
   uint64_t signalled = 0;  // Written once the operands have been copied.
   uint64_t awaited = 0;    // Waited for, until it has reached `value` by difference.
   uint32_t value = 0;
-  uint32_t turn = 0;       // Another one for each kernel of a stream.
 };
 
 // Copies operands, signals, waits, and copies results, all by one kernel, which must not be null and

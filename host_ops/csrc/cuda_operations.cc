@@ -9,16 +9,17 @@ int64_t padded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * k
 
 // The arrays of each call to be staged, with their sizes in bytes.
 
+// Where blocks go comes first: what they are is not looked at in rows that write none.
 template <typename Each>
 void each_flush(const Geometry& g, FlushView& flush, Each&& each) {
   const int64_t tasks = g.batch * g.kv_heads;
   const int64_t block_bytes = g.block_elements() * element_bytes(g.dtype);
+  each(flush.first_block, g.batch * 4);
+  each(flush.num_blocks, g.batch * 4);
   each(flush.k, tasks * flush.capacity * block_bytes);
   each(flush.v, tasks * flush.capacity * block_bytes);
   each(flush.summaries, tasks * flush.capacity * 2 * g.head_dim);
   each(flush.shift, tasks * g.head_dim * 4);
-  each(flush.first_block, g.batch * 4);
-  each(flush.num_blocks, g.batch * 4);
 }
 
 template <typename Each>
@@ -37,14 +38,18 @@ void each_operand(SubmitCall& call, Each&& each) {
   const int64_t tasks = g.batch * g.kv_heads;
   const int64_t rows = g.batch * g.heads;
   each(call.work.q, rows * g.head_dim * 4);
+  each(call.work.host_blocks, g.batch * 4);
+  each(call.work.boundary, tasks * 4);
+  each(call.work.status, 4);
+  each(call.cancel, 4);
+  if (call.work.bitmap != nullptr) {
+    each(call.work.bitmap, rows * g.words() * 4);
+    return;
+  }
   each(call.work.q8, rows * g.head_dim);
   each(call.work.granularity, tasks * 4);
   each(call.work.k_units, rows * 4);
   each(call.work.shared, tasks * 4);
-  each(call.work.host_blocks, g.batch * 4);
-  each(call.work.boundary, tasks * 4);
-  each(call.cancel, 4);
-  each(call.work.bitmap, rows * g.words() * 4);
 }
 
 template <typename Each>
@@ -70,6 +75,16 @@ void each_result(CollectCall& call, Each&& each) {
   each(call.out.blocks_read, tasks * 4);
   each(call.out.units_scanned, tasks * 4);
   each(call.out.selection, rows * g.words() * 4);
+}
+
+// Whether the operands behind this one are looked at only in the rows where it is not 0. In a step a
+// block leaves few rows, while prefill writes to nearly all.
+template <typename Call>
+bool is_gate(const Call&, const void*) {
+  return false;
+}
+bool is_gate(const CollectCall& call, const void* operand) {
+  return operand == call.flush.num_blocks;
 }
 
 // A call whose arrays lie in the staging memory of an exchange, with the copies to and from there.
@@ -106,6 +121,7 @@ Staged<Call> stage(CudaStream& stream, const Call& call) {
     if (field == nullptr) return;
     const void* const device = field;
     staged.operands.add(place(field, size), device, size);
+    if (is_gate(call, device)) staged.operands.add_gate(device, size / 4);
   });
   each_result(staged.call, [&](auto*& field, int64_t size) {
     if (field == nullptr) return;

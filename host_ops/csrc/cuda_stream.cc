@@ -192,7 +192,6 @@ int CudaStream::exchange_by_kernel(Exchange* exchange, const CudaCopies& operand
   signal.signalled = address(exchange->go);
   signal.awaited = exchange->waits ? address(exchange->done) : 0;
   signal.value = exchange->generation;
-  signal.turn = ++turn_;
   const int error =
       enqueue_exchange(*driver_, copy_kernel_, stream_, operands, results, signal);
   if (error != 0) exchange->refused.store(true, std::memory_order_release);

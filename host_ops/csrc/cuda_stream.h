@@ -102,7 +102,6 @@ class CudaStream {
   CudaDriver::Function copy_kernel_ = nullptr;
   uint32_t first_generation_ = 0;
   std::mutex enqueue_mutex_;        // Keeps the order of the stream that of the queue.
-  uint32_t turn_ = 0;               // Guarded by it.
   mutable std::mutex mutex_;        // Guards the rest; never held while CUDA is called.
   std::condition_variable wake_;
   std::condition_variable idle_;

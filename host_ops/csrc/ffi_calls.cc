@@ -134,6 +134,7 @@ SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float 
   work.host_blocks = as<int32_t>(in.arg("host_blocks", DataType::S32, {g.batch}));
   work.boundary = as<int32_t>(in.arg("boundary", DataType::S32, {g.batch, g.kv_heads}));
   call.cancel = as<int32_t>(in.arg("cancel", DataType::S32, {1}));
+  work.status = as<int32_t>(in.arg("status", DataType::S32, {1}));
   if (has_summaries) read_summaries(in, g, call.rows, &call.cache);
   if (has_bitmap) {
     work.bitmap =

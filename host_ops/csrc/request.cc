@@ -17,10 +17,14 @@ void copy_array(std::vector<T>* to, const T* from, int64_t count) {
   to->assign(from, from + count);
 }
 
+// Whether the step has failed before, in another layer.
+bool failed(const WorkView& work) { return work.status != nullptr && *work.status != 0; }
+
 }  // namespace
 
 uint32_t Request::validate(const WorkView& work) const {
   const Geometry& g = geometry_;
+  if (failed(work)) return kOk;
   for (int64_t b = 0; b < g.batch; ++b) {
     if (work.host_blocks[b] < 0 || work.host_blocks[b] > g.blocks) return kInvalid;
     if (work.host_blocks[b] == 0 || work.bitmap != nullptr) continue;
@@ -36,16 +40,18 @@ uint32_t Request::validate(const WorkView& work) const {
 void Request::copy_queries(const WorkView& work) {
   const int64_t elements = geometry_.batch * geometry_.heads * geometry_.head_dim;
   copy_array(&q_, work.q, elements);
-  copy_array(&q8_, work.q8, elements);
+  if (!has_bitmap_) copy_array(&q8_, work.q8, elements);
 }
 
 void Request::copy_numbers(const WorkView& work) {
   const Geometry& g = geometry_;
+  copy_array(&host_blocks_, work.host_blocks, g.batch);
+  copy_array(&boundary_, work.boundary, g.batch * g.kv_heads);
+  if (failed(work)) std::fill(host_blocks_.begin(), host_blocks_.end(), 0);
+  if (has_bitmap_) return;
   copy_array(&granularity_, work.granularity, g.batch * g.kv_heads);
   copy_array(&k_units_, work.k_units, g.batch * g.heads);
   copy_array(&shared_, work.shared, g.batch * g.kv_heads);
-  copy_array(&host_blocks_, work.host_blocks, g.batch);
-  copy_array(&boundary_, work.boundary, g.batch * g.kv_heads);
 }
 
 // Copies the given selection of a group, cut at the host blocks.
@@ -84,7 +90,7 @@ void Request::fetch_operands(const Geometry& g, const WorkView& work) {
   fetch(work.shared, 4 * tasks);
   if (static_cast<int64_t>(q_.size()) < rows * g.head_dim) return;
   for (auto& task : tasks_) fetch_to_write(task.get(), sizeof(Task));
-  fetch(work.q8, std::min(rows * g.head_dim, kFetchedBytes));
+  if (work.bitmap == nullptr) fetch(work.q8, std::min(rows * g.head_dim, kFetchedBytes));
   fetch_copies();
 }
 
@@ -95,7 +101,7 @@ void Request::fetch_copies() const {
     fetch(numbers->data(), 4 * static_cast<int64_t>(numbers->size()));
   }
   const int64_t elements = static_cast<int64_t>(q_.size());
-  fetch(q8_.data(), std::min(elements, kFetchedBytes));
+  fetch(q8_.data(), std::min(static_cast<int64_t>(q8_.size()), kFetchedBytes));
   fetch(q_.data(), std::min(4 * elements, kFetchedBytes));
 }
 

@@ -78,7 +78,9 @@ struct WorkView {
   const int32_t* host_blocks = nullptr;   // [B]
   const int32_t* boundary = nullptr;      // [B, K]
   int32_t cancel = 0;
-  const uint32_t* bitmap = nullptr;       // [B, N, W], or null when the host selects.
+  const uint32_t* bitmap = nullptr;       // [B, N, W], or null when the host selects; with it q8,
+                                          // granularity, k_units and shared are not looked at.
+  const int32_t* status = nullptr;        // [1], unless it is 0 no row has blocks; null for 0.
 };
 
 // Blocks that leave the resident window.

@@ -199,3 +199,16 @@ def test_equal_inputs_give_equal_bits(implementation):
     first, second = run(implementation, case), run(implementation, case)
     np.testing.assert_array_equal(first.out.view(np.uint32), second.out.view(np.uint32))
     np.testing.assert_array_equal(first.lse.view(np.uint32), second.lse.view(np.uint32))
+
+
+@pytest.mark.parametrize("bitmap", [False, True])
+def test_after_an_error_nothing_is_attended(implementation, bitmap):
+    """The status of earlier layers is no error of this one."""
+    case = random_case(SHAPE, bitmap=bitmap).with_work(boundary=np.full((2, 3), 136))
+    assert np.isfinite(run(implementation, case.with_work(status=[0])).lse).any()
+    found = run(implementation, case.with_work(status=[4]))
+    assert found.status == 0
+    assert np.isneginf(found.lse).all()
+    assert not found.out.any()
+    assert not found.blocks_read.any()
+    assert not found.selection.any()

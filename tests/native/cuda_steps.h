@@ -59,6 +59,7 @@ struct Step {
     call.g = c.g;
     call.cache = c.cache();
     call.work = device.work();
+    call.work.status = &failed;
     call.cancel = &cancel;
     call.scale = c.scale;
     call.tick = device_tick;
@@ -88,6 +89,7 @@ struct Step {
   Case c;
   Case device;
   int32_t cancel = 0;
+  int32_t failed = 0;
   int32_t device_tick[2];
   Result r;
 };

@@ -54,12 +54,26 @@ int launch_kernel(CudaDriver::Function, unsigned, unsigned, unsigned, unsigned, 
   fluxion::CudaCopies operands, results;
   std::memcpy(operands.items, arguments[0], sizeof operands.items);
   std::memcpy(results.items, arguments[1], sizeof results.items);
-  const uint64_t signalled = *static_cast<const uint64_t*>(arguments[4]);
-  const uint64_t awaited = *static_cast<const uint64_t*>(arguments[5]);
-  const uint32_t value = *static_cast<const uint32_t*>(arguments[6]);
+  const uint32_t open_units = *static_cast<const uint32_t*>(arguments[3]);
+  const uint32_t gate_words = *static_cast<const uint32_t*>(arguments[5]);
+  const uint64_t gate = *static_cast<const uint64_t*>(arguments[6]);
+  const uint64_t signalled = *static_cast<const uint64_t*>(arguments[7]);
+  const uint64_t awaited = *static_cast<const uint64_t*>(arguments[8]);
+  const uint32_t value = *static_cast<const uint32_t*>(arguments[9]);
   auto* fake = static_cast<FakeStream*>(stream);
   return push(stream, [=] {
-    for (const CudaCopy& entry : operands.items) copy_bytes(entry.to, entry.from, 4 * entry.words);
+    const auto* words = reinterpret_cast<const uint32_t*>(gate);
+    uint64_t units = 0;
+    for (const CudaCopy& entry : operands.items) {
+      const bool gated = gate != 0 && units >= open_units;
+      units += (entry.words + 3) / 4;
+      const uint32_t rows = gated ? gate_words : 1;
+      const uint64_t bytes = 4 * entry.words / rows;
+      for (uint32_t row = 0; row < rows; ++row) {
+        if (gated && words[row] == 0) continue;
+        copy_bytes(entry.to + row * bytes, entry.from + row * bytes, bytes);
+      }
+    }
     if (signalled != 0) {
       __atomic_store_n(reinterpret_cast<uint32_t*>(signalled), value, __ATOMIC_RELEASE);
     }

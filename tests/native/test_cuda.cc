@@ -1,6 +1,8 @@
 // The operations on a stream of a driver without a device.
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <thread>
 
@@ -200,4 +202,65 @@ TEST(staging_memory_is_reused_once_the_stream_has_got_to_the_next_exchange) {
   bool reused = false;
   for (int i = 0; i < 40; ++i) reused |= on.stream.acquire(64, &problem) == first;
   CHECK(reused);
+}
+
+TEST(only_rows_that_leave_the_window_are_copied) {
+  Device on(CudaSync::kKernels);
+  std::string problem;
+  // Three rows of 32 and of 16 bytes, behind what is always copied.
+  std::vector<int32_t> number{7}, gate(3), wide(24), narrow(12);
+  const std::vector<std::vector<int32_t>> opened = {{0, 0, 0}, {0, 2, 0}, {1, 0, -1}, {1, 1, 1}};
+  for (const auto& words : opened) {
+    gate = words;
+    wide.assign(24, 5);
+    narrow.assign(12, 6);
+    Exchange* exchange = on.stream.acquire(256, &problem);
+    auto* staged = reinterpret_cast<int32_t*>(exchange->staging);
+    std::fill_n(staged, 64, -1);
+    CudaCopies operands;
+    operands.add(staged, number.data(), 4);
+    operands.add(staged + 4, gate.data(), 12);
+    operands.add_gate(gate.data(), 3);
+    operands.add(staged + 8, wide.data(), 96);
+    operands.add(staged + 32, narrow.data(), 48);
+    std::vector<int32_t> seen;
+    const auto work = [&] { seen.assign(staged, staged + 64); };
+    CHECK_EQ(on.stream.enqueue(exchange, operands, work, true, {}), "");
+    on.fake.synchronize();
+    CHECK_EQ(seen[0], 7);
+    for (int row = 0; row < 3; ++row) {
+      CHECK_EQ(seen[4 + row], words[row]);
+      for (int i = 0; i < 8; ++i) CHECK_EQ(seen[8 + 8 * row + i], words[row] != 0 ? 5 : -1);
+      for (int i = 0; i < 4; ++i) CHECK_EQ(seen[32 + 4 * row + i], words[row] != 0 ? 6 : -1);
+    }
+  }
+}
+
+TEST(a_flush_behind_a_gate_is_written_where_there_is_one) {
+  Device on(CudaSync::kKernels);
+  // Slots are reused, so that rows which write nothing find the blocks of earlier steps there.
+  for (int i = 0; i < 40; ++i) {
+    Step step(small_case(i % 3));
+    step.c.num_blocks = {i % 2, i % 3 == 0};
+    step.c.first_block = step.device.first_block = {3, 71};
+    Case want = step.c;
+    const Result wanted = run(want);
+    step.run_on(on);
+    on.fake.synchronize();
+    CHECK(same_bits(step.r, wanted));
+    CHECK(step.c.k == want.k && step.c.v == want.v && step.c.summaries == want.summaries);
+  }
+}
+
+TEST(a_step_that_has_failed_has_no_work_for_the_host) {
+  for (const CudaSync sync : {CudaSync::kMemoryOperations, CudaSync::kKernels}) {
+    Device on(sync);
+    Step step(small_case());
+    step.failed = 4;
+    step.run_on(on);
+    on.fake.synchronize();
+    CHECK_EQ(step.r.status, 0);
+    for (const float lse : step.r.lse) CHECK(std::isinf(lse) && lse < 0);
+    for (const int32_t blocks : step.r.blocks_read) CHECK_EQ(blocks, 0);
+  }
 }

@@ -73,6 +73,29 @@ def check(attend, case: Case, *, out_scale=1.0) -> None:
             )
 
 
+def check_share(attend, case: Case) -> None:
+    """Compares `attend` from some boundaries on with the oracle, and what it says that it read."""
+    batch, num_heads, num_blocks = case.selected.shape
+    kv_heads = case.k.shape[1]
+    boundary = np.resize([-1, 0, 5, 32, num_blocks - 3, num_blocks + 4], (batch, kv_heads))
+    of_head = np.repeat(boundary, num_heads // kv_heads, axis=1)
+    mine = case.selected & (np.arange(num_blocks) >= of_head[..., None])
+    read = []
+
+    def share(q, k, v, bitmap, *, scale):
+        *state, blocks = attend(q, k, v, bitmap, jnp.asarray(boundary, jnp.int32), scale=scale)
+        read.append(blocks)
+        return state
+
+    bitmap = case.bitmap
+    check(
+        lambda q, k, v, _, *, scale: share(q, k, v, bitmap, scale=scale),
+        case._replace(selected=mine),
+    )
+    union = mine.reshape(batch, kv_heads, -1, num_blocks).any(axis=2)
+    np.testing.assert_array_equal(read[0], union.sum(axis=-1))
+
+
 def empty_sets() -> Case:
     """A row without any block, a group without any, and single empty heads in full groups."""
     case = random_case(batch=3, num_kv_heads=2, group=3, num_blocks=35)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_sparse_attention
+from pallas_kernels import block_sparse_attention, share_attention
 from tests.pallas_kernels import cases
 
 ATTEND = jax.jit(
@@ -117,3 +117,10 @@ def test_wrong_shapes_are_refused_with_what_is_expected():
         block_sparse_attention(case.q, case.k, case.v[:, :1], case.bitmap, scale=1.0)
     with pytest.raises(ValueError, match="correct the shapes"):
         block_sparse_attention(case.q, case.k, case.v, case.bitmap[..., :1], scale=1.0)
+
+
+def test_the_share_from_a_boundary_on():
+    share = jax.jit(
+        functools.partial(share_attention, implementation="xla"), static_argnames="scale"
+    )
+    cases.check_share(share, cases.random_case(group=3, num_blocks=72))

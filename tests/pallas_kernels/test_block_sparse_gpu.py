@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import host_ops
-from pallas_kernels import block_sparse_attention
+from pallas_kernels import block_sparse_attention, share_attention
 from tests.pallas_kernels import cases
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +36,13 @@ def test_reads_keys_and_values_from_pinned_memory(implementation, dtype):
         return block_sparse_attention(q, k, v, bitmap, scale=scale, implementation=implementation)
 
     cases.check(lambda q, _k, _v, *rest, **named: attend(q, k, v, *rest, **named), case)
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
+def test_the_share_from_a_boundary_on(implementation):
+    share = jax.jit(share_attention, static_argnames=("scale", "implementation"))
+    case = cases.random_case(group=3, num_blocks=72, head_dim=128, dtype="bfloat16")
+    cases.check_share(functools.partial(share, implementation=implementation), case)
 
 
 @pytest.mark.parametrize("implementation", [*KERNELS, "xla"])

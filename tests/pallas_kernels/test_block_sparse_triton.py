@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import UnsupportedImplementationError, block_sparse_attention
-from pallas_kernels.block_sparse_triton import Tiling, block_sparse_attention_triton
+from pallas_kernels.block_sparse_triton import (
+    Tiling,
+    block_sparse_attention_triton,
+    share_attention_triton,
+)
 from tests.pallas_kernels import cases, lowering
 
 INTERPRETED = jax.jit(
@@ -106,3 +110,10 @@ def test_sizes_that_it_cannot_do_are_refused(head_dim, group, reason):
         block_sparse_attention_triton(
             case.q, case.k, case.v, jnp.asarray(case.bitmap), scale=1.0, interpret=True
         )
+
+
+def test_the_share_from_a_boundary_on():
+    share = jax.jit(
+        functools.partial(share_attention_triton, interpret=True), static_argnames="scale"
+    )
+    cases.check_share(share, cases.random_case(group=3, num_blocks=72))

@@ -16,6 +16,7 @@ from pallas_kernels.block_sparse_triton_mma import (
     Tiling,
     attend_to_table,
     block_sparse_attention_triton_mma,
+    share_attention_triton_mma,
 )
 from pallas_kernels.block_table import block_table
 from tests.pallas_kernels import cases, lowering
@@ -106,6 +107,26 @@ def test_the_table_lists_every_selected_block_once_in_order(interpret):
         np.testing.assert_array_equal(table.heads[task][: len(blocks)], heads)
 
 
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("num_blocks", [40, 2112])
+def test_the_listed_blocks_are_those_from_the_boundary_on(num_blocks, interpret):
+    selected = np.random.default_rng(1).random((2, 6, num_blocks)) < 0.3
+    selected[0, :2] = True
+    # Before the first, on either side of the first word's end, within a word, behind the last.
+    boundary = np.array([[31, 32, -3], [33, 0, num_blocks + 5]])
+    table = block_table_triton(
+        jnp.asarray(cases.oracle.pack(selected)), 3, num_blocks, interpret,
+        boundary=jnp.asarray(boundary, jnp.int32),
+    )  # fmt: skip
+    for task, bits in enumerate(selected.reshape(-1, 2, num_blocks)):
+        bits = bits & (np.arange(num_blocks) >= boundary.ravel()[task])
+        blocks = np.flatnonzero(bits.any(axis=0))
+        assert table.total[task] == len(blocks)
+        np.testing.assert_array_equal(table.block[task][: len(blocks)], blocks)
+        heads = (bits[:, blocks] << np.arange(2)[:, None]).sum(axis=0)
+        np.testing.assert_array_equal(table.heads[task][: len(blocks)], heads)
+
+
 @pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_lowers_for_cuda_without_a_copy_of_the_cache(head_dim, memory_kind):
@@ -149,3 +170,11 @@ def test_what_it_cannot_do_is_refused(head_dim, group, dtype, reason):
         block_sparse_attention_triton_mma(
             case.q, case.k, case.v, case.bitmap, scale=1.0, interpret=True
         )
+
+
+def test_the_share_from_a_boundary_on():
+    share = jax.jit(
+        functools.partial(share_attention_triton_mma, tiling=Tiling(programs=9), interpret=True),
+        static_argnames="scale",
+    )
+    cases.check_share(share, cases.random_case(group=3, num_blocks=72, dtype="bfloat16"))

@@ -63,10 +63,10 @@ def by_xla(cache, q, k_new, v_new, active):
     return state, windows, flush, exponents
 
 
-def by_kernel(step, cache, q, k_new, v_new, active):
+def by_kernel(step, cache, q, k_new, v_new, active, status=0):
     return jax.jit(functools.partial(step, sinks=32, least_exponent=MIN_EXPONENT, scale=SCALE))(
         *(q, k_new, v_new, cache.window_k[0], cache.window_v[0], cache.exponents[0]),
-        *(cache.lengths, active),
+        *(cache.lengths, active, jnp.full(1, status, jnp.int32)),
     )
 
 
@@ -138,6 +138,19 @@ def test_faults_stay_where_they_are(step):
     assert np.asarray(got.summaries)[0, 0, 0, :, 5].tolist() == [-127, 127]
 
 
+@pytest.mark.parametrize("step", EXECUTIONS)
+@pytest.mark.parametrize("status", [1, 36])
+def test_after_an_error_all_rows_stay_as_they_are(step, status):
+    arguments = operands("float32", 64, 2)
+    cache = arguments[0]
+    got = by_kernel(step, *arguments, jnp.ones(len(LENGTHS), bool), status)
+    assert np.isneginf(np.asarray(got.lse)).all()
+    assert not np.asarray(got.num_blocks).any()
+    np.testing.assert_array_equal(got.window_k, cache.window_k[0])
+    np.testing.assert_array_equal(got.window_v, cache.window_v[0])
+    np.testing.assert_array_equal(got.exponents, cache.exponents[0])
+
+
 def test_is_one_kernel_on_a_gpu():
     cache, q, k_new, v_new = operands("bfloat16", 128, 4)
     arrays = (q, k_new, v_new, cache.window_k[0], cache.window_v[0], cache.exponents[0])
@@ -145,6 +158,7 @@ def test_is_one_kernel_on_a_gpu():
         functools.partial(window_step, sinks=32, least_exponent=-60, scale=SCALE),
         *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, cache.lengths)),
         jax.ShapeDtypeStruct(cache.lengths.shape, jnp.bool_),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
     )
     assert text.count("xla.gpu.triton") == 1
 
@@ -157,7 +171,7 @@ def test_is_refused_without_a_gpu():
     ):
         window_step(
             *(q, k_new, v_new, cache.window_k[0], cache.window_v[0], cache.exponents[0]),
-            *(cache.lengths, cache.active),
+            *(cache.lengths, cache.active, cache.status),
             sinks=32,
             least_exponent=-60,
             scale=SCALE,

@@ -307,7 +307,7 @@ def test_an_implementation_that_cannot_be_used(model, intact, monkeypatch):
     def refuse(*args, **kwargs):
         raise pallas_kernels.UnsupportedImplementationError("triton: too old")
 
-    monkeypatch.setattr(pallas_kernels, "block_sparse_attention", refuse)
+    monkeypatch.setattr(pallas_kernels, "share_attention", refuse)
     refused(
         fx.UnsupportedError,
         "triton: too old",

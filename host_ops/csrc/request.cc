@@ -85,9 +85,11 @@ void Request::fetch_operands(const Geometry& g, const WorkView& work) {
   fetch_to_write(this, sizeof(Request));
   fetch(work.host_blocks, 4 * g.batch);
   fetch(work.boundary, 4 * tasks);
-  fetch(work.granularity, 4 * tasks);
-  fetch(work.k_units, 4 * rows);
-  fetch(work.shared, 4 * tasks);
+  if (work.bitmap == nullptr) {
+    fetch(work.granularity, 4 * tasks);
+    fetch(work.k_units, 4 * rows);
+    fetch(work.shared, 4 * tasks);
+  }
   if (static_cast<int64_t>(q_.size()) < rows * g.head_dim) return;
   for (auto& task : tasks_) fetch_to_write(task.get(), sizeof(Task));
   if (work.bitmap == nullptr) fetch(work.q8, std::min(rows * g.head_dim, kFetchedBytes));

@@ -60,6 +60,7 @@ struct Step {
     call.cache = c.cache();
     call.work = device.work();
     call.work.status = &failed;
+    call.work.bitmap = bitmap;
     call.cancel = &cancel;
     call.scale = c.scale;
     call.tick = device_tick;
@@ -90,6 +91,7 @@ struct Step {
   Case device;
   int32_t cancel = 0;
   int32_t failed = 0;
+  const uint32_t* bitmap = nullptr;
   int32_t device_tick[2];
   Result r;
 };

@@ -264,3 +264,28 @@ TEST(a_step_that_has_failed_has_no_work_for_the_host) {
     for (const int32_t blocks : step.r.blocks_read) CHECK_EQ(blocks, 0);
   }
 }
+
+// Then the host ranks nothing, and what it would rank by stays where it is.
+TEST(a_stream_hands_over_a_selection_made_elsewhere) {
+  for (const CudaSync sync : {CudaSync::kMemoryOperations, CudaSync::kKernels}) {
+    Device on(sync);
+    for (int i = 0; i < 3; ++i) {
+      Step step(small_case());
+      // On the whole of what is to be read.
+      std::vector<uint32_t> bitmap(step.c.g.batch * step.c.g.heads * step.c.g.words(), 0xffffffffu);
+      step.bitmap = bitmap.data();
+      Case want = step.c;
+      WorkView work = want.work();
+      work.bitmap = bitmap.data();
+      int32_t tick[2];
+      submit(want.g, work, want.cache(), want.scale, tick);
+      const Result wanted = collect_tick(want, tick);
+      step.run_on(on);
+      on.fake.synchronize();
+      CHECK_EQ(step.r.status, 0);
+      CHECK(same_bits(step.r, wanted));
+      CHECK(std::any_of(step.r.blocks_read.begin(), step.r.blocks_read.end(),
+                        [](int32_t blocks) { return blocks > 0; }));
+    }
+  }
+}

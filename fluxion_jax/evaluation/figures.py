@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ def depth_figure(report: dict[str, Any]) -> Any:
     figure = require_matplotlib().Figure(
         figsize=(1.6 + 2.6 * columns, 0.9 + 3.2 * rows), layout="constrained", dpi=150
     )
-    figure.suptitle(f"Answers found by depth: {tasks}", fontsize=11, x=0.01, ha="left")
+    title = textwrap.fill(f"Answers found by depth: {tasks}", width=30 * columns)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(policies) :]:
         axes.set_axis_off()
@@ -88,6 +90,17 @@ def quality_figure(report: dict[str, Any]) -> Any:
             axes.set_title(f"{length} tokens", fontsize=10, loc="left")
             axes.set_xlabel("MiB of the host cache read per token", fontsize=8)
         panels[0].set_ylabel(name, fontsize=9)
+    # Below all panels: a table of dozens of policies leaves no room within one.
+    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+    columns = max(1, 2 * len(lengths))
+    figure.legend(
+        lines.values(),
+        lines.keys(),
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        fontsize=7,
+    )
     return figure
 
 
@@ -128,7 +141,6 @@ def _quality_panel(axes: Any, rows: Sequence[dict[str, Any]], value: str, factor
     axes.tick_params(labelsize=8, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e7eb", linewidth=0.8)
-    axes.legend(frameon=False, fontsize=6.5)
 
 
 def _kind(policy: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from fluxion_jax.compilations import compilations
 from fluxion_jax.errors import ConfigError, UnsupportedError
 from fluxion_jax.evaluation import branch_attention, branch_sketch
 from fluxion_jax.evaluation.branch_attention import Past
-from fluxion_jax.evaluation.branches import _read_prefix, run_branches
+from fluxion_jax.evaluation.branches import read_prefix, run_branches
 from fluxion_jax.evaluation.oracle import ladder, oracle_plan
 from fluxion_jax.policy import parse_policy
 from tests.generation import tiny
@@ -285,7 +285,7 @@ class TestSketchedPolicies:
             ids[row, : len(prompt) - 1] = prompt[:-1]
         capacity = cache.num_host_blocks
         graph, params = nnx.split(model)
-        layers = _read_prefix(
+        layers = read_prefix(
             graph, params, jnp.asarray(ids), lengths, layout, capacity, tiny.CHUNK_TOKENS
         )
         blocks = host_tokens(layout, lengths) // 16

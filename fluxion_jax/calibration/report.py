@@ -28,7 +28,8 @@ def render(report: dict[str, Any]) -> str:
         lines.append(
             f"{row['tolerance']:>9g}  {METHODS[row['method']]:<24}  {row['accuracy']:>6.1%}  "
             f"{row['under_budget']:>6.1%}  {row['missed']:>6.1%}  "
-            f"{row['error_left']:>6.3f}  {row['given_fraction']:>7.2%}  {row['needed_fraction']:>7.2%}  {row['over_provisioning']:>12.2f}"
+            f"{row['error_left']:>6.3f}  {row['given_fraction']:>7.2%}  "
+            f"{row['needed_fraction']:>7.2%}  {row['over_provisioning']:>12.2f}"
         )
     if report["ablation"]:
         lines += ["", "without a family of features: given/needed (short) by tolerance"]

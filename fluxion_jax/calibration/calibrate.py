@@ -33,6 +33,8 @@ from fluxion_jax.policy.head_predictor import HeadPredictor
 from fluxion_jax.session import CHUNK_TOKENS
 
 _PARTS = 3
+# One text of so many for the safety, and as many for the report: what a predictor lacks is texts.
+_SET_ASIDE = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Settings:
     Attributes:
       length_tokens: of every third text, others are half and a quarter as long; plans are best
         within the lengths that were seen.
-      texts: at least 3; a third of them, rounded down, at least one, each for choosing the safety
+      texts: at least 3; a sixth of them, rounded down, at least one, each for choosing the safety
         and for the report.
       steps: decode steps that are looked at in an answer, at most; in prose it is 16.
       tolerances: of the output error; the range within which the tolerance may be set later.
@@ -258,7 +260,7 @@ def fit(
 def divide(samples: HeadSamples) -> tuple[HeadSamples, HeadSamples, HeadSamples]:
     """Training, tuning and held-out parts, by whole texts; the held-out ones are spread."""
     texts = np.unique(samples.text)
-    part = max(1, len(texts) // (_PARTS + 1))
+    part = max(1, len(texts) // _SET_ASIDE)
     tuning = texts[-2 * part : -part]
     held_out = texts[-part:]
     of = [np.isin(samples.text, chosen) for chosen in (tuning, held_out)]

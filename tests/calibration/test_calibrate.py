@@ -136,8 +136,9 @@ def test_samples_are_kept_and_a_calibration_goes_on(tmp_path, monkeypatch):
     assert samples.window_error.shape == (13, layers, heads)
     assert samples.text.tolist() == [0] * 3 + [1] * 5 + [2] * 5
     # The host takes whole blocks when as many have left the 320 tokens of the window.
-    held = [[(n + i - 320) // 16 * 16 for i in range(c)] for n, c in ((449, 3), (559, 5), (559, 5))]
-    assert samples.host_tokens.tolist() == sum(held, [])
+    first = [(449, 3), (559, 5), (559, 5)]
+    held = [(n + i - 320) // 16 * 16 for n, count in first for i in range(count)]
+    assert samples.host_tokens.tolist() == held
     known = [NAMES.index(name) for name in ("host_tokens", "tokens_since_probe")]
     host, age = np.moveaxis(samples.features[:, 0, 0, known], -1, 0)
     np.testing.assert_allclose(host, np.log2(1 + samples.host_tokens), rtol=1e-6)

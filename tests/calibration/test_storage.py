@@ -115,7 +115,7 @@ def test_damage_is_noticed(tmp_path):
     for field, value in (("format", 1), ("features", ["layer"])):
         record.write_text(json.dumps({**json.loads(text), field: value}))
         with pytest.raises(
-            fx.IntegrityError, match="expected calibration format 2.*calibrate again"
+            fx.IntegrityError, match=r"expected calibration format 2.*calibrate again"
         ):
             load_calibration(tmp_path, "model")
     for broken in ("{", "[]", "{}"):

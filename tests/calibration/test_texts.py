@@ -16,7 +16,7 @@ from fluxion_jax.evaluation.tasks import TASKS, make_sample
 from fluxion_jax.models.load import load_model
 
 PROTOCOL = json.loads((Path(__file__).parents[2] / "benchmarks" / "protocol.json").read_text())
-STEPS, LENGTH = 40, 1024
+STEPS, LENGTH = 40, 2880
 # A third of the tasks more for prose.
 COUNT = -(-4 * len(TASKS) // 3)
 

@@ -213,10 +213,9 @@ def fit(
     predictor, losses = trained(flat)
     say("choosing the safety, rating")
     judges = {
-        tolerance: tuple(
-            Judge(part, samples.errors.index(tolerance)) for part in (tuning, held_out)
-        )
+        tolerance: (Judge(tuning, index), Judge(held_out, index))
         for tolerance in settings.tolerances
+        for index in (samples.errors.index(tolerance),)
     }
     targets = settings.under_budget, settings.error_left
 

@@ -150,12 +150,13 @@ def collect_samples(
     bar.close()
     parts = [part for part in found if part is not None]
     steps = [len(part.host_tokens) for part in parts]
+    whole = _Part(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     return HeadSamples(
-        *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)),
-        np.repeat(np.arange(len(parts)), steps).astype(np.int32),
-        layout.global_layers,
-        errors,
-        layout,
+        **whole._asdict(),
+        text=np.repeat(np.arange(len(parts)), steps).astype(np.int32),
+        layers=layout.global_layers,
+        errors=errors,
+        layout=layout,
     )
 
 

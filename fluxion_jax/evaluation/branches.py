@@ -173,7 +173,7 @@ def read_prefix(
     model = nnx.merge(graph, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     x = model._embed(tokens)
-    prefix = []
+    prefix: list[tuple[Prefix, Sketched | None]] = []
     for layer in model.layers:
         normed = layer.attention_norm(x)
         q, k, v = layer.attention._project(normed, positions)

@@ -125,7 +125,7 @@ def train_predictor(
     )
     arrays = tuple(jnp.asarray(x) for x in data)
 
-    def loss_of(params: Any, key: jax.Array) -> jax.Array:
+    def loss_of(params: Any, arrays: tuple[jax.Array, ...], key: jax.Array) -> jax.Array:
         rows_key, tolerance_key = jax.random.split(key)
         rows = jax.random.randint(rows_key, (_BATCH,), 0, len(arrays[0]))
         features, layer, head, needed, window_error, host_tokens = (x[rows] for x in arrays)
@@ -152,22 +152,26 @@ def train_predictor(
         ).mean(axis=-1)
         return (class_loss + jnp.where(streaming, 0.0, budget_loss)).mean()
 
-    def step(
-        carry: tuple[Any, optax.OptState], key: jax.Array
-    ) -> tuple[tuple[Any, optax.OptState], jax.Array]:
-        params, state = carry
-        loss, gradients = jax.value_and_grad(loss_of)(params, key)
-        updates, state = optimiser.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), loss
+    # The samples are an argument: as constants they would be part of the program.
+    @jax.jit
+    def run(carry: Any, arrays: tuple[jax.Array, ...], keys: jax.Array) -> tuple[Any, jax.Array]:
+        def step(
+            carry: tuple[Any, optax.OptState], key: jax.Array
+        ) -> tuple[tuple[Any, optax.OptState], jax.Array]:
+            params, state = carry
+            loss, gradients = jax.value_and_grad(loss_of)(params, arrays, key)
+            updates, state = optimiser.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), loss
 
-    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
+        return jax.lax.scan(step, carry, keys)
+
     carry = (params, optimiser.init(params))
     keys = jax.random.split(jax.random.key(seed), num_steps)
     losses = []
     with tqdm(total=num_steps, desc="training", unit="step", **bar_options(progress)) as bar:
         for start in range(0, num_steps, _STEPS_PER_CALL):
             part = keys[start : start + _STEPS_PER_CALL]
-            carry, found = run(carry, part)
+            carry, found = run(carry, arrays, part)
             losses.append(float(found.mean()))
             bar.update(len(part))
             bar.set_postfix_str(f"loss {losses[-1]:.3f}")

@@ -16,6 +16,8 @@
 #               and 8B                               long       decoding at 512K tokens
 #   evaluate    the headline table, oracles included
 #   calibrate   weights of the policy fluxion for each of MODELS, packed into $OUT/weights-MODEL.tgz
+#   choose      fluxion's tolerances on prompts of other seeds than the protocol's and the
+#               calibration's, to choose a tolerance by; SAMPLES as below
 #   quality     fluxion's tolerances on the headline table's prompts, beside fixed and oracle
 #   text        real text under fluxion's tolerances for each of MODELS
 #   fidelity    pretrained models against full attention (a GPU is not needed)
@@ -23,9 +25,9 @@
 #
 # Variables: LIMIT_S (of every part named, default 300), TEST_S (of a file of tests, default 120),
 # JOBS (files of tests at once, default 4), PYTHON, QUICK=--quick. For the evaluations:
-# MODELS (default recall-12m; names or .gguf files), TEXTS and LENGTH of a calibration (56, 16384),
-# CALIBRATE (more of its options), TOLERANCES, POLICIES (what they are compared with), SAMPLES (of
-# each task and length, ascending multiples of the protocol's batch of 8: each is a table of its own,
+# MODELS (default recall-12m; names or .gguf files), TEXTS and LENGTH of a calibration (240, 16384),
+# CALIBRATE (more of its options, default --training-steps 12000), TOLERANCES, POLICIES (what they are
+# compared with), SAMPLES (of each task and length, ascending multiples of the protocol's batch of 8: each is a table of its own,
 # and the next one goes on from it), PROTOCOL (more options of what is evaluated, such as --task),
 # TEXT (options of the evaluation of real text). For train: CORPUS (default build/corpus), START,
 # PRESET and SEED.
@@ -37,7 +39,7 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false
 # What the host should have done by then it will never do; an error tells more than a hang.
 export FLUXION_TIMEOUT_S=${FLUXION_TIMEOUT_S:-20}
 OUT=${OUT:-benchmarks/results} PYTHON=${PYTHON:-python3} QUICK=${QUICK:-} limit=${LIMIT_S:-300}
-MODELS=${MODELS:-recall-12m} TOLERANCES=${TOLERANCES:-0.02 0.05 0.1 0.15 0.2 0.3 0.5}
+MODELS=${MODELS:-recall-12m} TOLERANCES=${TOLERANCES:-0.02 0.05 0.1 0.15 0.2 0.3 0.4 0.5 0.7}
 POLICIES=${POLICIES:-full fixed:16:0.05 fixed:16:0.05:group fixed:32:0.05 oracle:0.1 oracle:0.2 oracle:0.3}
 SAMPLES=${SAMPLES:-40 120 400} PROTOCOL=${PROTOCOL:-} TEXT=${TEXT:---length 8192 --samples 16}
 mkdir -p "$OUT"
@@ -99,20 +101,26 @@ calibrate() { # calibrate MODEL
   local name folder
   name=$(name_of "$1") folder=$OUT/calibrate/$(name_of "$1")
   run "calibrate-$name" "$PYTHON" -m fluxion_jax calibrate --model "$1" --output "$folder" \
-    --length "${LENGTH:-16384}" --texts "${TEXTS:-56}" ${CALIBRATE:-}
+    --length "${LENGTH:-16384}" --texts "${TEXTS:-240}" ${CALIBRATE:---training-steps 12000}
   if [ -f "$folder/calibration.json" ]; then
     cp "$folder/calibrate.json" "$OUT/calibrate-$name.json"
     tar -C "$folder" -czf "$OUT/weights-$name.tgz" --exclude samples .
   fi
 }
-quality() { # quality SAMPLES
-  local policy policies=
+quality() { # quality NAME SAMPLES OPTION...
+  local policy policies= name=$1-$2 samples=$2
+  shift 2
   for policy in $POLICIES; do policies+="--policy $policy "; done
-  run "quality-$1" "$PYTHON" -m fluxion_jax evaluate --shared-prefix --workers "$(($(nproc) - 1))" \
-    --protocol benchmarks/protocol.json --samples "$1" $policies $(fluxions recall-12m) $PROTOCOL \
-    --output "$OUT/evaluate"
-  cp "$OUT/evaluate/evaluate.json" "$OUT/quality-$1.json"
-  cp "$OUT/evaluate/evaluate-quality.png" "$OUT/quality-$1.png"
+  run "$name" "$PYTHON" -m fluxion_jax evaluate --shared-prefix --workers "$(($(nproc) - 1))" \
+    --samples "$samples" $policies $(fluxions recall-12m) "$@" $PROTOCOL --output "$OUT/evaluate"
+  cp "$OUT/evaluate/evaluate.json" "$OUT/$name.json"
+  cp "$OUT/evaluate/evaluate-quality.png" "$OUT/$name.png"
+}
+headline() { # headline: the options that name the protocol's tasks and lengths
+  "$PYTHON" -c 'import json
+protocol = json.load(open("benchmarks/protocol.json"))
+for name, key in (("task", "tasks"), ("length", "lengths_tokens")):
+    print(*(f"--{name} {value}" for value in protocol[key]))'
 }
 text() { # text MODEL
   local name
@@ -167,7 +175,10 @@ for part in "$@"; do
         --preset "${PRESET:-continued}" --export-only
       ;;
     calibrate) for model in $MODELS; do calibrate "$model"; done ;;
-    quality) for samples in $SAMPLES; do quality "$samples"; done ;;
+    choose) for samples in $SAMPLES; do quality choose "$samples" --batch 8 --seed 700000 $(headline); done ;;
+    quality)
+      for samples in $SAMPLES; do quality quality "$samples" --protocol benchmarks/protocol.json; done
+      ;;
     text) for model in $MODELS; do text "$model"; done ;;
     *)
       echo "expected a part out of those at the top of $0, got $part" >&2

@@ -157,12 +157,12 @@ def _add_calibrate(commands: Any) -> None:
         "--data",
         type=Path,
         metavar="D",
-        help="a text file or a folder of them; default the standard library and questions",
+        help="a text file or a folder of them, to take prose from; default the standard library",
     )
     for name, metavar, text in (
         ("length", "S", "tokens of the longest texts; default 4096"),
         ("texts", "N", "default 16, at least 3"),
-        ("points", "N", "stretches of decode steps in each text; default 5"),
+        ("steps", "N", "decode steps of an answer that are looked at, at most; default 128"),
         ("training-steps", "N", "of the optimiser; default 4000"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar=metavar, help=text)
@@ -170,10 +170,10 @@ def _add_calibrate(commands: Any) -> None:
         "--under-budget", type=float, metavar="F", help="share that may fall short; default 0.025"
     )
     parser.add_argument(
-        "--missed",
+        "--error-left",
         type=float,
-        metavar="F",
-        help="share that may fall short of the budgets above 0; default 0.25",
+        metavar="E",
+        help="mean error of a step that may be left beyond the tolerance; default 0.02",
     )
     parser.add_argument(
         "--ablate", action="store_true", help="also train without each family of features"
@@ -448,10 +448,10 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     given = {
         "length_tokens": arguments.length,
         "texts": arguments.texts,
-        "points": arguments.points,
+        "steps": arguments.steps,
         "training_steps": arguments.training_steps,
         "under_budget": arguments.under_budget,
-        "missed": arguments.missed,
+        "error_left": arguments.error_left,
         "ablate": arguments.ablate,
     }
     _, report = calibrate(

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fluxion_jax.bench.stamp import stamp
 from fluxion_jax.calibration.baselines import rate_baselines
-from fluxion_jax.calibration.rating import choose_safety, rate, with_safety
+from fluxion_jax.calibration.rating import Judge, Predictions
 from fluxion_jax.calibration.samples import SAMPLES, HeadSamples, collect_samples
 from fluxion_jax.calibration.storage import (
     kept_folder,
@@ -29,11 +28,13 @@ from fluxion_jax.calibration.training import FlatSamples, flatten, predict, trai
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.models.load import LoadedModel, load_model
 from fluxion_jax.policy.features import FAMILIES, NAMES
-from fluxion_jax.policy.fluxion_policy import FluxionPolicy, Safety
+from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE, FluxionPolicy, Safety
 from fluxion_jax.policy.head_predictor import HeadPredictor
 from fluxion_jax.session import CHUNK_TOKENS
 
 _PARTS = 3
+# One text of so many for the safety, and as many for the report: what a predictor lacks is texts.
+_SET_ASIDE = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +44,15 @@ class Settings:
     Attributes:
       length_tokens: of every third text, others are half and a quarter as long; plans are best
         within the lengths that were seen.
-      texts: at least 3; a third of them, rounded down, at least one, each for choosing the safety
+      texts: at least 3; a sixth of them, rounded down, at least one, each for choosing the safety
         and for the report.
-      points: stretches of decode steps in each prose text; a question has fewer before its answer.
-      steps: consecutive steps of a stretch, up to 16; the host's tokens stay the same in it.
+      steps: decode steps that are looked at in an answer, at most; in prose it is 16.
       tolerances: of the output error; the range within which the tolerance may be set later.
       under_budget: share of heads and steps whose budget may fall short where the safety is chosen;
         0.025, so that it stays below 3 % on texts that are a little harder.
-      missed: share of the budgets that are not 0 that may fall short; binding at loose tolerances,
-        where few heads need more than the window and `under_budget` alone would let all be missed.
+      error_left: by how much errors may exceed the tolerance there: the norm over the heads of a
+        step, in the mean over steps. It binds at loose tolerances, where few heads need more than
+        the window and `under_budget` alone would let all be missed.
       training_steps: of the optimiser, in batches of 1,024 samples.
       seed: of weights and batches.
       ablate: also train without each family of features, and report what each one buys.
@@ -59,11 +60,10 @@ class Settings:
 
     length_tokens: int = 4096
     texts: int = 16
-    points: int = 5
-    steps: int = 8
-    tolerances: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+    steps: int = 128
+    tolerances: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
     under_budget: float = 0.025
-    missed: float = 0.25
+    error_left: float = 0.02
     training_steps: int = 4000
     seed: int = 0
     ablate: bool = False
@@ -71,15 +71,14 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least, most in (
             ("texts", _PARTS, 1 << 20),
-            ("points", 1, 1 << 10),
-            ("steps", 2, 16),
+            ("steps", 2, 256),
             ("training_steps", 1, 1 << 24),
         ):
             if not least <= getattr(self, name) <= most:
                 raise ConfigError(
                     f"expected {name} from {least} to {most}, got {getattr(self, name)}; change it"
                 )
-        for name in ("under_budget", "missed"):
+        for name in ("under_budget", "error_left"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ConfigError(f"expected {name} in (0, 1), got {getattr(self, name)}")
         ascending = tuple(sorted(set(self.tolerances)))
@@ -95,8 +94,7 @@ class Settings:
 QUICK = Settings(
     length_tokens=2048,
     texts=12,
-    points=3,
-    steps=4,
+    steps=16,
     tolerances=(0.02, 0.05, 0.1, 0.2, 0.4),
     training_steps=600,
 )
@@ -146,7 +144,6 @@ def calibrate(
         model,
         length_tokens=settings.length_tokens,
         count=settings.texts,
-        points=settings.points,
         steps=settings.steps,
         data=None if data is None else Path(data),
     )
@@ -156,7 +153,6 @@ def calibrate(
     samples = collect_samples(
         model,
         texts,
-        steps=settings.steps,
         tolerances=settings.tolerances,
         chunk_tokens=chunk_tokens,
         folder=folder / SAMPLES,
@@ -194,17 +190,19 @@ def fit(
     """Trains, chooses the safety and rates, given samples of at least three texts.
 
     Returns:
-      The policy at the middle tolerance, and the report's measured part.
+      The policy at the default tolerance, and the report's measured part.
     """
     train, tuning, held_out = divide(samples)
     say(f"training on {len(train.host_tokens) * len(samples.layers) * num_heads} samples")
-    limits = np.asarray(samples.tolerances, np.float32)
-    flat = [flatten(part) for part in (train, tuning, held_out)]
+    errors = np.asarray(samples.errors, np.float32)
+    num_tolerances = int((errors <= np.float32(settings.tolerances[-1])).sum())
+    flat = flatten(train)
 
-    def trained(parts: list[FlatSamples]) -> tuple[HeadPredictor, list[float]]:
+    def trained(data: FlatSamples) -> tuple[HeadPredictor, list[float]]:
         return train_predictor(
-            parts[0],
-            limits,
+            data,
+            errors,
+            num_tolerances,
             num_layers,
             num_heads,
             num_steps=settings.training_steps,
@@ -213,37 +211,55 @@ def fit(
         )
 
     predictor, losses = trained(flat)
-    safety = _choose(predictor, flat[1], limits, settings)
-    rows = _rate(predictor, safety, flat[2], limits, "predictor")
-    for e, tolerance in enumerate(samples.tolerances):
-        baselines = rate_baselines(
-            train, tuning, held_out, e, settings.under_budget, settings.missed
-        )
+    say("choosing the safety, rating")
+    judges = {
+        tolerance: (Judge(tuning, index), Judge(held_out, index))
+        for tolerance in settings.tolerances
+        for index in (samples.errors.index(tolerance),)
+    }
+    targets = settings.under_budget, settings.error_left
+
+    def safe_and_rated(
+        predictor: HeadPredictor, name: str, family: str | None = None
+    ) -> tuple[Safety, list[dict[str, Any]]]:
+        chosen, rows = [], []
+        for tolerance, (tuner, rater) in judges.items():
+            tuned, predicted = (
+                _predictions(predictor, part, tolerance, family) for part in (tuning, held_out)
+            )
+            chosen.append(tuner.choose_safety(tuned, *targets))
+            rating = rater.rate(predicted, *chosen[-1])
+            rows.append({"method": name, "tolerance": tolerance, **rating._asdict()})
+        columns = (np.asarray(x, np.float32) for x in zip(*chosen, strict=True))
+        return Safety(np.asarray(settings.tolerances, np.float32), *columns), rows
+
+    safety, rows = safe_and_rated(predictor, "predictor")
+    for tolerance, pair in judges.items():
+        index = samples.errors.index(tolerance)
+        baselines = rate_baselines(train, tuning, held_out, pair, index, *targets)
         rows += [{"method": m, "tolerance": tolerance, **r} for m, r in baselines.items()]
     ablation = []
     for family in FAMILIES if settings.ablate else ():
         say(f"training without {family}")
-        parts = [without(part, family) for part in flat]
-        other, _ = trained(parts)
-        other_safety = _choose(other, parts[1], limits, settings)
-        ablation += _rate(other, other_safety, parts[2], limits, family)
+        other, _ = trained(without(flat, family))
+        ablation += safe_and_rated(other, family, family)[1]
+    heads = len(samples.layers) * num_heads
+    parts = {"train": train, "tuning": tuning, "held_out": held_out}
     report = {
-        "samples": {
-            name: len(part.features)
-            for name, part in zip(("train", "tuning", "held_out"), flat, strict=True)
-        },
+        "samples": {name: len(part.host_tokens) * heads for name, part in parts.items()},
         "losses": losses,
         "safety": {k: np.asarray(v).tolist() for k, v in dataclasses.asdict(safety).items()},
         "rows": rows,
         "ablation": ablation,
     }
-    return make_policy(predictor, safety, float(limits[len(limits) // 2])), report
+    default = float(np.clip(DEFAULT_TOLERANCE, settings.tolerances[0], settings.tolerances[-1]))
+    return make_policy(predictor, safety, default), report
 
 
 def divide(samples: HeadSamples) -> tuple[HeadSamples, HeadSamples, HeadSamples]:
     """Training, tuning and held-out parts, by whole texts; the held-out ones are spread."""
     texts = np.unique(samples.text)
-    part = max(1, len(texts) // (_PARTS + 1))
+    part = max(1, len(texts) // _SET_ASIDE)
     tuning = texts[-2 * part : -part]
     held_out = texts[-part:]
     of = [np.isin(samples.text, chosen) for chosen in (tuning, held_out)]
@@ -256,42 +272,9 @@ def without(data: FlatSamples, family: str) -> FlatSamples:
     return data._replace(features=np.where(kept, data.features, 0.0).astype(np.float32))
 
 
-def _choose(
-    predictor: HeadPredictor,
-    data: FlatSamples,
-    tolerances: npt.NDArray[np.float32],
-    settings: Settings,
-) -> Safety:
-    chosen = []
-    for e, tolerance in enumerate(tolerances):
-        logit, fraction = predict(predictor, data, float(tolerance))
-        chosen.append(
-            choose_safety(
-                logit,
-                fraction,
-                data.needed[:, e],
-                data.host_tokens,
-                settings.under_budget,
-                settings.missed,
-            )
-        )
-    thresholds, margins = (np.asarray(x, np.float32) for x in zip(*chosen, strict=True))
-    return Safety(tolerances, thresholds, margins)
-
-
-def _rate(
-    predictor: HeadPredictor,
-    safety: Safety,
-    data: FlatSamples,
-    tolerances: npt.NDArray[np.float32],
-    name: str,
-) -> list[dict[str, Any]]:
-    rows = []
-    for e, tolerance in enumerate(tolerances):
-        logit, fraction = predict(predictor, data, float(tolerance))
-        given = with_safety(
-            logit, fraction, float(safety.streaming_logit[e]), float(safety.margin[e])
-        )
-        rating = rate(given, data.needed[:, e], data.host_tokens)
-        rows.append({"method": name, "tolerance": float(f"{tolerance:.6g}"), **rating._asdict()})
-    return rows
+def _predictions(
+    predictor: HeadPredictor, samples: HeadSamples, tolerance: float, family: str | None
+) -> Predictions:
+    data = flatten(samples)
+    data = data if family is None else without(data, family)
+    return predict(predictor, data, tolerance, samples.features.shape[:3])

@@ -22,12 +22,13 @@ def render(report: dict[str, Any]) -> str:
         f"rated on {samples['held_out']} of other texts",
         "",
         f"{'tolerance':>9}  {'method':<24}  {'class':>6}  {'short':>6}  {'missed':>6}  "
-        f"{'given':>7}  {'needed':>7}  {'given/needed':>12}",
+        f"{'left':>6}  {'given':>7}  {'needed':>7}  {'given/needed':>12}",
     ]
     for row in sorted(report["rows"], key=lambda r: r["tolerance"]):
         lines.append(
             f"{row['tolerance']:>9g}  {METHODS[row['method']]:<24}  {row['accuracy']:>6.1%}  "
-            f"{row['under_budget']:>6.1%}  {row['missed']:>6.1%}  {row['given_fraction']:>7.2%}  "
+            f"{row['under_budget']:>6.1%}  {row['missed']:>6.1%}  "
+            f"{row['error_left']:>6.3f}  {row['given_fraction']:>7.2%}  "
             f"{row['needed_fraction']:>7.2%}  {row['over_provisioning']:>12.2f}"
         )
     if report["ablation"]:
@@ -44,8 +45,9 @@ def render(report: dict[str, Any]) -> str:
     lines += [
         "",
         "class: streaming or retrieval told right; short: budgets below the smallest that keeps to",
-        "the tolerance; missed: the same of heads that need more than the window; given, needed:",
-        "mean budget as a share of the host's tokens",
+        "the tolerance; missed: the same of heads that need more than the window; left: error",
+        "beyond the tolerance, norm over a step's heads; given, needed: host bytes of the plans,",
+        "and of plans that know what is needed, as a share of all K/V",
     ]
     return "\n".join(lines)
 
@@ -59,7 +61,7 @@ def calibration_figure(report: dict[str, Any]) -> Any:
     figure = require_matplotlib().Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
     axes = figure.subplots(1, 2)
     panels = (
-        ("given_fraction", "mean budget, % of the host's tokens"),
+        ("given_fraction", "host bytes, % of all K/V"),
         ("under_budget", "budgets that fall short, %; dashed: aimed at"),
     )
     for panel, (value, title) in zip(axes, panels, strict=True):

@@ -1,45 +1,46 @@
-"""Samples of a calibration: features as the decode step sees them, and what heads really needed.
+"""Samples of a calibration: features of heads in decode steps, and what the heads really needed.
 
-The features are recorded by the product's own decode step, teacher-forced under full attention, so
-there is no second implementation that could differ from the first. The labels of the same steps
-come from `evaluation.labels`.
+What a text brings is kept on disk, so that a calibration that was interrupted goes on. Texts of
+like length are recorded together; each is recorded as in a cache of the capacity that an evaluation
+of its length takes, because the sketch's runs, and with them the features, depend on it.
 
-Axes: S steps, L global layers, N query heads, F features, E tolerances, D granularities.
+Axes: S steps, L global layers, N query heads, F features, E errors, D granularities.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import nnx
 from tqdm import tqdm
 
-from fluxion_jax.attention import Execution
-from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.layout import KVLayout
+from fluxion_jax.calibration.recording import record
 from fluxion_jax.calibration.texts import CalibrationText
+from fluxion_jax.evaluation.answers import cache_capacity
 from fluxion_jax.evaluation.fingerprints import digest
-from fluxion_jax.evaluation.labels import make_labels
-from fluxion_jax.generation import prefill
-from fluxion_jax.jitting import jit
 from fluxion_jax.models.load import LoadedModel
-from fluxion_jax.policy.features import NAMES, head_features
-from fluxion_jax.policy.fixed_policy import full
-from fluxion_jax.policy.protocol import Features, Plan, Policy
-from fluxion_jax.policy.split import Split, one_sided
+from fluxion_jax.policy.features import NAMES
 from fluxion_jax.progress import bar_options
 from fluxion_jax.session import cache_dtype
 
-# What a prompt's end told of the heads is as old as the generation is long: stretches alternate.
-_AGES_TOKENS = (0, 16, 64, 256)
 SAMPLES = "samples"
 """Folder of the samples, beside the weights."""
+ERRORS = (0.02, 0.035, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+"""Errors for which smallest budgets are found besides those of the tolerances: so close that the
+error that a budget leaves is known to a third of itself."""
+
+# Texts that are recorded together: a GPU is full with eight; on a processor a text by itself waits
+# for no other to end.
+_MOST_ROWS = {"gpu": 8}
+# Of prompts on the device, and of the scores of a tile of queries where no kernel spares them.
+_MOST_BYTES = 3 << 30
+_TILE_TOKENS = 512
 
 
 class HeadSamples(NamedTuple):
@@ -48,106 +49,27 @@ class HeadSamples(NamedTuple):
     Attributes:
       features: float32 `[S, L, N, F]`.
       budget_tokens: int32 `[S, E, D, L, N]`, smallest budgets; 0 where the window suffices.
+      window_error: float32 `[S, L, N]`, with the window alone.
       host_tokens: int32 `[S]`.
-      text: int32 `[S]`, index of the text.
-      stretch: int32 `[S]`, index of the stretch of consecutive steps.
+      text: int32 `[S]`, index of the text; its steps are consecutive.
       layers: indices in the model of the layers.
-      tolerances: ascending.
+      errors: for which there are budgets, ascending.
+      layout: of the cache.
     """
 
     features: npt.NDArray[np.float32]
     budget_tokens: npt.NDArray[np.int32]
+    window_error: npt.NDArray[np.float32]
     host_tokens: npt.NDArray[np.int32]
     text: npt.NDArray[np.int32]
-    stretch: npt.NDArray[np.int32]
     layers: tuple[int, ...]
-    tolerances: tuple[float, ...]
+    errors: tuple[float, ...]
+    layout: KVLayout
 
     def of(self, steps: npt.NDArray[np.bool_]) -> HeadSamples:
         """Only the steps of a bool `[S]`."""
-        return self._replace(
-            **{
-                name: getattr(self, name)[steps]
-                for name in ("features", "budget_tokens", "host_tokens", "text", "stretch")
-            }
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FeatureRecorder:
-    """Plans like another policy and hands the features through as the plan's notes.
-
-    Attributes:
-      policy: decides.
-    """
-
-    policy: Policy
-
-    def plan(self, features: Features, lengths: jax.Array) -> Plan:
-        """See `Policy.plan`."""
-        return self.policy.plan(features, lengths)._replace(notes=head_features(features))
-
-
-def collect_samples(
-    model: LoadedModel,
-    texts: Sequence[CalibrationText],
-    *,
-    steps: int,
-    tolerances: Sequence[float],
-    chunk_tokens: int,
-    folder: Path | None = None,
-    identity: str = "",
-    progress: bool | None = None,
-) -> HeadSamples:
-    """Runs texts through the model twice: densely for labels, and step by step for features.
-
-    Args:
-      model: loaded.
-      texts: sequences and the positions to look at.
-      steps: consecutive decode steps at each position.
-      tolerances: of the output error.
-      chunk_tokens: tokens that one compiled call prefills.
-      folder: where the samples of each text are kept, and not made again; None keeps none.
-      identity: of the model, from `model_identity`; part of the names of what is kept.
-      progress: show a progress bar; None shows it on a terminal and in a notebook.
-    """
-    limits = tuple(sorted(tolerances))
-    layout = model.config.kv_layout(cache_dtype(model.model), sketch=True)
-    capacity = max(len(text.tokens) for text in texts)
-    cache: HostKV | None = None
-    found: list[_Part] = []
-    stretches = 0
-    bar = tqdm(texts, desc="samples", unit="text", **bar_options(progress))
-    for text in bar:
-        bar.set_postfix_str(text.name)
-        ages = [
-            _AGES_TOKENS[(stretches + i) % len(_AGES_TOKENS)]
-            for i in range(len(text.first_positions))
-        ]
-        stretches += len(ages)
-        name = digest(
-            identity=identity,
-            features=NAMES,
-            text=(text.tokens, text.first_positions),
-            how=(ages, steps, limits, chunk_tokens, capacity),
-        )
-        part = _kept(folder, name)
-        if part is None:
-            cache = HostKV.allocate(layout, 1, capacity) if cache is None else cache.reset()
-            part = _collect(model, text, cache, ages, steps, limits, chunk_tokens)
-            _keep(folder, name, part)
-        found.append(part)
-    lengths = [len(text.first_positions) for text in texts]
-    return HeadSamples(
-        np.concatenate([part.features for part in found]),
-        np.concatenate([part.budget_tokens for part in found]),
-        np.concatenate([part.host_tokens for part in found]),
-        np.repeat(np.arange(len(texts)), np.multiply(lengths, steps)).astype(np.int32),
-        np.repeat(np.arange(sum(lengths)), steps).astype(np.int32),
-        layout.global_layers,
-        limits,
-    )
+        names = (*_Part._fields, "text")
+        return self._replace(**{name: getattr(self, name)[steps] for name in names})
 
 
 class _Part(NamedTuple):
@@ -155,39 +77,97 @@ class _Part(NamedTuple):
 
     features: npt.NDArray[np.float32]
     budget_tokens: npt.NDArray[np.int32]
+    window_error: npt.NDArray[np.float32]
     host_tokens: npt.NDArray[np.int32]
 
 
-def _collect(
+def collect_samples(
     model: LoadedModel,
-    text: CalibrationText,
-    cache: HostKV,
-    ages: Sequence[int],
-    steps: int,
+    texts: Sequence[CalibrationText],
+    *,
     tolerances: Sequence[float],
     chunk_tokens: int,
-) -> _Part:
-    labels = make_labels(
-        model, text.tokens, text.first_positions, steps=steps, tolerances=tolerances, progress=False
-    )
-    features, budgets, host_tokens = [], [], []
-    for first, age, label in zip(text.first_positions, ages, labels, strict=True):
-        _read(model, text.tokens, cache, max(int(cache.lengths[0]), first - age), chunk_tokens)
-        # A copy: prefill consumes the cache.
-        probed = jax.tree.map(jnp.copy, cache.sketch)
-        _read(model, text.tokens, cache, first, chunk_tokens)
-        cache.sketch = tuple(
-            new._replace(probe_q=old.probe_q, probes=old.probes, probe_position=old.probe_position)
-            for old, new in zip(probed, cache.sketch, strict=True)
+    folder: Path | None = None,
+    identity: str = "",
+    progress: bool | None = None,
+) -> HeadSamples:
+    """Runs texts through the model and looks at their last steps.
+
+    Args:
+      model: loaded.
+      texts: prompts and the steps to look at.
+      tolerances: of the output error; budgets are found for these and for `ERRORS`.
+      chunk_tokens: tokens that one call of the product prefills.
+      folder: where the samples of each text are kept, and not made again; None keeps none.
+      identity: of the model, from `model_identity`; part of the names of what is kept.
+      progress: show a progress bar; None shows it on a terminal and in a notebook.
+    """
+    errors = tuple(sorted({*tolerances, *ERRORS}))
+    layout = model.config.kv_layout(cache_dtype(model.model), sketch=True)
+    slots = max(text.steps for text in texts)
+    names = [
+        digest(
+            identity=identity,
+            features=NAMES,
+            text=text._asdict(),
+            how=(errors, chunk_tokens, layout.dtype),
         )
-        for step, token in enumerate(text.tokens[first : first + steps]):
-            seen, recorded = _record(model, cache, token)
-            cache.adopt(seen)
-            features.append(np.asarray(recorded[:, 0]))
-            budgets.append(label.budget_tokens[:, :, :, step])
-            host_tokens.append(label.host_tokens)
-        cache.check()
-    return _Part(np.stack(features), np.stack(budgets), np.asarray(host_tokens, np.int32))
+        for text in texts
+    ]
+    found = [_kept(folder, name) for name in names]
+    missing: dict[int, list[int]] = defaultdict(list)
+    for i, part in enumerate(found):
+        if part is None:
+            missing[texts[i].length_tokens].append(i)
+    bar = tqdm(total=len(texts), desc="samples", unit="text", **bar_options(progress))
+    bar.update(len(texts) - sum(map(len, missing.values())))
+    for length, indices in missing.items():
+        rows = _rows(layout, length)
+        capacity = cache_capacity(length, length)
+        # Texts of as many steps together: the others of a batch wait for the longest.
+        ordered = sorted(indices, key=lambda i: -texts[i].steps)
+        for start in range(0, len(ordered), rows):
+            own = ordered[start : start + rows]
+            bar.set_postfix_str(f"{length} tokens")
+            # A batch of another size would be another program.
+            asked = [texts[i] for i in own] + [texts[own[0]]] * (rows - len(own))
+            recorded = record(
+                model.model,
+                asked,
+                slots=slots,
+                errors=errors,
+                layout=layout,
+                capacity_tokens=capacity,
+                chunk_tokens=chunk_tokens,
+                stop_tokens=model.tokenizer.eos_ids if model.tokenizer else (),
+            )
+            for row, i in enumerate(own):
+                steps = recorded.running[:, row]
+                part = _Part(*(x[:, row][steps] for x in recorded[: len(_Part._fields)]))
+                found[i] = part
+                _keep(folder, names[i], part)
+            bar.update(len(own))
+    bar.close()
+    parts = [part for part in found if part is not None]
+    steps = [len(part.host_tokens) for part in parts]
+    whole = _Part(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return HeadSamples(
+        **whole._asdict(),
+        text=np.repeat(np.arange(len(parts)), steps).astype(np.int32),
+        layers=layout.global_layers,
+        errors=errors,
+        layout=layout,
+    )
+
+
+def _rows(layout: KVLayout, length_tokens: int) -> int:
+    """Texts that are recorded together."""
+    assert layout.num_heads is not None
+    prompt = 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim
+    # Bounds of blocks are float32, an eighth of a key and value each.
+    row = prompt * (layout.jax_dtype.itemsize + 0.5) + 4 * layout.num_heads * _TILE_TOKENS
+    most = _MOST_ROWS.get(jax.default_backend(), 1)
+    return int(np.clip(_MOST_BYTES // (row * length_tokens), 1, most))
 
 
 def _kept(folder: Path | None, name: str) -> _Part | None:
@@ -206,44 +186,3 @@ def _keep(folder: Path | None, name: str, part: _Part) -> None:
     partial = folder / f"{name}.part.npz"
     np.savez(partial, **part._asdict())
     partial.replace(folder / f"{name}.npz")
-
-
-def _read(
-    model: LoadedModel, tokens: Sequence[int], cache: HostKV, until: int, chunk_tokens: int
-) -> None:
-    """Prefills up to a position."""
-    cached = int(cache.lengths[0])
-    if cached < until:
-        part = list(tokens[cached:until])
-        prefill(model, part, cache, chunk_tokens=chunk_tokens, progress=False)
-
-
-def _record(model: LoadedModel, cache: HostKV, token: int) -> tuple[HostKV, jax.Array]:
-    graph, params = nnx.split(model.model)
-    return _record_step(
-        graph,
-        params,
-        cache,
-        jnp.asarray([token], jnp.int32),
-        FeatureRecorder(full()),
-        one_sided("host"),
-        Execution(),
-    )
-
-
-def _recorded_step(
-    graph: Any,
-    params: Any,
-    cache: HostKV,
-    tokens: jax.Array,
-    policy: Policy,
-    split: Split,
-    execution: Execution,
-) -> tuple[HostKV, jax.Array]:
-    _, cache, stats = nnx.merge(graph, params).decode_step(
-        tokens, cache, policy, split=split, execution=execution
-    )
-    return cache, stats.notes
-
-
-_record_step = jit(_recorded_step, static_argnames=("graph", "execution"))

@@ -29,7 +29,8 @@ from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE, FluxionPolicy, 
 from fluxion_jax.policy.head_predictor import HeadPredictor
 from fluxion_jax.policy.protocol import Policy
 
-FORMAT = 1
+# 2: the safety bounds the error that is left; those of 1 lost answers.
+FORMAT = 2
 RECORD = "calibration.json"
 SHIPPED = Path(__file__).parent / "weights"
 _SAMPLED_VALUES = 1024

@@ -1,8 +1,8 @@
 """What a calibration reads: prose, code and questions, none of which the evaluation uses.
 
 Real text comes from the standard library or from the user's files. Questions are those of the
-evaluation's generators with seeds of their own, followed by their answers, and are looked at where
-the answer begins: there retrieval happens.
+evaluation's generators with seeds of their own; the model answers them, and every token of the
+answer is looked at: there retrieval happens, and a budget that is too small costs the answer.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from fluxion_jax.errors import ConfigError
 from fluxion_jax.evaluation.tasks import TASKS, make_sample
 from fluxion_jax.models.load import LoadedModel
 
-# A first position must be a multiple of a block, so that the host's tokens stay the same over the
-# steps of a stretch.
-_ALIGNMENT_TOKENS = 16
 # Evaluations count from 0 and frozen protocols use larger seeds still.
 _FIRST_SEED = 500_000
 _MODULES = (
@@ -53,25 +50,36 @@ _MODULES = (
 )
 # Answers are wanted far and near: after the whole length, half of it and a quarter.
 _SHORTER = (1, 2, 4)
-# A question has this many times fewer stretches before its answer than prose has.
-_BEFORE_ANSWER = 3
+# One text of so many is prose: answers are a few dozen steps at most, and where they need the host
+# is what matters.
+_PROSE_EVERY = 4
+# Steps that are looked at in prose, whose needs are alike from one token to the next.
+_PROSE_STEPS = 16
+# What a prompt's end told of the heads is as old as the generation is long.
+_AGES_TOKENS = (0, 16, 64, 256)
 # Coprime to the number of tasks: whatever part of the texts is taken, its tasks differ in kind.
 _TASK_STRIDE = 5
 _SUFFIXES = {".txt", ".md", ".rst", ".py", ".json"}
 
 
 class CalibrationText(NamedTuple):
-    """A token sequence and where to look at it.
+    """A prompt, and the decode steps behind it that are looked at.
 
     Attributes:
       name: what it is, for the report.
-      tokens: the sequence.
-      first_positions: where stretches of decode steps begin, ascending.
+      prompt: its last token is the first that is decoded.
+      following: the tokens that come out; where there are none left, the model's own.
+      steps: at most so many are looked at, and none behind a stop token.
+      age_tokens: of the prompt, that were decoded after a prefill rather than prefilled.
+      length_tokens: the length that was asked for, prompt and steps together.
     """
 
     name: str
-    tokens: list[int]
-    first_positions: list[int]
+    prompt: tuple[int, ...]
+    following: tuple[int, ...]
+    steps: int
+    age_tokens: int
+    length_tokens: int
 
 
 def calibration_texts(
@@ -79,7 +87,6 @@ def calibration_texts(
     *,
     length_tokens: int,
     count: int,
-    points: int,
     steps: int,
     data: Path | None = None,
 ) -> list[CalibrationText]:
@@ -88,12 +95,10 @@ def calibration_texts(
     Args:
       model: its tokenizer counts the tokens.
       length_tokens: of every third text; others are half and a quarter as long.
-      count: texts in all; without `data` every other one is a question.
-      points: stretches of each prose text; a question has a third of them before it is asked, one
-        where its answer begins, and one more further on in a long answer.
-      steps: of a stretch.
-      data: a UTF-8 file, or a folder of which text, Markdown, Python and JSON files are read; None
-        takes the standard library and questions.
+      count: texts in all; every fourth is prose, the others are questions.
+      steps: at most, of a text.
+      data: a UTF-8 file, or a folder of which text, Markdown, Python and JSON files are read, to
+        take prose from; None takes the standard library.
 
     Raises:
       ConfigError: no tokenizer, a length out of range, or too little text.
@@ -108,55 +113,39 @@ def calibration_texts(
             f"expected a length of {shortest} to {limit} tokens for {model.name}, got "
             f"{length_tokens}; change it"
         )
-    num_questions = count // 2 if data is None else 0
+    num_prose = -(-count // _PROSE_EVERY)
 
     def lengths(number: int) -> list[int]:
         shares = (_SHORTER[i % len(_SHORTER)] for i in range(number))
         return [max(length_tokens // share, shortest) for share in shares]
 
-    texts = [
-        CalibrationText(f"text {i}", tokens, _positions(len(tokens), points, steps, shortest // 2))
-        for i, tokens in enumerate(_prose(model, lengths(count - num_questions), data))
+    prose_steps = min(steps, _PROSE_STEPS)
+    prose = [
+        CalibrationText(
+            f"text {i}",
+            tuple(tokens[:-prose_steps]),
+            tuple(tokens[-prose_steps:]),
+            prose_steps,
+            _AGES_TOKENS[i % len(_AGES_TOKENS)],
+            len(tokens),
+        )
+        for i, tokens in enumerate(_prose(model, lengths(num_prose), data))
     ]
     questions = [
-        _question(model, length, i, points, steps)
-        for i, length in enumerate(lengths(num_questions))
+        _question(model, length, i, steps) for i, length in enumerate(lengths(count - num_prose))
     ]
     # Interleaved, so that each part of a split has both kinds.
-    mixed = [x for pair in zip(texts, questions, strict=False) for x in pair]
-    return mixed + texts[len(questions) :]
+    for i, text in enumerate(prose):
+        questions.insert(i * _PROSE_EVERY, text)
+    return questions
 
 
-def _positions(length_tokens: int, points: int, steps: int, first: int) -> list[int]:
-    last = length_tokens - steps - 1
-    # More of the long than of the short: there the plans matter most.
-    spaced = np.linspace(first, last, points + 1)[1:]
-    return sorted({int(p) // _ALIGNMENT_TOKENS * _ALIGNMENT_TOKENS for p in spaced})
-
-
-def _question(
-    model: LoadedModel, length_tokens: int, index: int, points: int, steps: int
-) -> CalibrationText:
+def _question(model: LoadedModel, length_tokens: int, index: int, steps: int) -> CalibrationText:
     assert model.tokenizer is not None
     task = sorted(TASKS)[index * _TASK_STRIDE % len(TASKS)]
-    # The repeated answer must find room in the model's context.
-    fits = model.config.max_context_tokens - _ALIGNMENT_TOKENS - steps
-    sample = make_sample(task, model.tokenizer, min(length_tokens, fits), _FIRST_SEED + index)
-    prompt = list(sample.tokens)
-    # The last token of the prompt is the first that a generation decodes.
-    prompt = prompt[(len(prompt) - 1) % _ALIGNMENT_TOKENS :]
-    answer = model.tokenizer.encode(" " + ", ".join(sample.references) + ".\n")
-    layout = model.config.kv_layout()
-    first = layout.sink_tokens + layout.recent_tokens
-    # Before the question is asked, its text is like any other: the answer is what it is here for.
-    before = max(points // _BEFORE_ANSWER, 1)
-    positions = _positions(len(prompt) - 2 * steps, before, steps, first)
-    positions.append(len(prompt) - 1)
-    if len(answer) >= _ALIGNMENT_TOKENS + steps:
-        positions.append(len(prompt) - 1 + _ALIGNMENT_TOKENS)
-    # A short answer is followed by itself: heads must have something to do in every step.
-    tokens = prompt + (answer * (_ALIGNMENT_TOKENS + steps))[: _ALIGNMENT_TOKENS + steps]
-    return CalibrationText(task, tokens, positions)
+    sample = make_sample(task, model.tokenizer, length_tokens, _FIRST_SEED + index)
+    steps = min(steps, sample.max_new_tokens)
+    return CalibrationText(task, sample.tokens, (), steps, 0, length_tokens)
 
 
 def _prose(model: LoadedModel, lengths: Sequence[int], data: Path | None) -> list[list[int]]:

@@ -1,10 +1,12 @@
-"""Training the predictor: cross-entropy for the class, a quantile loss on the logarithm of budgets.
+"""Training the predictor: class and budgets weigh by the error that is left where they fall short.
 
-Too small a budget costs quality and too large a one only bytes, so the budgets' loss is that of the
-0.9 quantile: an under-prediction weighs nine times as much as an over-prediction. Every sample is
-met at a tolerance drawn afresh.
+Too small a budget costs quality and too large a one only bytes. How much quality is known: samples
+hold the smallest budgets for a dozen errors, so the error that is left below a budget is a step
+function. A head that needs the host weighs in the class's cross-entropy by how far the window's
+error exceeds the tolerance; a budget that is too small costs the integral of that excess over the
+logarithm of what is missing. Every sample is met at a tolerance drawn afresh.
 
-Axes: S samples (one head in one layer at one step), E tolerances, D granularities, F features.
+Axes: S samples (one head in one layer at one step), E errors, D granularities, F features.
 """
 
 from __future__ import annotations
@@ -21,12 +23,19 @@ from flax import nnx
 from tqdm import tqdm
 
 from fluxion_jax.cache.layout import GRANULARITIES_TOKENS
+from fluxion_jax.calibration.rating import Predictions
 from fluxion_jax.calibration.samples import HeadSamples
 from fluxion_jax.policy.features import NUM_FEATURES
 from fluxion_jax.policy.head_predictor import HeadPredictor, Statistics
 from fluxion_jax.progress import bar_options
 
-QUANTILE = 0.9
+# A doubling too much, against an error of 1 left over a doubling too little.
+_OVER, _ERROR = 0.1, 4.0
+# What falls short counts for the under-budget rate even if next to no error is left.
+_SHORT = 0.3
+# A head that needs the host although next to no error is left, against one that does not; and how
+# much more it weighs where an error of 1 is left.
+_NEEDED, _NEEDED_ERROR = 0.2, 10.0
 _BATCH = 1024
 _PEAK_RATE = 2e-3
 _WEIGHT_DECAY = 1e-2
@@ -45,6 +54,7 @@ class FlatSamples(NamedTuple):
       layer: int32 `[S]`, index in the model.
       head: int32 `[S]`.
       needed: float32 `[S, E, D]`, log2 of the budget over the host's tokens; `-inf` for streaming.
+      window_error: float32 `[S]`, with the window alone.
       host_tokens: int32 `[S]`.
     """
 
@@ -52,6 +62,7 @@ class FlatSamples(NamedTuple):
     layer: npt.NDArray[np.int32]
     head: npt.NDArray[np.int32]
     needed: npt.NDArray[np.float32]
+    window_error: npt.NDArray[np.float32]
     host_tokens: npt.NDArray[np.int32]
 
 
@@ -67,13 +78,15 @@ def flatten(samples: HeadSamples) -> FlatSamples:
         np.tile(np.repeat(samples.layers, heads), steps).astype(np.int32),
         np.tile(np.arange(heads), steps * layers).astype(np.int32),
         needed.reshape(-1, *needed.shape[3:]).astype(np.float32),
+        samples.window_error.reshape(-1),
         np.repeat(samples.host_tokens, layers * heads),
     )
 
 
 def train_predictor(
     data: FlatSamples,
-    tolerances: npt.NDArray[np.float32],
+    errors: npt.NDArray[np.float32],
+    num_tolerances: int,
     num_layers: int,
     num_heads: int,
     *,
@@ -85,7 +98,8 @@ def train_predictor(
 
     Args:
       data: the training part.
-      tolerances: float32 `[E]`, of the labels.
+      errors: float32 `[E]`, of the labels, ascending.
+      num_tolerances: the first so many of them are tolerances to train for.
       num_layers: of the model.
       num_heads: query heads of a layer.
       num_steps: of the optimiser, in batches of 1,024 samples.
@@ -109,54 +123,89 @@ def train_predictor(
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=_WEIGHT_DECAY)
     )
-    arrays = tuple(jnp.asarray(x) for x in data[:4])
+    arrays = tuple(jnp.asarray(x) for x in data)
 
-    def loss_of(params: Any, key: jax.Array) -> jax.Array:
+    def loss_of(params: Any, arrays: tuple[jax.Array, ...], key: jax.Array) -> jax.Array:
         rows_key, tolerance_key = jax.random.split(key)
         rows = jax.random.randint(rows_key, (_BATCH,), 0, len(arrays[0]))
-        features, layer, head, needed = (x[rows] for x in arrays)
-        which = jax.random.randint(tolerance_key, (_BATCH,), 0, len(tolerances))
+        features, layer, head, needed, window_error, host_tokens = (x[rows] for x in arrays)
+        which = jax.random.randint(tolerance_key, (_BATCH,), 0, num_tolerances)
         model = nnx.merge(graph, params, rest)
-        needs = model(features, model.heads[...][layer, head], jnp.asarray(tolerances)[which])
+        tolerance = jnp.asarray(errors)[which]
+        needs = model(features, model.heads[...][layer, head], tolerance)
+        # No budget is smaller than half the finest unit, or the logarithm would have no end.
+        least = jnp.log2(GRANULARITIES_TOKENS[0] / 2 / host_tokens)
+        needed = jnp.maximum(needed, least[:, None, None])
         wanted = jnp.take_along_axis(needed, which[:, None, None], axis=1)[:, 0]
-        streaming = jnp.isneginf(wanted[:, 0])
-        class_loss = optax.sigmoid_binary_cross_entropy(
+        streaming = window_error <= tolerance
+        excess = jnp.maximum(window_error - tolerance, 0.0)
+        weight = jnp.where(streaming, 1.0, _NEEDED + _NEEDED_ERROR * excess)
+        class_loss = weight * optax.sigmoid_binary_cross_entropy(
             needs.streaming, streaming.astype(jnp.float32)
         )
-        short = jnp.where(streaming[:, None], 0.0, wanted) - needs.log2_fraction(DOUBLINGS)
-        budget_loss = jnp.maximum(QUANTILE * short, (QUANTILE - 1) * short).mean(axis=-1)
+        given = needs.log2_fraction(DOUBLINGS)
+        left = error_left(given, needed, jnp.asarray(errors), window_error, which)
+        budget_loss = (
+            _OVER * jnp.maximum(given - wanted, 0.0)
+            + _OVER * _SHORT * jnp.maximum(wanted - given, 0.0)
+            + _ERROR * left
+        ).mean(axis=-1)
         return (class_loss + jnp.where(streaming, 0.0, budget_loss)).mean()
 
-    def step(
-        carry: tuple[Any, optax.OptState], key: jax.Array
-    ) -> tuple[tuple[Any, optax.OptState], jax.Array]:
-        params, state = carry
-        loss, gradients = jax.value_and_grad(loss_of)(params, key)
-        updates, state = optimiser.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), loss
+    # The samples are an argument: as constants they would be part of the program.
+    @jax.jit
+    def run(carry: Any, arrays: tuple[jax.Array, ...], keys: jax.Array) -> tuple[Any, jax.Array]:
+        def step(
+            carry: tuple[Any, optax.OptState], key: jax.Array
+        ) -> tuple[tuple[Any, optax.OptState], jax.Array]:
+            params, state = carry
+            loss, gradients = jax.value_and_grad(loss_of)(params, arrays, key)
+            updates, state = optimiser.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), loss
 
-    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
+        return jax.lax.scan(step, carry, keys)
+
     carry = (params, optimiser.init(params))
     keys = jax.random.split(jax.random.key(seed), num_steps)
     losses = []
     with tqdm(total=num_steps, desc="training", unit="step", **bar_options(progress)) as bar:
         for start in range(0, num_steps, _STEPS_PER_CALL):
             part = keys[start : start + _STEPS_PER_CALL]
-            carry, found = run(carry, part)
+            carry, found = run(carry, arrays, part)
             losses.append(float(found.mean()))
             bar.update(len(part))
             bar.set_postfix_str(f"loss {losses[-1]:.3f}")
     return nnx.merge(graph, carry[0], rest), losses
 
 
-def predict(
-    predictor: HeadPredictor, data: FlatSamples, tolerance: float
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Predictions for samples.
+def error_left(
+    given: jax.Array, needed: jax.Array, errors: jax.Array, window_error: jax.Array, which: Any
+) -> jax.Array:
+    """The error beyond a tolerance, integrated over the logarithm of what budgets are too small by.
+
+    Args:
+      given: float32 `[S, D]`, log2 of budgets.
+      needed: float32 `[S, E, D]`, log2 of the smallest budgets, falling along E.
+      errors: float32 `[E]`, ascending.
+      window_error: float32 `[S]`, which no budget exceeds.
+      which: int32 `[S]`, the tolerance's place in `errors`.
 
     Returns:
-      `(streaming_logit float32 [S], log2_fraction float32 [S, D])`, without any margin.
+      float32 `[S, D]`.
     """
+    # Between two of the budgets the error is at most the larger of theirs.
+    below = jnp.concatenate([needed[:, 1:], jnp.full_like(needed[:, :1], -jnp.inf)], axis=1)
+    beyond = jnp.minimum(jnp.append(errors[1:], jnp.inf), window_error[:, None])
+    excess = jnp.maximum(beyond - errors[which][:, None], 0.0)
+    excess = jnp.where(jnp.arange(len(errors)) >= which[:, None], excess, 0.0)
+    missing = jnp.maximum(needed - jnp.maximum(given[:, None], below), 0.0)
+    return (excess[..., None] * missing).sum(axis=1)
+
+
+def predict(
+    predictor: HeadPredictor, data: FlatSamples, tolerance: float, shape: tuple[int, ...]
+) -> Predictions:
+    """Predictions for samples that are steps, layers and heads of this shape."""
     graph, state = nnx.split(predictor)
     logits, fractions = [], []
     for start in range(0, len(data.features), 1 << 16):
@@ -171,7 +220,9 @@ def predict(
         )
         logits.append(np.asarray(logit))
         fractions.append(np.asarray(fraction))
-    return np.concatenate(logits), np.concatenate(fractions)
+    return Predictions(
+        np.concatenate(logits).reshape(shape), np.concatenate(fractions).reshape(*shape, -1)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

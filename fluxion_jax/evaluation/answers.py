@@ -145,9 +145,18 @@ def answer_together(
 
 
 def _capacity(samples: Sequence[Sample]) -> int:
-    """Tokens of a cache: few different ones, so that batches share programs, none far too large."""
     needed = max(len(sample.tokens) + sample.max_new_tokens for sample in samples)
-    return min(samples[0].length_tokens, -(-needed // _CAPACITY_TOKENS) * _CAPACITY_TOKENS)
+    return cache_capacity(needed, samples[0].length_tokens)
+
+
+def cache_capacity(needed_tokens: int, length_tokens: int) -> int:
+    """Tokens of a cache: few different ones, so that batches share programs, none far too large.
+
+    Args:
+      needed_tokens: of prompt and answer.
+      length_tokens: that were asked for.
+    """
+    return min(length_tokens, -(-needed_tokens // _CAPACITY_TOKENS) * _CAPACITY_TOKENS)
 
 
 def _texts(model: LoadedModel, tokens: Sequence[Sequence[int]]) -> list[str]:

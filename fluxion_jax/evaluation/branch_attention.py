@@ -25,7 +25,7 @@ _INT8_MAX = 127
 
 
 class Prefix(NamedTuple):
-    """One layer's prompt.
+    """One layer's prompt. A sliding-window layer has no blocks, so M is 0.
 
     Attributes:
       k: `[B, K, S, H]` in the cache's dtype, after RoPE; S is sinks and whole coarsest units.
@@ -75,6 +75,14 @@ class Scores(NamedTuple):
     def among(self, seen: jax.Array) -> Scores:
         """Without the prompt tokens outside of `seen`, bool of the shape of `prompt` or less."""
         return self._replace(prompt=jnp.where(seen, self.prompt, -jnp.inf))
+
+    def recent(self, window_tokens: int, past: Past) -> Scores:
+        """Only the last tokens, the current one included, as a sliding-window layer sees them."""
+        first = past.lengths + 1 - window_tokens
+        prompt = jnp.arange(self.prompt.shape[-1]) >= first[:, None]
+        own = past.prompt_tokens[:, None] + jnp.arange(self.own.shape[-1]) >= first[:, None]
+        seen = (x[:, None, None, None] for x in (prompt, own))
+        return Scores(*(jnp.where(x, y, -jnp.inf) for x, y in zip(seen, self, strict=True)))
 
     def peak(self) -> jax.Array:
         """The largest score of each head: `[B, V, K, G]`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -134,21 +134,48 @@ def plan_step(
 
 def _planner(layer: Layer, past: Past, before: Before | None) -> Any:
     """The function that plans for one policy, given what differs between branches."""
+    see = features_of(layer, past, before is not None)
+
+    def plan_one(policy: Policy, branch: Any) -> Plan:
+        # Plans are joined, and not every policy says these.
+        plan = policy.plan(see(*branch), past.lengths + 1)
+        return plan._replace(clipped=None, notes=None)
+
+    return plan_one
+
+
+def features_of(layer: Layer, past: Past, sketched: bool) -> Callable[..., Features]:
+    """What a policy sees in a step, as a function of what differs between branches.
+
+    Args:
+      layer: see `Layer`.
+      past: of the step; its keys are not looked at.
+      sketched: whether the step before is known and the layer has a sketch.
+
+    Returns:
+      A function of q and window_out `[B, N, H]`, window_lse `[B, N]`, the branch's own keys `[B, K,
+      T, H]` and `Before` without the branch axis, None without a sketch.
+    """
     layout = layer.layout
     held = host_tokens(layout, past.lengths)
     shared_window = branch_sketch.prompt_window(layer.prefix, past, layout)
-    sketched, runs = layer.sketched, None
-    if sketched is not None:
+    drawn, runs = layer.sketched, None
+    if sketched and drawn is not None:
         blocks = held // BLOCK_TOKENS
-        runs = branch_sketch.runs(sketched, layer.prefix, blocks, layer.capacity_blocks)
+        runs = branch_sketch.runs(drawn, layer.prefix, blocks, layer.capacity_blocks)
 
-    def plan_one(policy: Policy, branch: Any) -> Plan:
-        q, window_out, window_lse, own_k, last = branch
+    def see(
+        q: jax.Array,
+        window_out: jax.Array,
+        window_lse: jax.Array,
+        own_k: jax.Array,
+        before: Before | None,
+    ) -> Features:
         window = branch_sketch.branch_window(shared_window, own_k, past)
         sketch = None
-        if sketched is not None and runs is not None:
-            sketch = branch_sketch.branch_sketch(sketched, runs, last.q, last.window_lse, past)
-        features = Features(
+        if drawn is not None and runs is not None and before is not None:
+            sketch = branch_sketch.branch_sketch(drawn, runs, before.q, before.window_lse, past)
+        return Features(
             q=q,
             window_out=window_out,
             window_lse=window_lse,
@@ -162,7 +189,5 @@ def _planner(layer: Layer, past: Past, before: Before | None) -> Any:
             window_positions=window.positions,
             sketch=sketch,
         )
-        # Plans are joined, and not every policy says these.
-        return policy.plan(features, past.lengths + 1)._replace(clipped=None, notes=None)
 
-    return plan_one
+    return see

@@ -95,6 +95,13 @@ def sketch_prompt(
     return Sketched(drawn, probes.finish(probed, full, empty, first, count))
 
 
+def with_probes(sketched: Sketched, probed: Sketched) -> Sketched:
+    """The first, with what the second's queries needed: as if what follows had been decoded."""
+    names = ("probe_q", "probes", "probe_position")
+    own = {name: getattr(probed.sketch, name) for name in names}
+    return sketched._replace(sketch=sketched.sketch._replace(**own))
+
+
 def runs(
     sketched: Sketched, prefix: Prefix, host_blocks: jax.Array, capacity_blocks: int
 ) -> jax.Array:
@@ -125,7 +132,7 @@ def runs(
 def before_first(sketched: Sketched, branches: int) -> Before:
     """The prompts' last queries, which are what every branch remembers at first."""
     sketch = sketched.sketch
-    slot = (sketch.probe_position % 2)[:, None]
+    slot = (sketch.previous_position.max(axis=1) % 2)[:, None]
     q = jnp.take_along_axis(sketch.previous_q, slot[..., None, None], axis=1)
     lse = jnp.take_along_axis(sketch.previous_lse, slot[..., None], axis=1)
     return Before(*(jnp.repeat(x, branches, axis=1) for x in (q, lse)))

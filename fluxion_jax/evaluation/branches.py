@@ -22,12 +22,12 @@ from flax import nnx
 
 from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout, host_tokens
 from fluxion_jax.decode import NO_TOKEN
-from fluxion_jax.errors import ConfigError, UnsupportedError
+from fluxion_jax.errors import ConfigError
 from fluxion_jax.evaluation import branch_attention, branch_sketch
 from fluxion_jax.evaluation.branch_attention import Past, Prefix
 from fluxion_jax.evaluation.branch_plans import Kind, Layer, kinds, plan_step
 from fluxion_jax.evaluation.branch_sketch import Before, Sketched
-from fluxion_jax.modules import dense_attention
+from fluxion_jax.modules import Attention, dense_attention
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.session import CHUNK_TOKENS
 
@@ -82,7 +82,7 @@ def run_branches(
     """Greedy answers of a batch of prompts under several policies.
 
     Args:
-      model: a `Decoder` without sliding-window layers.
+      model: a `Decoder`.
       prompts: token ids, at least 2 each; the last one is the first that is decoded.
       policies: a branch each; `OraclePolicy` too.
       max_new_tokens: at most so many per answer, not more than the window's recent tokens.
@@ -96,14 +96,8 @@ def run_branches(
         needed.
 
     Raises:
-      UnsupportedError: the model has sliding-window layers.
       ConfigError: more new tokens than the recent window holds, which would leave it.
     """
-    if layout.sliding_layers:
-        raise UnsupportedError(
-            "expected a model without sliding-window layers for a shared prefix; evaluate it with "
-            "forked caches instead"
-        )
     if max_new_tokens > layout.recent_tokens:
         raise ConfigError(
             f"expected at most {layout.recent_tokens} new tokens, which all stay in the resident "
@@ -125,7 +119,7 @@ def run_branches(
     for row, prompt in enumerate(prompts):
         ids[row, : lengths[row]] = prompt[:-1]
     graph, params = nnx.split(model)
-    prefix = _read_prefix(
+    prefix = read_prefix(
         graph, params, jnp.asarray(ids), jnp.asarray(lengths), layout, capacity_blocks, chunk_tokens
     )
     tokens, counts = _decode(
@@ -153,7 +147,7 @@ def run_branches(
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "layout", "capacity_blocks", "chunk_tokens"))
-def _read_prefix(
+def read_prefix(
     graph: Any,
     params: Any,
     tokens: jax.Array,
@@ -161,42 +155,72 @@ def _read_prefix(
     layout: KVLayout,
     capacity_blocks: int,
     chunk_tokens: int,
+    probed_tokens: jax.Array | None = None,
 ) -> tuple[tuple[Prefix, Sketched | None], ...]:
-    """Keys and values of prompts `[B, S]` with full causal attention, and sketches, per layer."""
+    """Keys and values of prompts `[B, S]` with full causal attention, and sketches, per layer.
+
+    Args:
+      graph: of the model, from `nnx.split`.
+      params: likewise.
+      tokens: int32 `[B, S]`; S is sinks and whole coarsest units.
+      lengths: int32 `[B]`, tokens of the prompts.
+      layout: of the cache.
+      capacity_blocks: host blocks that a sequence of the cache may have.
+      chunk_tokens: tokens that one call would prefill.
+      probed_tokens: int32 `[B]`, how many of them were prefilled, if the others were decoded; a
+        sketch's probes are those of the prefill's end.
+    """
     model = nnx.merge(graph, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     x = model._embed(tokens)
-    prefix = []
+    prefix: list[tuple[Prefix, Sketched | None]] = []
     for layer in model.layers:
         normed = layer.attention_norm(x)
         q, k, v = layer.attention._project(normed, positions)
         k, v = (y.astype(layout.jax_dtype) for y in (k, v))
-        attended = _causal_attention(q, k, v, layer.attention.scale).astype(x.dtype)
+        window, scale = layer.attention.sliding_window, layer.attention.scale
+        attended = _causal_attention(q, k, v, scale, window).astype(x.dtype)
         x = layer.finish(x, layer.attention.o(attended.reshape(*x.shape[:2], -1)))
         k, v = (jnp.swapaxes(y, 1, 2) for y in (k, v))
+        if window is not None:
+            none = jnp.zeros((*k.shape[:2], 0, k.shape[3]), jnp.float32)
+            prefix.append((Prefix(k, v, none, none), None))
+            continue
         sketched = None
         if layout.sketch and capacity_blocks:
-            sketched = branch_sketch.sketch_prompt(
+            sketch = functools.partial(
+                branch_sketch.sketch_prompt,
                 q,
                 k,
                 v,
-                lengths,
-                layout,
-                scale=layer.attention.scale,
+                layout=layout,
+                scale=scale,
                 capacity_blocks=capacity_blocks,
                 chunk_tokens=chunk_tokens,
             )
+            sketched = sketch(lengths)
+            if probed_tokens is not None:
+                sketched = branch_sketch.with_probes(sketched, sketch(probed_tokens))
         prefix.append((branch_attention.make_prefix(k, v, layout), sketched))
     return tuple(prefix)
 
 
-def _causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+def _causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None
+) -> jax.Array:
     """`[B, S, N, H]`; cuDNN's kernel where there is one, because XLA's keeps every score."""
-    if jax.default_backend() == "gpu" and k.dtype == jnp.bfloat16:
+    # The kernel is built for heads of up to 128.
+    if jax.default_backend() == "gpu" and k.dtype == jnp.bfloat16 and k.shape[-1] <= 128:
         return jax.nn.dot_product_attention(
-            q.astype(k.dtype), k, v, scale=scale, is_causal=True, implementation="cudnn"
+            q.astype(k.dtype),
+            k,
+            v,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
         )
-    return dense_attention(q, k, v, None, scale, None)
+    return dense_attention(q, k, v, None, scale, window)
 
 
 class _Carry(NamedTuple):
@@ -247,6 +271,10 @@ def _decode(
                 for own, new in ((keys[index], k), (values[index], v))
             )
             past = Past(keys[index], values[index], t, lengths)
+            if layer.attention.sliding_window is not None:
+                out = attend_recent(q, prefix[index][0], past, layer.attention)
+                x = layer.finish(x, layer.attention.o(out.astype(x.dtype)))
+                continue
             known = Layer(index, *prefix[index], layer.attention.scale, layout, capacity_blocks)
             out, read, seen = _attend(
                 q.astype(jnp.float32), policies, known, past, before[index], dense_below_tokens
@@ -260,7 +288,8 @@ def _decode(
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         token = jnp.where(running, token, NO_TOKEN)
         stopped = (token[..., None] == stop_tokens).any(axis=-1)
-        held = host_tokens(layout, lengths + t) // BLOCK_TOKENS * kv_heads * len(prefix)
+        held = host_tokens(layout, lengths + t) // BLOCK_TOKENS * kv_heads
+        held *= len(layout.global_layers)
         cached = jnp.where(running, held[:, None], 0).sum(axis=0)
         return _Carry(
             step=t + 1,
@@ -296,6 +325,16 @@ def _decode(
     )
     end = jax.lax.while_loop(unfinished, step, start)
     return end.tokens, end.counts
+
+
+def attend_recent(q: jax.Array, prefix: Prefix, past: Past, attention: Attention) -> jax.Array:
+    """A sliding-window layer's step for queries `[B, V, N, H]`: `[B, V, N * H]`."""
+    assert attention.sliding_window is not None
+    scores = branch_attention.attention_scores(
+        q.astype(jnp.float32), prefix, past, attention.scale
+    ).recent(attention.sliding_window, past)
+    out, _ = branch_attention.attend(scores, prefix, past)
+    return out.reshape(*q.shape[:2], -1)
 
 
 def _attend(

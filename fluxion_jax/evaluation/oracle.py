@@ -10,6 +10,8 @@ Axes: B batch, V branches, N query heads, K KV heads, G = N // K, U units, R run
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,38 @@ def oracle_plan(
     Returns:
       The plan, with a branch axis: `[B, V, K]` and `[B, V, N]`.
     """
-    batch, _, num_heads, head_dim = q.shape
+    num_heads, head_dim = q.shape[2:]
+    host_blocks = host_tokens(layout, past.lengths) // BLOCK_TOKENS
+    curves = error_curves(q, scores, window, prefix, past, summaries, exponents, layout)
+    budgets = [smallest_budgets(curve, tolerances[:, None, None]) for curve in curves]
+    group = num_heads // exponents.shape[1]
+    return _cheapest(jnp.stack(budgets), host_blocks, group, head_dim, layout)
+
+
+class ErrorCurve(NamedTuple):
+    """What is left of the error at each budget of a granularity.
+
+    Attributes:
+      budgets_tokens: int32 `[R]`, ascending from 0 to everything.
+      errors: float32 `[B, V, K, G, R]`, of a head's output over the step's largest.
+    """
+
+    budgets_tokens: np.ndarray
+    errors: jax.Array
+
+
+def error_curves(
+    q: jax.Array,
+    scores: Scores,
+    window: jax.Array,
+    prefix: Prefix,
+    past: Past,
+    summaries: jax.Array,
+    exponents: jax.Array,
+    layout: KVLayout,
+) -> list[ErrorCurve]:
+    """Errors of one layer of one step by budget, per granularity; see `oracle_plan`."""
+    batch = q.shape[0]
     kv_heads = exponents.shape[1]
     host_blocks = host_tokens(layout, past.lengths) // BLOCK_TOKENS
     inside = window[:, None, None, None, :]
@@ -64,25 +97,30 @@ def oracle_plan(
     full_sum, full_mass = weighted_sum(scores, peak, prefix, past)
     full = full_sum / full_mass[..., None]
     largest = jnp.linalg.norm(full, axis=-1).max(axis=(2, 3), keepdims=True)
-    limit = tolerances[:, None, None] * largest
     near = weighted_sum(scores.among(inside), peak, prefix, past)
     far = jnp.where(inside, 0.0, jnp.exp(scores.prompt - peak[..., None]))
     blocks = _block_sums(far, prefix, layout)
     q8 = jax.vmap(quantise_query, (1, None, None), 1)(
         q, exponents, jnp.zeros((batch, kv_heads), bool)
     )
-    budgets = [
-        _smallest(
+    return [
+        _curve(
             granularity,
             _scores(q8, summaries, granularity, host_blocks, kv_heads),
             blocks,
             near,
             full,
-            limit,
+            largest,
         )
         for granularity in GRANULARITIES_TOKENS
     ]
-    return _cheapest(jnp.stack(budgets), host_blocks, num_heads // kv_heads, head_dim, layout)
+
+
+def smallest_budgets(curve: ErrorCurve, tolerances: jax.Array) -> jax.Array:
+    """The smallest budgets in tokens that keep to tolerances which broadcast against `[..., G]`."""
+    budgets = jnp.asarray(curve.budgets_tokens)
+    enough = curve.errors <= tolerances[..., None]
+    return budgets[jnp.argmax(enough, axis=-1)]
 
 
 def _block_sums(far: jax.Array, prefix: Prefix, layout: KVLayout) -> tuple[jax.Array, jax.Array]:
@@ -117,15 +155,14 @@ def _scores(
     return scores[..., :units].reshape(*q8.shape[:2], kv_heads, -1, units)
 
 
-def _smallest(
+def _curve(
     granularity: int,
     scores: jax.Array,
     blocks: tuple[jax.Array, jax.Array],
     near: tuple[jax.Array, jax.Array],
     full: jax.Array,
-    limit: jax.Array,
-) -> jax.Array:
-    """Smallest budget in tokens on the ladder, int32 `[B, V, K, G]`."""
+    largest: jax.Array,
+) -> ErrorCurve:
     units = scores.shape[-1]
     size = granularity // BLOCK_TOKENS
     sums = blocks[0].reshape(*scores.shape[:4], units, size, -1).sum(axis=5)
@@ -139,10 +176,10 @@ def _smallest(
     sums = jnp.einsum("...ru,...uh->...rh", share, sums, precision="highest")
     masses = jnp.einsum("...ru,...u->...r", share, masses, precision="highest")
     out = (near[0][..., None, :] + sums) / (near[1][..., None] + masses)[..., None]
-    error = jnp.linalg.norm(out - full[..., None, :], axis=-1)
+    errors = jnp.linalg.norm(out - full[..., None, :], axis=-1) / largest[..., None]
     # Everything is always enough, whatever rounding says.
-    enough = (error <= limit[..., None]) | (jnp.asarray(rungs) == units)
-    return jnp.asarray(rungs)[jnp.argmax(enough, axis=-1)] * granularity
+    errors = jnp.where(jnp.asarray(rungs) == units, 0.0, errors)
+    return ErrorCurve(rungs * granularity, errors)
 
 
 def _cheapest(

@@ -1,4 +1,4 @@
-"""What the predictor looks at: 51 numbers for each query head, in seven families.
+"""What the predictor looks at: 57 numbers for each query head, in seven families.
 
 All of them come from what is on the device anyway: this step's query, the resident window and
 attention over it, and the layer's sketch (`cache.sketch`), whose drawn tokens stand for the host.
@@ -16,7 +16,7 @@ window alone. Logarithms of quantities are to base 2, odds are natural.
 |---|---|---|
 | structural | place of the layer, of the KV head and of the head in its group, 0 to 1; log of the host's tokens and of the tokens of a run | - |
 | KV distribution | log of the mean key norm, its relative deviation, log of mean value norm, largest over mean value norm, `|mean k| / mean |k|`, the same of values | 4 M H / G |
-| QK interaction | largest `s_j`, mean `s_j`, deviation of `s_j`, `lse_h` and largest `u_j`, all but the deviation less `lse_w`; largest less mean `u_j`; log of the tokens behind the entropy of `p`; log of the runs behind `sum p^2`; largest `p_j`; log of the runs whose bound reaches 1 % and 10 % of the window; log of `scale |q|` | 3 M H |
+| QK interaction | largest `s_j`, mean `s_j`, deviation of `s_j`, `lse_h` and largest `u_j`, all but the deviation less `lse_w`; largest less mean `u_j`; log of the tokens behind the entropy of `p`; log of the runs behind `sum p^2`; largest `p_j`; log of the runs whose bound reaches 1 % and 10 % of the window; of those whose `u_j` is above `lse_w`, and above the window's largest score; of those within 1 and within 4 of the largest `u_j`; deviation of `u_j`, and how many of them the largest lies above the mean; log of `scale |q|` | 3 M H |
 | output contribution of the window | log of `err`; `m`; cosine of `out_h` and `out_w`; log of `|out_w|` over the largest head's; odds of the sinks, of the newest 16 and of the largest score in the window | W H + M H |
 | query dynamics | cosine with the query of the step before, log ratio of norms, change of `lse_w`; cosine with the probed queries; whether there was a step before | H |
 | budgets at prefill | the nine `PROBES`; log of the tokens since | - |
@@ -59,6 +59,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "share_peak",
         "bounds_above_1_percent",
         "bounds_above_10_percent",
+        "bounds_above_window",
+        "bounds_above_window_peak",
+        "bounds_within_1_of_peak",
+        "bounds_within_4_of_peak",
+        "bound_deviation",
+        "bound_peak_deviations",
         "query_norm",
     ),
     "output_contribution": (
@@ -93,6 +99,8 @@ NAMES = tuple(name for family in FAMILIES.values() for name in family)
 NUM_FEATURES = len(NAMES)
 
 _LEAST = 1e-6
+# Of scores, which are natural logarithms: bounds that differ by less are as good as equal.
+_LEAST_DEVIATION = 1e-3
 # Odds of a part that is empty, and of one that is everything, must stay numbers.
 _LARGEST = 30.0
 _NEWEST_TOKENS = 16
@@ -125,11 +133,12 @@ def head_features(features: Features) -> jax.Array:
     host = _attend_sketch(features)
     mass = jax.nn.sigmoid(_odds(host.lse - features.window_lse))
     error = _window_error(features, host, mass)
+    window_scores = _window_scores(features)
     by_name = {
         **_structural(features),
         **_kv_distribution(features, host),
-        **_qk_interaction(features, host),
-        **_output_contribution(features, host, mass, error),
+        **_qk_interaction(features, host, window_scores),
+        **_output_contribution(features, host, mass, error, window_scores),
         **_query_dynamics(features),
         **_prefill_budgets(features),
         **_cross_head(features, mass, error),
@@ -226,7 +235,19 @@ def _kv_distribution(features: Features, host: _Host) -> dict[str, jax.Array]:
     return {name: jnp.repeat(x, group, axis=1) for name, x in of_kv_heads.items()}
 
 
-def _qk_interaction(features: Features, host: _Host) -> dict[str, jax.Array]:
+def _window_scores(features: Features) -> jax.Array:
+    """Scores of the window's slots, `[B, N, W]`; minus infinity for those that hold no token."""
+    exists = (features.window_positions >= 0)[:, None]
+    # A slot that holds no token may hold anything.
+    keys = jnp.where(exists[..., None], features.window_k.astype(jnp.float32), 0.0)
+    scores = jnp.einsum("bkgh,bkwh->bkgw", _grouped(features), keys, precision="highest")
+    scores = (scores * features.scale).reshape(*features.window_lse.shape, -1)
+    return jnp.where(exists, scores, -jnp.inf)
+
+
+def _qk_interaction(
+    features: Features, host: _Host, window_scores: jax.Array
+) -> dict[str, jax.Array]:
     exists = ~jnp.isneginf(host.log_weight)[:, None]
     count = jnp.maximum(exists.sum(axis=-1), 1)
     window = features.window_lse
@@ -238,10 +259,12 @@ def _qk_interaction(features: Features, host: _Host) -> dict[str, jax.Array]:
         largest = jnp.where(exists, x, -jnp.inf).max(axis=-1)
         return jnp.where(jnp.isneginf(largest), 0.0, largest)
 
-    def above(fraction: float) -> jax.Array:
-        weighted = host.bounds + host.log_weight[:, None] - window[..., None]
-        return jnp.log2(1.0 + (weighted > jnp.log(fraction)).sum(axis=-1))
+    def above(bounds: jax.Array, limit: jax.Array) -> jax.Array:
+        return jnp.log2(1.0 + (exists & (bounds > limit[..., None])).sum(axis=-1))
 
+    weighted = host.bounds + host.log_weight[:, None]
+    bound_peak, bound_mean = peak(host.bounds), mean(host.bounds)
+    bound_deviation = jnp.sqrt(mean((host.bounds - bound_mean[..., None]) ** 2))
     score_mean = mean(host.scores)
     entropy = -(host.share * jnp.log2(jnp.maximum(host.share, 1e-30))).sum(axis=-1)
     bits = jnp.where(exists, host.log_weight[:, None], 0.0) / jnp.log(2.0)
@@ -250,26 +273,28 @@ def _qk_interaction(features: Features, host: _Host) -> dict[str, jax.Array]:
         "score_mean": _odds(score_mean - window),
         "score_deviation": jnp.sqrt(mean((host.scores - score_mean[..., None]) ** 2)),
         "host_odds": _odds(host.lse - window),
-        "bound_peak": _odds(peak(host.bounds) - window),
-        "bound_range": peak(host.bounds) - mean(host.bounds),
+        "bound_peak": _odds(bound_peak - window),
+        "bound_range": bound_peak - bound_mean,
         "entropy_tokens": entropy + (host.share * bits).sum(axis=-1),
         "participation_runs": -_log2((host.share**2).sum(axis=-1)),
         "share_peak": host.share.max(axis=-1),
-        "bounds_above_1_percent": above(0.01),
-        "bounds_above_10_percent": above(0.1),
+        "bounds_above_1_percent": above(weighted, window + jnp.log(0.01)),
+        "bounds_above_10_percent": above(weighted, window + jnp.log(0.1)),
+        "bounds_above_window": above(host.bounds, window),
+        "bounds_above_window_peak": above(host.bounds, window_scores.max(axis=-1)),
+        "bounds_within_1_of_peak": above(host.bounds, bound_peak - 1.0),
+        "bounds_within_4_of_peak": above(host.bounds, bound_peak - 4.0),
+        "bound_deviation": bound_deviation,
+        "bound_peak_deviations": (bound_peak - bound_mean)
+        / jnp.maximum(bound_deviation, _LEAST_DEVIATION),
         "query_norm": _log2(features.scale * _norm(features.q)),
     }
 
 
 def _output_contribution(
-    features: Features, host: _Host, mass: jax.Array, error: jax.Array
+    features: Features, host: _Host, mass: jax.Array, error: jax.Array, scores: jax.Array
 ) -> dict[str, jax.Array]:
-    keys, position = features.window_k, features.window_positions
-    position = position[:, None]
-    # A slot that holds no token may hold anything.
-    keys = jnp.where((position >= 0)[..., None], keys.astype(jnp.float32), 0.0)
-    scores = jnp.einsum("bkgh,bkwh->bkgw", _grouped(features), keys, precision="highest")
-    scores = (scores * features.scale).reshape(*features.window_lse.shape, -1)
+    position = features.window_positions[:, None]
     newest = position.max(axis=-1, keepdims=True)
 
     def odds(slots: jax.Array) -> jax.Array:
@@ -286,9 +311,7 @@ def _output_contribution(
         "out_norm": _log2(out_norm / jnp.where(largest > 0, largest, 1.0)),
         "sink_odds": odds((position >= 0) & (position < features.layout.sink_tokens)),
         "newest_odds": odds((position >= 0) & (position > newest - _NEWEST_TOKENS)),
-        "window_peak_odds": _odds(
-            jnp.where(position >= 0, scores, -jnp.inf).max(axis=-1) - features.window_lse
-        ),
+        "window_peak_odds": _odds(scores.max(axis=-1) - features.window_lse),
     }
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fluxion_jax.cache.layout import GRANULARITIES_TOKENS
+from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, KVLayout
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.features import head_features
 from fluxion_jax.policy.protocol import Features, Plan
@@ -100,14 +100,8 @@ class FluxionPolicy:
         logit = needs.streaming - threshold
         doublings = jnp.log2(jnp.asarray(GRANULARITIES_TOKENS) / GRANULARITIES_TOKENS[0])
         log2_fraction = needs.log2_fraction(doublings) + margin
-        host_tokens = features.host_tokens
-        log2_tokens = jnp.log2(jnp.maximum(host_tokens, 1))[:, None, None] + log2_fraction
-        tokens = jnp.exp2(jnp.minimum(log2_tokens, _MOST_LOG2_TOKENS))
-        wanted = jnp.where((logit > 0)[..., None], 0.0, jnp.maximum(tokens, 1.0))
-        # What is not a number must be read, so that the fault surfaces.
-        wanted = jnp.where(jnp.isfinite(wanted), wanted, 2.0**_MOST_LOG2_TOKENS)
-        granularity, budget_tokens, clipped = select_granularity(
-            jnp.ceil(wanted).astype(jnp.int32), host_tokens, features.layout
+        granularity, budget_tokens, clipped = plan_budgets(
+            logit, log2_fraction, features.host_tokens, features.layout
         )
         return Plan(
             granularity=granularity,
@@ -134,6 +128,28 @@ class FluxionPolicy:
 
     def __str__(self) -> str:
         return f"fluxion:tolerance={float(self.tolerance):.6g}"
+
+
+def plan_budgets(
+    logit: jax.Array, log2_fraction: jax.Array, host_tokens: jax.Array, layout: KVLayout
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What is planned for predictions to which the safety was applied.
+
+    Args:
+      logit: float32 `[B, N]`, above 0 for a head that streams.
+      log2_fraction: float32 `[B, N, D]`, of the budget over the host's tokens.
+      host_tokens: int32 `[B]`.
+      layout: of the cache.
+
+    Returns:
+      As `select_granularity`.
+    """
+    log2_tokens = jnp.log2(jnp.maximum(host_tokens, 1))[:, None, None] + log2_fraction
+    tokens = jnp.exp2(jnp.minimum(log2_tokens, _MOST_LOG2_TOKENS))
+    wanted = jnp.where((logit > 0)[..., None], 0.0, jnp.maximum(tokens, 1.0))
+    # What is not a number must be read, so that the fault surfaces.
+    wanted = jnp.where(jnp.isfinite(wanted), wanted, 2.0**_MOST_LOG2_TOKENS)
+    return select_granularity(jnp.ceil(wanted).astype(jnp.int32), host_tokens, layout)
 
 
 def _nothing_to_read(batch: int, heads: int, kv_heads: int) -> Plan:

@@ -16,7 +16,9 @@ from fluxion_jax.evaluation.tasks import TASKS, make_sample
 from fluxion_jax.models.load import load_model
 
 PROTOCOL = json.loads((Path(__file__).parents[2] / "benchmarks" / "protocol.json").read_text())
-STEPS, POINTS, LENGTH = 8, 3, 1024
+STEPS, LENGTH = 40, 2880
+# A third of the tasks more for prose.
+COUNT = -(-4 * len(TASKS) // 3)
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def made(model):
-    return calibration_texts(
-        model, length_tokens=LENGTH, count=2 * len(TASKS), points=POINTS, steps=STEPS
-    )
+    return calibration_texts(model, length_tokens=LENGTH, count=COUNT, steps=STEPS)
 
 
 def test_questions_have_seeds_of_their_own(model, monkeypatch):
@@ -41,9 +41,9 @@ def test_questions_have_seeds_of_their_own(model, monkeypatch):
 
     seeds: list[int] = []
     monkeypatch.setattr(texts, "make_sample", recorded)
-    calibration_texts(model, length_tokens=LENGTH, count=8, points=POINTS, steps=STEPS)
+    calibration_texts(model, length_tokens=LENGTH, count=8, steps=STEPS)
     frozen = range(PROTOCOL["seed"], PROTOCOL["seed"] + PROTOCOL["samples"])
-    assert seeds == list(range(500_000, 500_004))
+    assert seeds == list(range(500_000, 500_006))
     # The largest calibration stays below the protocol, and evaluations count from 0.
     assert seeds[0] + 100_000 < frozen[0]
     hashes = {h for own in PROTOCOL["prompts_sha256"].values() for h in own.values()}
@@ -63,22 +63,33 @@ def test_prose_is_not_that_of_the_evaluation():
 
 
 def test_every_task_is_asked_at_several_lengths(made):
-    questions = made[1::2]
+    questions = [text for text in made if text.name in TASKS]
+    assert len(made) == COUNT
     assert {text.name for text in questions} == set(TASKS)
     assert len({text.name for text in questions[: len(TASKS) // 2]}) == len(TASKS) // 2
-    assert len({len(text.tokens) // 256 for text in made}) > 1
-    for text in made:
-        assert len(text.tokens) <= LENGTH + 16 + STEPS
-        assert text.first_positions == sorted(set(text.first_positions))
-        assert all(p % 16 == 0 for p in text.first_positions)
-        assert text.first_positions[-1] + STEPS <= len(text.tokens)
+    assert len({text.length_tokens for text in questions}) == 3
+    for text in questions:
+        assert len(text.prompt) + text.steps <= text.length_tokens <= LENGTH
+        assert text.steps == min(STEPS, TASKS[text.name].max_new_tokens)
+        # The model answers.
+        assert text.following == ()
+        assert text.age_tokens == 0
 
 
-def test_the_last_stretches_of_a_question_are_its_answer(model, made):
-    for text in made[1::2]:
-        starts = [p for p in text.first_positions if p >= len(text.tokens) - 16 - STEPS - 1]
-        assert len(starts) in (1, 2)
-        answer = model.tokenizer.decode(text.tokens[starts[0] + 1 :])
-        assert answer.startswith(" ")
-    before = max(POINTS // 3, 1)
-    assert {len(t.first_positions) for t in made[1::2]} == {before + 1, before + 2}
+def test_every_fourth_text_is_prose(made):
+    prose = made[::4]
+    assert all(text.name.startswith("text") for text in prose)
+    assert sum(text.name.startswith("text") for text in made) == len(prose)
+    assert len({text.age_tokens for text in prose}) == 4
+    for text in prose:
+        assert len(text.following) == text.steps == 16
+        assert len(text.prompt) + text.steps == text.length_tokens <= LENGTH
+
+
+def test_own_text_takes_the_place_of_prose(model, tmp_path):
+    (tmp_path / "own.txt").write_text(" ".join(f"word{i}" for i in range(9000)))
+    made = calibration_texts(
+        model, length_tokens=LENGTH, count=5, steps=STEPS, data=tmp_path / "own.txt"
+    )
+    assert model.tokenizer.decode(made[4].prompt).count("word") > 50
+    assert [text.name in TASKS for text in made] == [False, True, True, True, False]

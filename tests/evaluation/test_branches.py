@@ -17,7 +17,7 @@ from fluxion_jax.compilations import compilations
 from fluxion_jax.errors import ConfigError, UnsupportedError
 from fluxion_jax.evaluation import branch_attention, branch_sketch
 from fluxion_jax.evaluation.branch_attention import Past
-from fluxion_jax.evaluation.branches import _read_prefix, run_branches
+from fluxion_jax.evaluation.branches import read_prefix, run_branches
 from fluxion_jax.evaluation.oracle import ladder, oracle_plan
 from fluxion_jax.policy import parse_policy
 from tests.generation import tiny
@@ -215,10 +215,35 @@ def test_rungs_are_close_together():
         assert (steps <= np.maximum(1, rungs[:-1] / 4)).all()
 
 
+def test_sliding_windows_are_kept():
+    model, prompts = tiny.gemma3(), tiny.prompts(LENGTHS)
+    # The window slides over prompts and answers.
+    assert 1 < model.config.sliding_window < NEW_TOKENS
+    cache = tiny.prefilled(model, [p[:-1] for p in prompts])
+    names = ("full", "fixed:16:0.05")
+    found = run_branches(
+        model,
+        prompts,
+        [parse_policy(name) for name in names],
+        max_new_tokens=NEW_TOKENS,
+        stop_tokens=(),
+        layout=cache.layout,
+        dense_below_tokens=0,
+    )
+    for v, name in enumerate(names):
+        result = tiny.generate(
+            model,
+            [p[-1:] for p in prompts],
+            policy=name,
+            cache=cache.fork(),
+            max_new_tokens=NEW_TOKENS,
+        )
+        assert [row.tolist() for row in result.tokens] == found.tokens[v], name
+        assert found.host_bytes_per_token[v] == result.stats.host_bytes_per_token, name
+        assert found.read_fraction[v] == pytest.approx(result.stats.read_fraction), name
+
+
 def test_what_cannot_be_branched_is_refused():
-    gemma = tiny.gemma3()
-    with pytest.raises(UnsupportedError, match="expected a model without sliding-window layers"):
-        branched([parse_policy("full")], [[1, 2]], layout=gemma.config.kv_layout("float32"))
     with pytest.raises(ConfigError, match="expected at most 256 new tokens"):
         branched([parse_policy("full")], [[1, 2]], max_new_tokens=257)
     with pytest.raises(UnsupportedError, match=r"got an oracle.*--shared-prefix"):
@@ -285,7 +310,7 @@ class TestSketchedPolicies:
             ids[row, : len(prompt) - 1] = prompt[:-1]
         capacity = cache.num_host_blocks
         graph, params = nnx.split(model)
-        layers = _read_prefix(
+        layers = read_prefix(
             graph, params, jnp.asarray(ids), lengths, layout, capacity, tiny.CHUNK_TOKENS
         )
         blocks = host_tokens(layout, lengths) // 16

@@ -122,6 +122,18 @@ def row_features(
             "bounds_above_10_percent": np.log2(
                 1 + (bounds + np.log(count) - window_lse > np.log(0.1)).sum()
             ),
+            "bounds_above_window": np.log2(1 + (bounds > window_lse).sum()),
+            "bounds_above_window_peak": np.log2(1 + (bounds > s.max()).sum()),
+            "bounds_within_1_of_peak": np.log2(1 + (bounds > bounds.max() - 1).sum())
+            if held
+            else 0.0,
+            "bounds_within_4_of_peak": np.log2(1 + (bounds > bounds.max() - 4).sum())
+            if held
+            else 0.0,
+            "bound_deviation": bounds.std() if held else 0.0,
+            "bound_peak_deviations": (bounds.max() - bounds.mean()) / max(bounds.std(), 1e-3)
+            if held
+            else 0.0,
             "query_norm": log2(scale * np.linalg.norm(q[n])),
             "host_share": share,
             "out_cosine": cosine(host_out, window_out),

@@ -8,9 +8,9 @@ from feature_reference import host_tokens, row_features
 import fluxion_jax as fx
 from fluxion_jax.cache import sketch as sketches
 from fluxion_jax.cache.sketch import PROBES
-from fluxion_jax.calibration.samples import FeatureRecorder
 from fluxion_jax.policy.features import FAMILIES, NAMES, NUM_FEATURES
 from fluxion_jax.policy.split import one_sided
+from tests.policy.recorder import FeatureRecorder
 
 LENGTHS = [700, 471, 90]
 BATCH, CAPACITY, KV_HEADS, HEADS, HEAD_DIM, LAYERS = 3, 832, 2, 6, 32, 1
@@ -117,7 +117,7 @@ def test_features_equal_an_independent_reference(max_runs, monkeypatch):
 
 
 def test_the_names_are_those_of_the_table():
-    assert len(set(NAMES)) == NUM_FEATURES == 51
+    assert len(set(NAMES)) == NUM_FEATURES == 57
     assert len(FAMILIES) == 7
 
 

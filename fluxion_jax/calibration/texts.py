@@ -95,7 +95,8 @@ def calibration_texts(
     Args:
       model: its tokenizer counts the tokens.
       length_tokens: of every third text; others are half and a quarter as long.
-      count: texts in all; every fourth is prose, the others are questions.
+      count: texts in all; a fourth is prose, or as much of it as there is, and the others are
+        questions.
       steps: at most, of a text.
       data: a UTF-8 file, or a folder of which text, Markdown, Python and JSON files are read, to
         take prose from; None takes the standard library.
@@ -132,11 +133,12 @@ def calibration_texts(
         for i, tokens in enumerate(_prose(model, lengths(num_prose), data))
     ]
     questions = [
-        _question(model, length, i, steps) for i, length in enumerate(lengths(count - num_prose))
+        _question(model, length, i, steps) for i, length in enumerate(lengths(count - len(prose)))
     ]
     # Interleaved, so that each part of a split has both kinds.
+    every = max(_PROSE_EVERY, count // len(prose))
     for i, text in enumerate(prose):
-        questions.insert(i * _PROSE_EVERY, text)
+        questions.insert(i * every, text)
     return questions
 
 
@@ -156,14 +158,15 @@ def _prose(model: LoadedModel, lengths: Sequence[int], data: Path | None) -> lis
         tokens = model.tokenizer.encode(text)
         for start in range(0, len(tokens) - longest + 1, longest):
             found.append(tokens[start : start + longest])
-    if len(found) < len(lengths):
+    if not found:
         raise ConfigError(
-            f"expected text for {len(lengths)} sequences of {longest} tokens, got {len(found)}; "
-            "give more or longer files, or ask for fewer or shorter sequences"
+            f"expected text of at least {longest} tokens, got less; give more or longer files, or "
+            "ask for shorter sequences"
         )
     # Spread over all there is.
-    chosen = np.linspace(0, len(found) - 1, len(lengths)).astype(int)
-    return [found[i][:length] for i, length in zip(chosen, lengths, strict=True)]
+    number = min(len(found), len(lengths))
+    chosen = np.linspace(0, len(found) - 1, number).astype(int)
+    return [found[i][:length] for i, length in zip(chosen, lengths[:number], strict=True)]
 
 
 def _standard_library() -> Iterator[str]:

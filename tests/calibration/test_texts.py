@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -93,3 +94,15 @@ def test_own_text_takes_the_place_of_prose(model, tmp_path):
     )
     assert model.tokenizer.decode(made[4].prompt).count("word") > 50
     assert [text.name in TASKS for text in made] == [False, True, True, True, False]
+
+
+def test_questions_take_the_place_of_prose_that_there_is_not(model, tmp_path):
+    (tmp_path / "own.txt").write_text(" ".join(f"word{i}" for i in range(3 * LENGTH // 2)))
+    made = calibration_texts(
+        model, length_tokens=LENGTH, count=24, steps=STEPS, data=tmp_path / "own.txt"
+    )
+    own = [i for i, text in enumerate(made) if text.name not in TASKS]
+    assert len(made) == 24
+    assert 2 <= len(own) < 6
+    # Spread, so that each part of a split has both kinds.
+    assert {j - i for i, j in itertools.pairwise(own)} == {24 // len(own)}

@@ -97,9 +97,9 @@ def test_own_text_takes_the_place_of_prose(model, tmp_path):
 
 
 def test_questions_take_the_place_of_prose_that_there_is_not(model, tmp_path):
-    (tmp_path / "own.txt").write_text(" ".join(f"word{i}" for i in range(3 * LENGTH // 2)))
+    (tmp_path / "own.txt").write_text(" ".join(f"word{i}" for i in range(2000)))
     made = calibration_texts(
-        model, length_tokens=LENGTH, count=24, steps=STEPS, data=tmp_path / "own.txt"
+        model, length_tokens=4000, count=24, steps=STEPS, data=tmp_path / "own.txt"
     )
     own = [i for i, text in enumerate(made) if text.name not in TASKS]
     assert len(made) == 24

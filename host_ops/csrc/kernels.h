@@ -56,23 +56,29 @@ struct SelectArgs {
 constexpr int64_t kSelectPadding = 64;
 
 // What one part of attention reads: chunks of the union, by ascending id. The first are small; they
-// are begun last, so that threads end together.
+// are begun last, so that threads end together. A thread alone takes some 5 us for 4 blocks of head
+// size 128, and so long the others may have to wait for the last chunk of a layer: 8 chunks are of 4
+// blocks, 8 of 8, 16 of 16, 32 of 32, and all others of 64.
+constexpr int64_t kMinChunkBlocks = 4;
 constexpr int64_t kMaxChunkBlocks = 64;
-constexpr int64_t kChunksOfSize = 32;  // So many of 16 blocks, then of 32; all others are of 64.
 
 // How many blocks lie before a chunk. Static, like the next: of inline functions the linker might
 // pick one that was compiled with wide instructions.
 static inline int64_t chunk_begin(int64_t chunk) {
-  if (chunk <= kChunksOfSize) return chunk * 16;
-  if (chunk <= 2 * kChunksOfSize) return chunk * 32 - kChunksOfSize * 16;
-  return chunk * 64 - kChunksOfSize * 80;
+  if (chunk <= 8) return chunk * 4;
+  if (chunk <= 16) return chunk * 8 - 32;
+  if (chunk <= 32) return chunk * 16 - 160;
+  if (chunk <= 64) return chunk * 32 - 672;
+  return chunk * 64 - 2720;
 }
 
 // Chunks of a union of so many blocks; the last may be cut.
 static inline int64_t chunks_of(int64_t blocks) {
-  if (blocks <= kChunksOfSize * 16) return (blocks + 15) / 16;
-  if (blocks <= kChunksOfSize * 48) return (blocks + kChunksOfSize * 16 + 31) / 32;
-  return (blocks + kChunksOfSize * 80 + 63) / 64;
+  if (blocks <= 32) return (blocks + 3) / 4;
+  if (blocks <= 96) return (blocks + 32 + 7) / 8;
+  if (blocks <= 352) return (blocks + 160 + 15) / 16;
+  if (blocks <= 1376) return (blocks + 672 + 31) / 32;
+  return (blocks + 2720 + 63) / 64;
 }
 
 // The selections of a group, whose union is read in chunks.

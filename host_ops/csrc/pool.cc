@@ -14,6 +14,9 @@ namespace {
 // Bounds the harm of a missed wake-up and lets waiting callers see their deadline.
 constexpr auto kNap = std::chrono::milliseconds(20);
 
+// About as long as a lock is held by the threads that come before.
+constexpr int kMostPauses = 8;
+
 // The number in an environment variable if it lies within bounds, otherwise `fallback`.
 long environment_number(const char* name, long low, long high, long fallback) {
   const char* text = std::getenv(name);
@@ -26,12 +29,16 @@ long environment_number(const char* name, long low, long high, long fallback) {
 }  // namespace
 
 void SpinLock::lock() {
-  while (held_.exchange(true, std::memory_order_acquire)) {
+  // Whoever only looks leaves the line with all who wait. They all see it free at once, so those who
+  // come too late stay away for longer each time.
+  for (int pauses = 1;; pauses = std::min(2 * pauses, kMostPauses)) {
     for (int i = 0; held_.load(std::memory_order_relaxed); ++i) {
       // Who holds it may have lost its core.
       if (i % 64 == 63) std::this_thread::yield();
       relax();
     }
+    if (!held_.exchange(true, std::memory_order_acquire)) return;
+    for (int i = 0; i < pauses; ++i) relax();
   }
 }
 
@@ -64,15 +71,18 @@ void Pool::push_chain(Job* first, Job* last, int64_t parts, Turn turn) {
   {
     std::lock_guard<SpinLock> lock(queue_lock_);
     if (turn == Turn::kNext || head_ == nullptr) {
+      if (head_ != nullptr) head_->next_part_ = head_part_;
       last->next_ = head_;
       head_ = first;
+      head_part_ = 0;
       if (tail_ == nullptr) tail_ = last;
     } else {
       tail_->next_ = first;
       tail_ = last;
     }
-    queued_.store(queued_.load(std::memory_order_relaxed) + parts, std::memory_order_release);
+    queued_.store(queued() + parts, std::memory_order_relaxed);
   }
+  maybe_work_.store(true, std::memory_order_release);
   wake(1);
 }
 
@@ -98,29 +108,36 @@ void Pool::wake(int count) {
   if (helper) done_.notify_one();
 }
 
-// Takes a fair share of half of a job's parts, so that few threads are not held up by counting and
-// many still finish together. Without workers nobody else is expected to take the rest.
+// Takes a fair share of half of a job's parts, or of all jobs', so that few threads are not held up
+// by counting and many still finish together. Without workers nobody else is expected to take the
+// rest.
 bool Pool::pop(Parts* parts) {
-  if (queued_.load(std::memory_order_acquire) == 0) return false;
+  if (!maybe_work_.load(std::memory_order_acquire)) return false;
   std::lock_guard<SpinLock> lock(queue_lock_);
-  Job* job = head_;
-  if (job == nullptr) return false;
-  const int64_t left = job->parts_ - job->next_part_;
+  Job* const job = head_;
+  if (job == nullptr) {
+    maybe_work_.store(false, std::memory_order_relaxed);
+    return false;
+  }
+  const int64_t left = job->parts_ - head_part_;
   const int64_t sharers = threads() > 1 ? 2 * threads() : 1;
-  const int64_t taken = std::max<int64_t>(left / sharers, 1);
-  *parts = {job, job->next_part_, job->next_part_ + taken};
-  job->next_part_ += taken;
-  if (job->next_part_ == job->parts_) {
+  const int64_t share = (job->one_of_many_ ? queued() : left) / sharers;
+  const int64_t taken = std::min(std::max<int64_t>(share, 1), left);
+  *parts = {job, head_part_, head_part_ + taken};
+  head_part_ += taken;
+  if (taken == left) {
     head_ = job->next_;
+    head_part_ = head_ == nullptr ? 0 : head_->next_part_;
     if (head_ == nullptr) tail_ = nullptr;
   }
-  queued_.store(queued_.load(std::memory_order_relaxed) - taken, std::memory_order_release);
+  queued_.store(queued() - taken, std::memory_order_relaxed);
+  if (head_ == nullptr) maybe_work_.store(false, std::memory_order_relaxed);
   return true;
 }
 
 void Pool::fetch_queue() {
-  // The lock, the queue and the lock of who sleeps lie side by side.
-  const char* const first = reinterpret_cast<const char*>(&queue_lock_);
+  // What idle threads look at, the lock, the queue and the lock of who sleeps lie side by side.
+  const char* const first = reinterpret_cast<const char*>(&maybe_work_);
   fetch(first, reinterpret_cast<const char*>(&done_) - first);
   std::lock_guard<SpinLock> lock(queue_lock_);
   if (head_ != nullptr) fetch(head_, 256);
@@ -135,7 +152,7 @@ bool Pool::run_some() {
 
 bool Pool::help(const std::atomic<int64_t>& left, Clock::time_point deadline) {
   const auto done = [&] { return left.load(std::memory_order_acquire) == 0; };
-  const auto work = [&] { return queued_.load(std::memory_order_acquire) > 0; };
+  const auto work = [&] { return maybe_work_.load(std::memory_order_acquire); };
   while (!done()) {
     if (Clock::now() >= deadline) return false;
     if (run_some()) continue;
@@ -161,13 +178,13 @@ void Pool::notify_done() {
 
 void Pool::work(uint64_t epoch) {
   const auto retired = [&] { return epoch_.load(std::memory_order_acquire) != epoch; };
-  const auto ready = [&] { return retired() || queued_.load(std::memory_order_acquire) > 0; };
+  const auto ready = [&] { return retired() || maybe_work_.load(std::memory_order_acquire); };
   run_on(cpus_);
   bool woken = false;
   while (!retired()) {
     Parts parts;
     if (pop(&parts)) {
-      if (woken && queued_.load(std::memory_order_relaxed) > 0) wake(2);
+      if (woken && maybe_work_.load(std::memory_order_relaxed)) wake(2);
       woken = false;
       parts.job->run(parts.first, parts.last);
       continue;

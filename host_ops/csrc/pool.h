@@ -60,8 +60,13 @@ class Job {
   friend class Pool;
   Job* next_ = nullptr;
   int64_t parts_ = 0;
-  int64_t next_part_ = 0;
+  int64_t next_part_ = 0;      // Where it is not the first in the queue; see Pool::head_part_.
+  bool one_of_many_ = false;   // Pushed with others, as parts of one piece of work.
 };
+
+// Lines of memory that cores hand to each other. What many threads write lies on one of its own, or
+// each of them waits for what the others look at.
+constexpr size_t kLineBytes = 64;
 
 class Pool {
  public:
@@ -75,9 +80,10 @@ class Pool {
   // Enqueues `parts` > 0 parts. The job must not be queued already.
   void push(Job* job, int64_t parts, Turn turn = Turn::kLast);
 
-  // The same for several jobs at once, which are named with their parts by `job_at(i)`: whoever has
-  // nothing to do asks for the queue's lock as soon as there is a part in it, so taking the lock for
-  // each job would take long.
+  // The same for several jobs at once, which are named with their parts by `job_at(i)` and share one
+  // piece of work in parts of about the same size: whoever takes some takes a share of all that is
+  // queued. And whoever has nothing to do asks for the queue's lock as soon as there is a part in
+  // it, so taking the lock for each job would take long.
   template <typename JobAt>
   void push_all(int64_t count, const JobAt& job_at, Turn turn = Turn::kLast) {
     Job* first = nullptr;
@@ -89,12 +95,16 @@ class Pool {
       job->next_ = nullptr;
       job->parts_ = item.second;
       job->next_part_ = 0;
+      job->one_of_many_ = count > 1;
       (last != nullptr ? last->next_ : first) = job;
       last = job;
       total += item.second;
     }
     if (first != nullptr) push_chain(first, last, total, turn);
   }
+
+  // About how many parts are queued.
+  int64_t queued() const { return queued_.load(std::memory_order_relaxed); }
 
   // Asks for the memory that finding the next part takes.
   void fetch_queue();
@@ -141,11 +151,16 @@ class Pool {
 
   const std::vector<int> cpus_;
   std::atomic<Clock::duration> spin_;
-  SpinLock queue_lock_;
-  Job* head_ = nullptr;             // Guarded by queue_lock_, like tail_.
+  // Idle threads look at this alone. It is raised behind the lock, so that who pushes does not have
+  // to take the lock's line back from all of them, and lowered by who finds nothing; so it may be up
+  // while nothing is queued, but while something is queued it is up or about to be.
+  alignas(kLineBytes) std::atomic<bool> maybe_work_{false};
+  alignas(kLineBytes) SpinLock queue_lock_;
+  alignas(kLineBytes) Job* head_ = nullptr;  // Guarded by queue_lock_, like tail_.
   Job* tail_ = nullptr;
+  int64_t head_part_ = 0;           // The next part of head_; under the lock.
   std::atomic<int64_t> queued_{0};  // Parts not yet begun; written under queue_lock_.
-  std::mutex mutex_;                // For going to sleep only.
+  alignas(kLineBytes) std::mutex mutex_;  // For going to sleep only.
   std::condition_variable wake_;    // Where workers sleep.
   std::condition_variable done_;    // Where helpers do.
   std::atomic<int> sleeping_{0};    // Workers on wake_; changed under mutex_, like the next two.

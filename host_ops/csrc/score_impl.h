@@ -11,6 +11,14 @@ constexpr int kRows = 4;
 constexpr int64_t kRowTile = 32;  // 32 rows of 2 x 256 bytes stay in L1 while all heads pass over.
 constexpr int64_t kAheadBytes = 4096;  // The CPU's own prefetchers stop at the end of a page.
 
+// Asks for rows [first, last), as far as there are any: those behind belong to another thread.
+inline void fetch_rows(const ScoreArgs& a, int64_t first, int64_t last) {
+  const int64_t row_bytes = 2 * static_cast<int64_t>(a.head_dim);
+  const char* rows = reinterpret_cast<const char*>(a.rows);
+  const int64_t end = (last < a.count ? last : a.count) * row_bytes;
+  for (int64_t i = first * row_bytes; i < end; i += 64) __builtin_prefetch(rows + i);
+}
+
 template <int kHeads>
 inline void add_products(const int8_t* const* rows, const uint8_t* const* q, int64_t offset,
                          int64_t head_dim, Ints (&sums)[kHeads][kRows]) {
@@ -37,6 +45,7 @@ inline void add_products(const int8_t* const* rows, const uint8_t* const* q, int
 template <int kHeads>
 inline void score_tile(const ScoreArgs& a, int64_t first, int64_t last, int32_t head) {
   const int64_t row_bytes = 2 * static_cast<int64_t>(a.head_dim);
+  const int64_t ahead = kAheadBytes / row_bytes;
   const uint8_t* positive[kHeads];
   const uint8_t* negative[kHeads];
   for (int h = 0; h < kHeads; ++h) {
@@ -48,10 +57,7 @@ inline void score_tile(const ScoreArgs& a, int64_t first, int64_t last, int32_t 
     for (int r = 0; r < kRows; ++r) {
       rows[r] = a.rows + (at + r < last ? at + r : last - 1) * row_bytes;
     }
-    if (head == 0) {
-      const char* line = reinterpret_cast<const char*>(rows[0]) + kAheadBytes;
-      for (int64_t i = 0; i < kRows * row_bytes; i += 64) __builtin_prefetch(line + i);
-    }
+    if (head == 0) fetch_rows(a, at + ahead, at + ahead + kRows);
     Ints sums[kHeads][kRows];
     for (int h = 0; h < kHeads; ++h) {
       for (int r = 0; r < kRows; ++r) sums[h][r] = all(-1);
@@ -81,6 +87,7 @@ inline void split_queries(const ScoreArgs& a) {
 }
 
 void score(const ScoreArgs& a) {
+  fetch_rows(a, 0, kAheadBytes / (2 * static_cast<int64_t>(a.head_dim)));
   split_queries(a);
   for (int64_t first = 0; first < a.count; first += kRowTile) {
     const int64_t last = first + kRowTile < a.count ? first + kRowTile : a.count;

@@ -70,12 +70,10 @@ void Task::plan_scoring() {
   if (!ranked_) return;
   request_->units_scanned_[index_] = static_cast<int32_t>(units_);
   grown(&scores_, g.group() * units_);
-  const int64_t wished = parts_of(parts_of(units_, kScoreParts), kMinScoreUnits) * kMinScoreUnits;
-  score_units_ = std::min(wished, kMaxScoreUnits);
 }
 
 int64_t Task::begin_first() {
-  begin(ranked_ ? Stage::kScore : Stage::kSelect, ranked_ ? parts_of(units_, score_units_) : 1);
+  begin(ranked_ ? Stage::kScore : Stage::kSelect, ranked_ ? parts_of(units_, kScoreUnits) : 1);
   return parts_;
 }
 
@@ -85,79 +83,98 @@ void Task::begin(Stage stage, int64_t parts) {
   parts_left_.store(parts, std::memory_order_relaxed);
 }
 
-void Task::go_on(Stage stage, int64_t parts, Turn turn) {
-  begin(stage, parts);
-  // What one thread has to do alone, this one does at once.
-  if (parts == 1 || request_->pool_->threads() == 1) return run(0, parts);
-  request_->pool_->push(this, parts, turn);
-}
-
 template <typename Body>
-void Task::timed(const Body& body) noexcept {
-  const Clock::time_point start = request_->covered_.enter();
-  if (!request_->stopped()) {
-    try {
-      body();
-    } catch (...) {
-      request_->fail(kInternal);
-    }
+void Task::guarded(const Body& body) noexcept {
+  if (request_->stopped()) return;
+  try {
+    body();
+  } catch (...) {
+    request_->fail(kInternal);
   }
-  const std::chrono::nanoseconds took = request_->covered_.leave() - start;
-  stage_ns_[static_cast<int>(stage_)].fetch_add(took.count(), std::memory_order_relaxed);
 }
 
+void Task::charge(Stage stage, Clock::duration took) {
+  const std::chrono::nanoseconds ns(took);
+  stage_ns_[static_cast<int>(stage)].fetch_add(ns.count(), std::memory_order_relaxed);
+}
+
+// Runs the parts and, as long as this thread alone has to do with the task, what follows. Then one
+// stage ends and the next one begins at the same look at the clock.
 void Task::run(int64_t first, int64_t last) noexcept {
-  const int64_t done = last - first;
-  const bool alone = done == parts_;
-  timed([&] {
-    run_parts(first, last);
-    if (alone) conclude();
-  });
-  if (parts_left_.fetch_sub(done, std::memory_order_acq_rel) != done) return;
-  if (!alone && stage_ != Stage::kScore) timed([&] { conclude(); });
-  advance();
+  CoveredTime& covered = request_->covered_;
+  Clock::time_point since = covered.enter();
+  while (true) {
+    const int64_t done = last - first;
+    guarded([&] { run_parts(first, last); });
+    if (parts_left_.load(std::memory_order_acquire) != done) {
+      // Whoever comes last goes on, and then the task may be another one.
+      charge(stage_, covered.leave() - since);
+      if (parts_left_.fetch_sub(done, std::memory_order_acq_rel) != done) return;
+      since = covered.enter();
+    }
+    guarded([&] { conclude(); });
+    const Stage ended = stage_;
+    const bool more = begin_next();
+    // What one thread has to do alone, this one does at once.
+    const bool goes_on = more && (parts_ <= 1 || request_->pool_->threads() == 1);
+    const Clock::time_point now = goes_on ? Clock::now() : covered.leave();
+    charge(ended, now - since);
+    if (!more) return request_->task_finished(stage_ns_);
+    if (!goes_on) return queue_parts();
+    since = now;
+    first = 0;
+    last = parts_;
+  }
 }
 
 void Task::run_parts(int64_t first, int64_t last) {
+  if (stage_ == Stage::kScore) return score(first, last);
   if (stage_ == Stage::kAttend) return attend(first, last);
-  for (int64_t part = first; part < last && !request_->stopped(); ++part) {
-    if (stage_ == Stage::kScore) score(part);
-    if (stage_ == Stage::kSelect) select(part);
-  }
+  for (int64_t part = first; part < last && !request_->stopped(); ++part) select(part);
 }
 
 // What belongs to a stage, behind all of its parts.
 void Task::conclude() {
-  if (request_->stopped()) return;
   if (stage_ == Stage::kSelect) cut_union();
   if (stage_ == Stage::kAttend) merge();
 }
 
-void Task::advance() {
-  if (stage_ == Stage::kScore && !request_->stopped()) {
-    const bool together = shared_ || units_ <= kTogetherUnits * request_->task_count_;
-    // Others would wait for what it leads to.
-    return go_on(Stage::kSelect, together ? 1 : request_->geometry_.group(), Turn::kNext);
+// Returns whether there is a stage left. One of no parts has only to be concluded.
+bool Task::begin_next() {
+  if (stage_ == Stage::kAttend || request_->stopped()) return false;
+  if (stage_ == Stage::kScore) {
+    begin(Stage::kSelect, selecting_parts());
+  } else {
+    begin(Stage::kAttend, chunks_of(union_blocks_));
   }
-  if (stage_ == Stage::kSelect) {
-    const int64_t chunks = chunks_of(union_blocks_);
-    if (chunks > 0 && !request_->stopped()) return go_on(Stage::kAttend, chunks, Turn::kLast);
-    begin(Stage::kAttend, 0);
-    timed([&] { conclude(); });
-  }
-  request_->task_finished(stage_ns_);
+  return true;
 }
 
-void Task::score(int64_t part) {
+// The heads are ranked by as many threads if these would else find nothing to do, as when the last
+// task of a request has been scored. Otherwise by one, which reads a head's scores while it ranks
+// the head before.
+int64_t Task::selecting_parts() const {
+  const Pool& pool = *request_->pool_;
+  const bool alone = shared_ || units_ <= kAloneUnits || pool.queued() >= pool.threads();
+  return alone ? 1 : request_->geometry_.group();
+}
+
+void Task::queue_parts() {
+  // Others wait for what a selection leads to.
+  request_->pool_->push(this, parts_, stage_ == Stage::kSelect ? Turn::kNext : Turn::kLast);
+}
+
+// Consecutive parts are scored as one.
+void Task::score(int64_t first_part, int64_t last_part) {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
-  const int64_t first = part * score_units_;
+  const int64_t first = first_part * kScoreUnits;
   const int level = ratio_ == 1 ? 0 : ratio_ == 2 ? 1 : ratio_ == 4 ? 2 : 3;
   const int64_t row = index_ * g.summary_rows() + level_offset(g.blocks, level) + first;
   ScoreArgs args;
   args.q8 = request_->q8_.data() + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
   args.rows = request_->cache_.summaries + row * 2 * g.head_dim;
-  args.count = std::min(score_units_, units_ - first);
+  args.count = std::min(last_part * kScoreUnits, units_) - first;
   args.group = static_cast<int32_t>(group);
   args.head_dim = static_cast<int32_t>(g.head_dim);
   args.scratch = grown(&scratch().split_queries, group * 2 * g.head_dim);
@@ -231,6 +248,7 @@ void Task::list(int64_t chunk, ChunkList* listed) const {
 
 // Parts are chunks from the last to the first, which are the smallest.
 void Task::attend(int64_t first, int64_t last) {
+  if (first == last) return;  // Nothing was selected.
   ChunkList lists[2];
   list(parts_ - 1 - first, &lists[first % 2]);
   for (int64_t part = first; part < last && !request_->stopped(); ++part) {
@@ -280,23 +298,33 @@ void Task::merge() {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
   const float minus_infinity = -std::numeric_limits<float>::infinity();
-  for (int64_t h = 0; h < group; ++h) {
-    const int64_t row = batch_ * g.heads + kv_head_ * group + h;
-    float* out = request_->out_ + row * g.head_dim;
-    std::fill_n(out, g.head_dim, 0.0f);
-    float top = minus_infinity;
-    for (int64_t c = 0; c < parts_; ++c) top = std::max(top, partial(c)[h]);
-    float sum = 0.0f;
-    for (int64_t c = 0; c < parts_; ++c) {
-      const float* part = partial(c);
+  float* out = request_->out_ + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
+  float* lse = request_->lse_ + batch_ * g.heads + kv_head_ * group;
+  std::fill_n(out, group * g.head_dim, 0.0f);
+  float tops[kMaxGroup];
+  float sums[kMaxGroup] = {};
+  std::fill_n(tops, group, minus_infinity);
+  for (int64_t c = 0; c < parts_; ++c) {
+    const float* m = partial(c);
+    for (int64_t h = 0; h < group; ++h) tops[h] = std::max(tops[h], m[h]);
+  }
+  for (int64_t c = 0; c < parts_; ++c) {
+    const float* part = partial(c);
+    // Other threads have written them.
+    if (c + 1 < parts_) fetch(partial(c + 1), 4 * group * (g.head_dim + 2));
+    for (int64_t h = 0; h < group; ++h) {
       const float* acc = part + 2 * group + h * g.head_dim;
-      const float weight = part[h] == minus_infinity ? 0.0f : std::exp(part[h] - top);
-      sum += weight * part[group + h];
-      for (int64_t i = 0; i < g.head_dim; ++i) out[i] += weight * acc[i];
+      const float weight = part[h] == minus_infinity ? 0.0f : std::exp(part[h] - tops[h]);
+      sums[h] += weight * part[group + h];
+      float* row = out + h * g.head_dim;
+      for (int64_t i = 0; i < g.head_dim; ++i) row[i] += weight * acc[i];
     }
-    request_->lse_[row] = sum == 0.0f ? minus_infinity : top + std::log(sum);
-    if (sum == 0.0f) continue;
-    for (int64_t i = 0; i < g.head_dim; ++i) out[i] /= sum;
+  }
+  for (int64_t h = 0; h < group; ++h) {
+    lse[h] = sums[h] == 0.0f ? minus_infinity : tops[h] + std::log(sums[h]);
+    if (sums[h] == 0.0f) continue;
+    float* row = out + h * g.head_dim;
+    for (int64_t i = 0; i < g.head_dim; ++i) row[i] /= sums[h];
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // A task is one (sequence, KV head) with something to do for the host: selectable blocks and a
 // boundary above 0. It runs on the pool in three stages, each cut into parts of a fixed size, so
-// that few large tasks keep as many threads busy as many small ones: scoring by a few hundred units,
+// that few large tasks keep as many threads busy as many small ones: scoring by kScoreUnits units,
 // selection by query heads, attention by chunks of up to kMaxChunkBlocks blocks. Whoever finishes
 // the last part of a stage begins the next one, and in the end merges the chunks' partial states in
 // their order. Scores and selections are exact integers and chunks depend only on the work, so the
@@ -33,13 +33,10 @@
 
 namespace fluxion {
 
-// Parts of scoring: of kMaxScoreUnits units, of fewer where that would leave few parts.
-constexpr int64_t kMinScoreUnits = 128;
-constexpr int64_t kMaxScoreUnits = 512;
-constexpr int64_t kScoreParts = 16;
-// With no more units for each task of the request, one thread ranks a task's units for all heads,
-// because other threads have other tasks and scores are soonest read where they lie.
-constexpr int64_t kTogetherUnits = 2048;
+// Units of a part of scoring. Whoever takes several parts scores them as one.
+constexpr int64_t kScoreUnits = 128;
+// No more units are ranked for a head sooner than another thread could take it over.
+constexpr int64_t kAloneUnits = 512;
 
 constexpr int kStages = 3;  // Scoring, selection, attention.
 
@@ -69,11 +66,12 @@ class Task : public Job {
 
   void plan_scoring();
   void begin(Stage stage, int64_t parts);
-  void go_on(Stage stage, int64_t parts, Turn turn);
   void run_parts(int64_t first, int64_t last);
   void conclude();
-  void advance();
-  void score(int64_t part);
+  bool begin_next();
+  int64_t selecting_parts() const;
+  void queue_parts();
+  void score(int64_t first_part, int64_t last_part);
   void select(int64_t part);
   void select_head(int64_t head, int64_t wanted, const int32_t* next);
   UnionArgs selections() const;
@@ -84,29 +82,30 @@ class Task : public Job {
   void attend_chunk(int64_t chunk, const ChunkList& listed, int32_t next);
   void merge();
   float* partial(int64_t chunk);
-  // Runs what belongs to the stage and charges its time to it.
+  // Runs what belongs to the stage, unless the request has been stopped.
   template <typename Body>
-  void timed(const Body& body) noexcept;
+  void guarded(const Body& body) noexcept;
+  void charge(Stage stage, Clock::duration took);
 
-  Request* request_ = nullptr;
+  alignas(kLineBytes) Request* request_ = nullptr;
   int64_t batch_ = 0;
   int64_t kv_head_ = 0;
   int64_t index_ = 0;                    // Among all (sequence, KV head).
   int64_t bytes_ = 0;
   int64_t ratio_ = 1;                    // Blocks of a unit.
   int64_t units_ = 0;
-  int64_t score_units_ = kMaxScoreUnits; // Of a part of scoring.
   int64_t most_wanted_ = 0;              // By any head of the group.
   bool shared_ = false;                  // One ranking for the whole group.
   bool ranked_ = false;                  // Whether there is anything to score.
   Stage stage_ = Stage::kSelect;
   int64_t parts_ = 0;
-  std::atomic<int64_t> parts_left_{0};
-  std::atomic<int64_t> stage_ns_[kStages] = {};
   std::vector<int32_t> scores_;          // [G, units]; row 0 becomes the maximum where shared.
   int64_t union_blocks_ = 0;             // In the union of the group's selections.
   std::vector<ChunkStart> chunks_;       // Of that union.
   std::vector<float> partials_;          // Per chunk: m [G], l [G], acc [G, H].
+  // Written by all who work on the task, unlike what lies before.
+  alignas(kLineBytes) std::atomic<int64_t> parts_left_{0};
+  std::atomic<int64_t> stage_ns_[kStages] = {};
 };
 
 // The time in which any of several threads works. Every change between none and some is added with
@@ -239,8 +238,9 @@ class Request {
   std::vector<int32_t> blocks_read_;
   std::vector<int32_t> units_scanned_;
   std::atomic<int64_t> stage_ns_[kStages] = {};  // Of the tasks that have finished.
-  CoveredTime covered_;                          // By parts of tasks.
   int64_t span_ns_ = 0;                          // Written by whoever finishes the last task.
+  // By parts of tasks; written by every thread all the time, unlike what lies before.
+  alignas(kLineBytes) CoveredTime covered_;
 };
 
 }  // namespace fluxion

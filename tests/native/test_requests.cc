@@ -17,7 +17,7 @@ using namespace fluxion_tests;
 
 namespace {
 
-// Tasks of 20 chunks.
+// Tasks of 30 chunks.
 const Geometry kLarge{2, 6, 2, 64, 320, DType::kBFloat16};
 
 // A page whose reader is stuck until it is let go.
@@ -96,8 +96,9 @@ TEST(results_have_the_same_bits_for_any_number_of_threads) {
   long_one.granularity = {16};
   long_one.host_blocks = {2300};
   long_one.k_units = {2000, 700, 5, 1200};
-  CHECK(long_one.host_blocks[0] > kTogetherUnits);
-  CHECK(chunk_begin(2 * kChunksOfSize) < 2000);
+  CHECK(long_one.host_blocks[0] > kAloneUnits);
+  const int64_t chunks = chunks_of(2000);
+  CHECK_EQ(chunk_begin(chunks) - chunk_begin(chunks - 1), kMaxChunkBlocks);
   for (Case* c : {&attending, &scoring, &long_one}) {
     c->boundary.assign(c->boundary.size(), static_cast<int32_t>(c->g.blocks));
     runtime().pool.set_threads(1);

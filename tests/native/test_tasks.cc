@@ -27,7 +27,7 @@ TEST(chunks_grow_and_cover_everything_once) {
   int64_t before = 0;
   for (int64_t chunk = 0; chunk < 100; ++chunk) {
     const int64_t size = chunk_begin(chunk + 1) - chunk_begin(chunk);
-    CHECK(size >= before && size >= 16 && size <= kMaxChunkBlocks);
+    CHECK(size >= before && size >= kMinChunkBlocks && size <= kMaxChunkBlocks);
     before = size;
     CHECK_EQ(chunks_of(chunk_begin(chunk)), chunk);
     CHECK_EQ(chunks_of(chunk_begin(chunk) + 1), chunk + 1);

@@ -128,14 +128,19 @@ def _programs() -> dict[str, Callable[[], str]]:
             for kernel in ("triton", "mosaic") if split != "host" else (None,):
                 name = "-".join(filter(None, ("decode", summaries, split, kernel)))
                 programs[name] = functools.partial(_decode, summaries, split, kernel)
+        for split in ("host", "device", "0.5"):
+            programs[f"scan-{summaries}-{split}"] = functools.partial(_scan, summaries, split)
+        programs[f"scan-prefill-{summaries}"] = functools.partial(_scan_prefill, summaries)
         programs[f"prefill-{summaries}"] = functools.partial(_prefill, summaries)
         programs[f"generate-{summaries}"] = functools.partial(_generate, summaries)
     return programs
 
 
-def _cache(summaries: Any, layers: int, max_tokens: int = 8192) -> fx.HostKV:
+def _cache(
+    summaries: Any, layers: int, max_tokens: int = 8192, stacked: bool = False
+) -> fx.HostKV:
     layout = fx.KVLayout(layers, 8, 128, "bfloat16", summaries=summaries)
-    return fx.HostKV.allocate(layout, 1, max_tokens)
+    return fx.HostKV.allocate(layout, 1, max_tokens, stacked=stacked)
 
 
 def _decode(summaries: str, split: str, kernel: str | None, layers: int = 2) -> str:
@@ -157,6 +162,54 @@ def _decode(summaries: str, split: str, kernel: str | None, layers: int = 2) -> 
     policy = fx.parse_policy("fixed:16:0.05:group")
     cache = _cache(summaries, layers)
     return compile_for_gpu(step.trace, cache, q, kv, kv, policy, parse_split(split))  # type: ignore[attr-defined]
+
+
+def _scan(summaries: str, split: str, layers: int = 4, steps: int = 8) -> str:
+    """Steps of layers in a scan, over a stacked cache."""
+    execution = fx.Execution(host="native")
+
+    @fx.jit
+    def run(
+        cache: fx.HostKV, q: jax.Array, k: jax.Array, v: jax.Array, policy: Any, split: Any
+    ) -> Any:
+        def layer(carry: Any, index: jax.Array) -> Any:
+            q, cache = carry
+            q, cache, _ = fx.decode_attention(
+                q, k, v, cache, index, policy, scale=0.1, split=split, execution=execution
+            )
+            return (q, cache), None
+
+        def step(_: jax.Array, carry: Any) -> Any:
+            (q, cache), _ = jax.lax.scan(layer, carry, jnp.arange(layers))
+            return q, cache.advance()
+
+        return jax.lax.fori_loop(0, steps, step, (q, cache))
+
+    q, kv = jnp.zeros((1, 32, 128)), jnp.zeros((1, 8, 128))
+    policy = fx.parse_policy("fixed:16:0.05:group")
+    cache = _cache(summaries, layers, stacked=True)
+    return compile_for_gpu(run.trace, cache, q, kv, kv, policy, parse_split(split))  # type: ignore[attr-defined]
+
+
+def _scan_prefill(summaries: str, layers: int = 4) -> str:
+    """A chunk of a prompt through layers in a scan, over a stacked cache."""
+    from fluxion_jax.chunk_attention import prefill_attention
+
+    @fx.jit
+    def run(
+        cache: fx.HostKV, q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array
+    ) -> Any:
+        def layer(carry: Any, index: jax.Array) -> Any:
+            q, cache = carry
+            out, cache = prefill_attention(q, k, v, count, cache, index, scale=0.1)
+            return (out, cache), None
+
+        (q, cache), _ = jax.lax.scan(layer, (q, cache), jnp.arange(layers))
+        return q, cache.advance(count)
+
+    q, kv = jnp.zeros((1, 1024, 32, 128)), jnp.zeros((1, 1024, 8, 128))
+    cache = _cache(summaries, layers, stacked=True)
+    return compile_for_gpu(run.trace, cache, q, kv, kv, jnp.full((1,), 1024, jnp.int32))  # type: ignore[attr-defined]
 
 
 def _model() -> Any:

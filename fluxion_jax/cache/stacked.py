@@ -2,8 +2,8 @@
 
 A loop over layers must not cut a layer out of arrays in host memory, nor choose among them by a
 conditional: XLA copies what it cuts and, with JAX 0.10, the operands of a conditional. So such a
-cache keeps the rows of all layers one behind the other, `[L * B, K, ...]`, and host operations get
-the first row of a layer as an operand. What lies on the device is small: a layer's part is taken
+cache keeps the rows of all layers one behind the other, `[L * B, K, ...]`, and host operations and
+kernels get the first row of a layer as an operand. What lies on the device is small: a layer's part is taken
 out and put back. Axes: L layers of a kind, B batch, K KV heads.
 """
 
@@ -17,9 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxion_jax.cache.host_kv import HostKV
-from fluxion_jax.errors import UnsupportedError
 from fluxion_jax.status import STATUS_LAYER
-from pallas_kernels.compat import target_platform
 
 _R = TypeVar("_R")
 
@@ -46,14 +44,7 @@ def on_layer(
 
     Raises:
       ConfigError: a Python int that is no layer of the kind.
-      UnsupportedError: the program is for a GPU.
     """
-    if target_platform() == "gpu":
-        raise UnsupportedError(
-            "expected a cache with arrays for each layer in a program for a GPU, got a stacked "
-            "one, whose operations run on the CPU backend only; allocate it with stacked=False "
-            "and unroll the layers"
-        )
     index, known = _position(cache, layer, sliding)
     first = jnp.asarray(index * cache.batch, jnp.int32)
     names = ["sliding_k", "sliding_v"] if sliding else ["exponents", "window_k", "window_v"]

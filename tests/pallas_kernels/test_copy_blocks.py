@@ -14,8 +14,14 @@ from pallas_kernels import UnsupportedImplementationError, copy_blocks
 from pallas_kernels.copy_blocks import copy_blocks_triton
 from tests.pallas_kernels import lowering
 
+
+def interpreted(cache, first, num_blocks, *, rows=None):
+    first_row, batch = (None, cache.shape[0]) if rows is None else rows
+    return copy_blocks_triton(cache, first, first_row, num_blocks, batch, interpret=True)
+
+
 EXECUTIONS = [
-    pytest.param(functools.partial(copy_blocks_triton, interpret=True), id="interpreted"),
+    pytest.param(interpreted, id="interpreted"),
     pytest.param(functools.partial(copy_blocks, implementation="xla"), id="xla"),
     pytest.param(
         functools.partial(copy_blocks, implementation="triton"), id="gpu", marks=pytest.mark.gpu

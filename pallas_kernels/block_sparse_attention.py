@@ -24,11 +24,7 @@ from pallas_kernels.bitmaps import (
 )
 from pallas_kernels.cache_rows import fits_rows
 from pallas_kernels.compat import take_rows
-from pallas_kernels.registry import (
-    Implementation,
-    UnsupportedImplementationError,
-    dispatch,
-)
+from pallas_kernels.registry import Implementation, dispatch
 
 TILE_BLOCKS = 32
 """Blocks of one loop step of the XLA version. A tile of 32 blocks of 16 tokens, keys and values in
@@ -96,8 +92,8 @@ def share_attention(
       boundary: int32 `[B, K]`, blocks with an id below it are left out; None for none.
       scale: likewise.
       first_row: int32 `[1]` if `k` and `v` hold several layers, as `[R, K, P, C, H]` with R >= B:
-        the call's sequences are the B rows from this one on, which must be there. Not for "mosaic"
-        and "wgmma". None for arrays of one layer.
+        the call's sequences are the B rows from this one on, which must be there. None for arrays
+        of one layer.
       implementation: likewise.
 
     Returns:
@@ -267,9 +263,8 @@ def _mosaic(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     from pallas_kernels.block_sparse_mosaic import block_sparse_attention_mosaic
 
-    _refuse_rows(first_row)
     bitmap, blocks = _cut(bitmap, boundary, k.shape[1])
-    return *block_sparse_attention_mosaic(q, k, v, bitmap, scale=scale), blocks
+    return *block_sparse_attention_mosaic(q, k, v, bitmap, first_row, scale=scale), blocks
 
 
 def _triton_mma(
@@ -299,15 +294,7 @@ def _wgmma(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     from pallas_kernels.block_sparse_wgmma import share_attention_wgmma
 
-    _refuse_rows(first_row)
-    return share_attention_wgmma(q, k, v, bitmap, boundary, scale=scale)
-
-
-def _refuse_rows(first_row: jax.Array | None) -> None:
-    if first_row is not None:
-        raise UnsupportedImplementationError(
-            "expected arrays of one layer, got those of several; use 'triton' or 'triton_mma'"
-        )
+    return share_attention_wgmma(q, k, v, bitmap, boundary, first_row, scale=scale)
 
 
 def _cut(

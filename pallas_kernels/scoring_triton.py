@@ -53,13 +53,19 @@ def score_units_triton(
       int32 `[B, N, P]`, the smallest int32 from the number of units on.
 
     Raises:
-      UnsupportedImplementationError: not on a GPU.
+      UnsupportedImplementationError: not on a GPU, or sizes that Triton takes wrongly.
     """
     if not interpret and target_platform() != "gpu":
         raise UnsupportedImplementationError(
             f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
         )
     batch, num_heads, head_dim = q8.shape
+    if 2**31 < summaries.size <= 2**32:
+        # There Triton's offsets have 32 bits, and count bytes from -2**31 on.
+        raise UnsupportedImplementationError(
+            f"expected at most {2**31} bytes of summaries in one array or more than {2**32}, got "
+            f"{summaries.size}; change max_tokens or batch, or give every layer an array of its own"
+        )
     num_kv_heads, rows = summaries.shape[1:3]
     num_blocks = rows * 8 // 15
     group = num_heads // num_kv_heads

@@ -194,8 +194,8 @@ MUTATIONS = (
     Mutation(
         "device: V in the place of K",
         "pallas_kernels/block_sparse_attention.py",
-        "tile_k = take_rows(keys, task, block)",
-        "tile_k = take_rows(values, task, block)",
+        "tile_k = take_rows(keys, first_task + task, block)",
+        "tile_k = take_rows(values, first_task + task, block)",
         DEVICE,
     ),
     Mutation(
@@ -245,8 +245,8 @@ MUTATIONS = (
     Mutation(
         "device: every block is the one before it",
         "pallas_kernels/block_sparse_attention.py",
-        "tile_v = take_rows(values, task, block)",
-        "tile_v = take_rows(values, task, jnp.maximum(block - 1, 0))",
+        "tile_v = take_rows(values, first_task + task, block)",
+        "tile_v = take_rows(values, first_task + task, jnp.maximum(block - 1, 0))",
         DEVICE,
     ),
     Mutation(

@@ -41,6 +41,19 @@ def test_copies_the_run(copy, head_dim, dtype):
         np.testing.assert_array_equal(got, cache[:, :, first : first + count])
 
 
+@pytest.mark.parametrize("copy", EXECUTIONS)
+def test_copies_the_rows_of_a_layer_among_several(copy):
+    cache = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3, 24, 16, 64)), jnp.float32)
+
+    @jax.jit
+    def run(cache, first, first_row):
+        return copy(cache, first, 13, rows=(first_row, 2))
+
+    for first_row in (0, 2, 3):
+        got = run(cache, jnp.asarray(7), jnp.asarray([first_row], jnp.int32))
+        np.testing.assert_array_equal(got, cache[first_row : first_row + 2, :, 7:20])
+
+
 def test_pinned_blocks_go_through_the_kernel_alone():
     cpu = jax.devices("cpu")[0]
     cache = jax.ShapeDtypeStruct(

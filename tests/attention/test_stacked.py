@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def filled(summaries="host", *, stacked, layers=LAYERS, dtype="float32"):
     return fx.HostKV.from_arrays(layout, k, v, LENGTHS, 1024, stacked=stacked)
 
 
-def layer_step(cache, q, layer, split, implementation):
+def layer_step(cache, q, layer, split, implementation, device=None):
     """One layer of a model whose keys and values follow from what came before."""
     out, cache, stats = fx.decode_attention(
         q,
@@ -39,7 +41,7 @@ def layer_step(cache, q, layer, split, implementation):
         fx.fixed(16, 0.2),
         scale=SCALE,
         split=split,
-        execution=fx.Execution(host=implementation, dense_below_tokens=0),
+        execution=fx.Execution(host=implementation, device=device, dense_below_tokens=0),
     )
     return out + 0.5 * q, cache, stats
 
@@ -120,6 +122,100 @@ def test_a_scan_over_layers_is_in_place_and_equals_unrolled_layers(
             np.testing.assert_allclose(array, expected_cache[name], rtol=0, atol=2e-5)
 
 
+STEPS = 20
+
+
+def over_layers(body, carry, looped):
+    """Runs `body(carry, layer)` for all layers: in a scan, or one written behind the other."""
+    if looped:
+        return jax.lax.scan(lambda carry, layer: (body(carry, layer), None), carry, jnp.arange(3))[
+            0
+        ]
+    for layer in range(3):
+        carry = body(carry, layer)
+    return carry
+
+
+@functools.partial(fx.jit, static_argnames=("looped", "device"))
+def generation(cache, prompt, counts, q, split, looped, device):
+    """Two chunks of a prompt, of which the second reads what the first wrote, and some steps."""
+
+    def read(carry, layer):
+        x, count, cache = carry
+        k, v = x[:, :, :KV_HEADS], x[:, :, KV_HEADS : 2 * KV_HEADS]
+        out, cache = prefill_attention(x, k, v, count, cache, layer, scale=SCALE)
+        return out + 0.5 * x, count, cache
+
+    def write(carry, layer):
+        return layer_step(carry[1], carry[0], layer, split, "native", device)[:2]
+
+    for x, count in zip(prompt, counts, strict=True):
+        prefilled, _, cache = over_layers(read, (x, count, cache), looped)
+        cache = cache.advance(count)
+
+    def step(_, carry):
+        q, cache = over_layers(write, carry, looped)
+        return q, cache.advance()
+
+    q, cache = jax.lax.fori_loop(0, STEPS, step, (q, cache))
+    return cache, q, prefilled
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("summaries", "split", "device"),
+    [
+        pytest.param("host", "0.5", None),
+        *(
+            pytest.param(summaries, split, device, marks=pytest.mark.gpu)
+            for summaries in ("host", "device")
+            for split, device in (
+                ("host", None),
+                ("0.5", "triton"),
+                ("device", "triton"),
+                ("0.5", "mosaic"),
+            )
+        ),
+        *(
+            pytest.param("host", "0.5", device, marks=pytest.mark.gpu)
+            for device in ("triton_mma", "wgmma")
+        ),
+    ],
+)
+def test_a_prompt_and_steps_in_scans_equal_unrolled_layers(summaries, split, device):
+    dtype = "bfloat16" if device in ("triton_mma", "wgmma") else "float32"
+    size = 64 if device else SIZE
+    layout = fx.KVLayout(3, KV_HEADS, size, dtype, summaries=summaries)
+    rng = np.random.default_rng(2)
+    prompt = jnp.asarray(rng.standard_normal((2, 2, 500, HEADS, size)), jnp.float32)
+    counts = jnp.asarray([[500, 410], [487, 3]], jnp.int32)
+    q = jnp.asarray(rng.standard_normal((2, HEADS, size)), jnp.float32)
+    results = []
+    for looped in (False, True):
+        cache = fx.HostKV.allocate(layout, 2, 1200, stacked=looped)
+        arguments = (cache, prompt, counts, q, parse_split(split), looped, device)
+        hlo = generation.trace(*arguments).lower().compile().as_text()
+        assert full_size_copies(hlo, [x.shape for x in cache.host_arrays]) == []
+        before = places(cache)
+        cache, *outputs = generation(*arguments)
+        cache.check()
+        assert places(cache) == before
+        results.append((outputs, held(cache)))
+    (expected, expected_cache), (got, cache) = results
+    # Keys follow from what came before, and may be rounded to the cache's dtype differently.
+    tolerance = 2e-5 if dtype == "float32" else 2e-2
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+    assert cache["lengths"].tolist() == [987 + STEPS, 413 + STEPS]
+    assert np.abs(cache["k"].astype(np.float32)).sum(axis=(1, 2, 3, 4)).all()
+    for name, array in cache.items():
+        most = 1 if name in ("summaries", "exponents") else tolerance
+        np.testing.assert_allclose(
+            array.astype(np.float32), expected_cache[name].astype(np.float32),
+            rtol=0, atol=most, err_msg=name,
+        )  # fmt: skip
+
+
 def test_a_conditional_over_layers_copies_in_older_versions(query):
     """Why there is a stacked cache: choosing among arrays of layers may cost a copy of them all."""
     cache = filled(stacked=False)
@@ -153,7 +249,12 @@ def stacked_layers(count, sliding_window=None):
     return nnx.split_rngs(splits=count)(make)(nnx.Rngs(3))
 
 
-def test_nnx_scan_of_global_and_sliding_layers():
+@pytest.mark.parametrize(
+    "split",
+    ["host", *(pytest.param(x, marks=pytest.mark.gpu) for x in ("host", "0.5", "device"))],
+    ids=["anywhere-host", "gpu-host", "gpu-0.5", "gpu-device"],
+)
+def test_nnx_scan_of_global_and_sliding_layers(split):
     """Two stacks of modules over one cache, prefilled and decoded, against the dense path.
 
     Compiled by `nnx.jit` with donation for the prefill and by split and merge for the steps.
@@ -181,7 +282,7 @@ def test_nnx_scan_of_global_and_sliding_layers():
         x, cache = carry
         for layer, number in ((sliding, index[0]), (wide, index[1])):
             attended, cache, _ = layer.attention.decode(
-                x, cache, number, fx.full(), split=parse_split("host")
+                x, cache, number, fx.full(), split=parse_split(split)
             )
             x = x + attended
         return x, cache

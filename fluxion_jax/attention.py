@@ -22,7 +22,7 @@ from fluxion_jax.cache.append import make_flush, sketch_flush, with_layer, write
 from fluxion_jax.cache.host_kv import HostKV, check_layer
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import remember_query
-from fluxion_jax.cache.stacked import on_layer
+from fluxion_jax.cache.stacked import first_row_in, on_layer
 from fluxion_jax.cache.summaries import MIN_EXPONENT, quantise_query
 from fluxion_jax.cache.window import window_mask, window_positions, write_token
 from fluxion_jax.errors import (
@@ -645,7 +645,8 @@ def _select(
 
 def _select_on_device(work: host_ops.Work, cache: HostKV, index: int) -> host_ops.Work:
     ranked = _ranked_units(work) > 0
-    return work._replace(bitmap=_select(work, cache.summaries[index], ranked))
+    summaries = cache.summaries[index]
+    return work._replace(bitmap=_select(work, summaries, ranked, first_row_in(cache, summaries)))
 
 
 def _host_arrays(cache: HostKV, index: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -829,7 +830,9 @@ def _finish_layer_on_gpu(
     """The same in one kernel."""
     update = None
     if collected.summaries is None:
-        update = pallas_kernels.SummaryUpdate(cache.summaries[index], *flush[2:])
+        summaries = cache.summaries[index]
+        rows = first_row_in(cache, summaries)
+        update = pallas_kernels.SummaryUpdate(summaries, *flush[2:], rows)
     done = pallas_kernels.finish_layer(
         states,
         cache.exponents[index],

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.cache_rows import row_operand, row_spec, task_index, task_spec
+from pallas_kernels.cache_rows import check_offsets, row_operand, row_spec, task_index, task_spec
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
 from pallas_kernels.registry import UnsupportedImplementationError
 from pallas_kernels.scoring import BEYOND
@@ -60,12 +60,7 @@ def score_units_triton(
             f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
         )
     batch, num_heads, head_dim = q8.shape
-    if 2**31 < summaries.size <= 2**32:
-        # There Triton's offsets have 32 bits, and count bytes from -2**31 on.
-        raise UnsupportedImplementationError(
-            f"expected at most {2**31} bytes of summaries in one array or more than {2**32}, got "
-            f"{summaries.size}; change max_tokens or batch, or give every layer an array of its own"
-        )
+    check_offsets(summaries)
     num_kv_heads, rows = summaries.shape[1:3]
     num_blocks = rows * 8 // 15
     group = num_heads // num_kv_heads

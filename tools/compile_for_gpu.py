@@ -148,9 +148,7 @@ def _programs() -> dict[str, Callable[[], str]]:
     return programs
 
 
-def _cache(
-    summaries: Any, layers: int, max_tokens: int = 8192, stacked: bool = False
-) -> fx.HostKV:
+def _cache(summaries: Any, layers: int, max_tokens: int = 8192, stacked: bool = False) -> fx.HostKV:
     layout = fx.KVLayout(layers, 8, 128, "bfloat16", summaries=summaries)
     return fx.HostKV.allocate(layout, 1, max_tokens, stacked=stacked)
 
@@ -208,9 +206,7 @@ def _scan_prefill(summaries: str, layers: int = 3) -> str:
     from fluxion_jax.chunk_attention import prefill_attention
 
     @fx.jit
-    def run(
-        cache: fx.HostKV, q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array
-    ) -> Any:
+    def run(cache: fx.HostKV, q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array) -> Any:
         def layer(carry: Any, index: jax.Array) -> Any:
             q, cache = carry
             out, cache = prefill_attention(q, k, v, count, cache, index, scale=0.1)
@@ -276,8 +272,8 @@ def main() -> int:
         failures += on_host > 0 or whole > 0
         counted = kernels(hlo)
         print(
-            f"{name}: {seconds:.1f} s, {counted.total()} launches, {on_host} host computations, {whole} "
-            "copies in host memory"
+            f"{name}: {seconds:.1f} s, {counted.total()} launches, {on_host} host computations, "
+            f"{whole} copies in host memory"
         )
         print("   ", ", ".join(f"{n} {kind}" for kind, n in counted.most_common()), flush=True)
         if arguments.hlo:

@@ -104,9 +104,7 @@ def check_rows(attend, case: Case) -> None:
     want = attend(case.q, case.k, case.v, *arguments, scale=case.scale)
     others = jnp.full((batch + 1, *case.k.shape[1:]), jnp.nan, case.k.dtype)
     for first in (0, 1, batch + 1):
-        stacked = (
-            jnp.concatenate([others[:first], x, others[first:]]) for x in (case.k, case.v)
-        )
+        stacked = (jnp.concatenate([others[:first], x, others[first:]]) for x in (case.k, case.v))
         row = jnp.asarray([first], jnp.int32)
         got = attend(case.q, *stacked, *arguments, first_row=row, scale=case.scale)
         for one, other in zip(got, want, strict=True):

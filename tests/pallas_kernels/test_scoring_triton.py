@@ -50,9 +50,7 @@ def test_scores_equal_the_oracle(score, group, num_blocks, head_dim):
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize(
-    "score", [*EXECUTIONS, pytest.param(jax.jit(score_units), id="default")]
-)
+@pytest.mark.parametrize("score", [*EXECUTIONS, pytest.param(jax.jit(score_units), id="default")])
 def test_summaries_of_a_layer_among_several(score):
     rng = np.random.default_rng(5)
     summaries = rng.integers(-127, 128, size=(9, 2, 45, 2, 64)).astype(np.int8)
@@ -61,9 +59,7 @@ def test_summaries_of_a_layer_among_several(score):
     arguments = (GRANULARITY, np.array([24, 21, 0], np.int32), RANKED)
     for first in (0, 2, 6):
         want = score(*map(jnp.asarray, (q8, summaries[first : first + 3], *arguments)))
-        got = score(
-            *map(jnp.asarray, (q8, summaries, *arguments)), first_row=jnp.asarray([first])
-        )
+        got = score(*map(jnp.asarray, (q8, summaries, *arguments)), first_row=jnp.asarray([first]))
         np.testing.assert_array_equal(got, want)
 
 

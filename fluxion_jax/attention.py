@@ -830,9 +830,8 @@ def _finish_layer_on_gpu(
     """The same in one kernel."""
     update = None
     if collected.summaries is None:
-        summaries = cache.summaries[index]
-        rows = first_row_in(cache, summaries)
-        update = pallas_kernels.SummaryUpdate(summaries, *flush[2:], rows)
+        rows = first_row_in(cache, cache.summaries[index])
+        update = pallas_kernels.SummaryUpdate(cache.summaries[index], *flush[2:], rows)
     done = pallas_kernels.finish_layer(
         states,
         cache.exponents[index],

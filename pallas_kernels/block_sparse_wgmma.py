@@ -252,7 +252,7 @@ class _Refs(NamedTuple):
 
 def _kernel(*refs: Any, tiling: Tiling, group: int, has_rows: bool) -> None:
     """One share of one task's blocks; a program without a share writes nothing."""
-    r = _Refs(*refs) if has_rows else _Refs(*refs[:6], None, *refs[6:])
+    r = _Refs(*(refs if has_rows else (*refs[:6], None, *refs[6:])))
     tile_blocks = TILE_TOKENS // r.k.shape[3]
     program = jax.lax.axis_index("program")
     share, has_share = _share_of(program, r.total, tiling.programs, tile_blocks)

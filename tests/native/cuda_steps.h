@@ -75,7 +75,10 @@ struct Step {
     call.cancel = &cancel;
     call.scale = c.scale;
     call.tick = device_tick;
-    return enqueue_submit(on.stream, call);
+    const std::string problem = enqueue_submit(on.stream, call);
+    // The stream goes on, so the host must not look there any more.
+    on.fake.push([this] { device_row = 0x7fffffff; });
+    return problem;
   }
 
   std::string collect_on(Device& on) {

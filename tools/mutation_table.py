@@ -20,6 +20,7 @@ class Mutation(NamedTuple):
 DEVICE = (
     "tests/pallas_kernels/test_block_sparse_attention.py::test_matches_the_oracle_for_odd_sizes",
 )
+ROWS = ("tests/pallas_kernels/test_block_sparse_triton.py::test_a_layer_among_several",)
 MERGE = ("tests/pallas_kernels/test_merge_states.py",)
 HOST = ("tests/host_ops/test_equivalence.py::test_random_cases",)
 APPEND = ("tests/host_ops/test_equivalence_append.py::test_append",)
@@ -225,6 +226,14 @@ MUTATIONS = (
         "((cache.window_k, k_new), (cache.window_v, v_new))",
         "((cache.window_k, v_new), (cache.window_v, v_new))",
         STEP,
+    ),
+    # Another layer of a stacked cache.
+    Mutation(
+        "device: blocks of the first layer in the place of the layer's own",
+        "pallas_kernels/cache_rows.py",
+        "return tuple(ref[0] + task // kv_heads for ref in row_refs)",
+        "return tuple(task // kv_heads + 0 * ref[0] for ref in row_refs)",
+        ROWS,
     ),
     # Dropping the merge.
     Mutation(

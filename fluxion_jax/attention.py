@@ -22,7 +22,7 @@ from fluxion_jax.cache.append import make_flush, sketch_flush, with_layer, write
 from fluxion_jax.cache.host_kv import HostKV, check_layer
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import remember_query
-from fluxion_jax.cache.stacked import on_layer
+from fluxion_jax.cache.stacked import first_row_in, on_layer
 from fluxion_jax.cache.summaries import MIN_EXPONENT, quantise_query
 from fluxion_jax.cache.window import window_mask, window_positions, write_token
 from fluxion_jax.errors import (
@@ -626,6 +626,7 @@ def _select(
     work: host_ops.Work,
     summaries: jax.Array,
     ranked: jax.Array,
+    first_row: jax.Array | None = None,
     implementation: pallas_kernels.Implementation = None,
 ) -> jax.Array:
     scores = pallas_kernels.score_units(
@@ -634,6 +635,7 @@ def _select(
         work.granularity,
         work.host_blocks,
         ranked,
+        first_row=first_row,
         implementation=implementation,
     )
     return pallas_kernels.select_units(
@@ -643,7 +645,8 @@ def _select(
 
 def _select_on_device(work: host_ops.Work, cache: HostKV, index: int) -> host_ops.Work:
     ranked = _ranked_units(work) > 0
-    return work._replace(bitmap=_select(work, cache.summaries[index], ranked))
+    summaries = cache.summaries[index]
+    return work._replace(bitmap=_select(work, summaries, ranked, first_row_in(cache, summaries)))
 
 
 def _host_arrays(cache: HostKV, index: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -667,15 +670,6 @@ def _device_share(
     has_work = work.boundary < work.host_blocks[:, None]
     units = _ranked_units(work)
 
-    rows = cache.first_row
-
-    def everywhere(x: Any) -> Any:
-        """Small arrays for the rows of all layers, where k has these: the others have no work."""
-        return x if rows is None else host_ops.spread_rows(x, rows, k.shape[0])
-
-    def here(x: Any) -> Any:
-        return x if rows is None else host_ops.take_rows(x, rows, cache.batch)
-
     def run() -> _DeviceShare:
         if work.bitmap is not None:
             bitmap = work.bitmap
@@ -683,21 +677,22 @@ def _device_share(
             # Not by XLA either, whatever was asked for the blocks.
             scoring = "triton" if target_platform() == "gpu" else None
             ranked = has_work & (units > 0)
-            bitmap = here(_select(everywhere(work), summaries, everywhere(ranked), scoring))
+            bitmap = _select(work, summaries, ranked, cache.first_row, scoring)
         # Where all blocks are the host's none of them is beyond the boundary.
         *state, blocks = pallas_kernels.share_attention(
-            everywhere(q),
+            q,
             k,
             v,
-            everywhere(bitmap),
-            everywhere(work.boundary),
+            bitmap,
+            work.boundary,
             scale=scale,
+            first_row=cache.first_row,
             implementation=kernels,
         )
         nothing = jnp.where(has_work, 0, k.shape[2])
         bitmap = pallas_kernels.at_or_above(bitmap, nothing)
         scanned = has_work if work.bitmap is None else jnp.ones_like(has_work)
-        out, lse, blocks = here((*state, blocks))
+        out, lse = state
         return _DeviceShare((out, lse), bitmap, blocks, jnp.where(scanned, units, 0))
 
     if target_platform() == "gpu":
@@ -835,7 +830,8 @@ def _finish_layer_on_gpu(
     """The same in one kernel."""
     update = None
     if collected.summaries is None:
-        update = pallas_kernels.SummaryUpdate(cache.summaries[index], *flush[2:])
+        rows = first_row_in(cache, cache.summaries[index])
+        update = pallas_kernels.SummaryUpdate(cache.summaries[index], *flush[2:], rows)
     done = pallas_kernels.finish_layer(
         states,
         cache.exponents[index],

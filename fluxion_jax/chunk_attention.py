@@ -167,11 +167,12 @@ def fetch_blocks(
     Returns:
       `[B, K, num_blocks, C, H]` in device memory.
     """
+    rows = None
     if cache is not None and cache.first_row is not None:
-        start = (cache.first_row[0], 0, first, 0, 0)
-        size = (cache.batch, host.shape[1], num_blocks, *host.shape[3:])
-        return jax.lax.dynamic_slice(host_ops.retag(host, host_ops.DEVICE), start, size)
-    return pallas_kernels.copy_blocks(host_ops.retag(host, host_ops.DEVICE), first, num_blocks)
+        rows = (cache.first_row, cache.batch)
+    return pallas_kernels.copy_blocks(
+        host_ops.retag(host, host_ops.DEVICE), first, num_blocks, rows=rows
+    )
 
 
 def attend(

@@ -19,8 +19,6 @@ from host_ops.host_view import host_view as host_view
 from host_ops.memory import DEVICE as DEVICE
 from host_ops.memory import HOST as HOST
 from host_ops.memory import retag as retag
-from host_ops.rows import spread_rows as spread_rows
-from host_ops.rows import take_rows as take_rows
 from host_ops.types import STATUS_CANCELLED as STATUS_CANCELLED
 from host_ops.types import STATUS_INTERNAL as STATUS_INTERNAL
 from host_ops.types import STATUS_INVALID as STATUS_INVALID

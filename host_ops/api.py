@@ -55,7 +55,7 @@ def append(
       after: small arrays computed from the cache before it changes; only there so that this is so,
         and that no copy of the cache is needed for the readers. Default: nobody reads it.
       first_row: int32 `[1]` if the arrays hold several layers, as `[R, K, P, 16, H]` with R >= B:
-        the call's sequences are the B rows from this one on. Not in programs for a GPU.
+        the call's sequences are the B rows from this one on.
       implementation: see the module.
 
     Returns:

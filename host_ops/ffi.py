@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from host_ops import compat, native
-from host_ops.errors import UnavailableError
 from host_ops.memory import HOST, retag
 from host_ops.types import TIMES, Collected, Flush, Work
 
@@ -48,18 +47,23 @@ def append(
       `(k, v, summaries, status int32 [1])`.
     """
     native.require()
+    rows = [] if first_row is None else [first_row]
     if compat.traced_for_gpu():
-        _refuse_rows(first_row)
         k, v, summaries = _keep((k, v, summaries), (flush.num_blocks,))
         optional = [x for x in (summaries,) if x is not None]
         call = jax.ffi.ffi_call(
             "fluxion_append", [jax.ShapeDtypeStruct((1,), jnp.int32)], has_side_effect=True
         )
         (status,) = call(
-            k, v, *flush, *optional, has_summaries=summaries is not None, has_first_row=False
+            *rows,
+            k,
+            v,
+            *flush,
+            *optional,
+            has_summaries=summaries is not None,
+            has_first_row=bool(rows),
         )
         return *_keep((k, v, summaries), (status,)), status
-    rows = [] if first_row is None else [first_row]
     operands = [*rows, k, v, *flush]
     results = [_like(k), _like(v), jax.ShapeDtypeStruct((1,), jnp.int32)]
     aliases = {len(rows): 0, len(rows) + 1: 1}
@@ -100,8 +104,6 @@ def submit(
       int32 `[2]`, the tick that `collect` needs.
     """
     native.require()
-    if compat.traced_for_gpu():
-        _refuse_rows(first_row)
     *operands, bitmap, status = work
     operands.append(jnp.zeros((1,), jnp.int32) if status is None else status)
     optional = [x for x in (summaries, bitmap) if x is not None]
@@ -175,12 +177,13 @@ def collect(
     ]
     selection = [jax.ShapeDtypeStruct((batch, heads, -(-blocks // 32)), jnp.uint32)]
     selection = selection if return_selection else []
+    rows = [] if first_row is None else [first_row]
     if compat.traced_for_gpu():
-        _refuse_rows(first_row)
         k, v, summaries = _keep((k, v, summaries), (tick, *after))
         optional = [x for x in (summaries,) if x is not None]
         call = jax.ffi.ffi_call("fluxion_collect", [*small, *selection], has_side_effect=True)
         found = call(
+            *rows,
             k,
             v,
             tick,
@@ -188,11 +191,10 @@ def collect(
             *optional,
             has_summaries=summaries is not None,
             return_selection=return_selection,
-            has_first_row=False,
+            has_first_row=bool(rows),
         )
         k, v, summaries = _keep((k, v, summaries), (found[2],))
         return Collected(k, v, summaries, *found, *([] if return_selection else [None]))
-    rows = [] if first_row is None else [first_row]
     operands = [*rows, k, v, tick, *flush]
     results = [_like(k), _like(v), *small]
     aliases = {len(rows): 0, len(rows) + 1: 1}
@@ -238,14 +240,6 @@ def _keep(
 
     k, v, summaries = cache
     return keep(k), keep(v), None if summaries is None else keep(summaries)
-
-
-def _refuse_rows(first_row: jax.Array | None) -> None:
-    if first_row is not None:
-        raise UnavailableError(
-            "expected the arrays of one layer in a program for a GPU, got those of several and a "
-            "first row; give every layer arrays of its own"
-        )
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -22,6 +22,7 @@ from pallas_kernels.bitmaps import (
     num_words,
     popcount,
 )
+from pallas_kernels.cache_rows import fits_rows
 from pallas_kernels.compat import take_rows
 from pallas_kernels.registry import Implementation, dispatch
 
@@ -75,6 +76,7 @@ def share_attention(
     boundary: jax.Array | None,
     *,
     scale: float,
+    first_row: jax.Array | None = None,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same for the blocks from a boundary on: the device's share of every task.
@@ -89,6 +91,9 @@ def share_attention(
       bitmap: likewise.
       boundary: int32 `[B, K]`, blocks with an id below it are left out; None for none.
       scale: likewise.
+      first_row: int32 `[1]` if `k` and `v` hold several layers, as `[R, K, P, C, H]` with R >= B:
+        the call's sequences are the B rows from this one on, which must be there. None for arrays
+        of one layer.
       implementation: likewise.
 
     Returns:
@@ -99,7 +104,7 @@ def share_attention(
       ValueError: if the shapes or dtypes do not fit together.
       UnsupportedImplementationError: if no implementation asked for works here.
     """
-    _check(q, k, v, bitmap)
+    _check(q, k, v, bitmap, first_row)
     # On an H100 both read pinned memory equally fast, but Triton is faster over device memory.
     candidates = {
         "triton": _triton,
@@ -108,17 +113,20 @@ def share_attention(
         "wgmma": _wgmma,
         "xla": _xla,
     }
+    operands = (q, k, v, bitmap, boundary, first_row)
     return dispatch(  # type: ignore[no-any-return]
-        "block_sparse_attention", implementation, candidates, q, k, v, bitmap, boundary, scale=scale
+        "block_sparse_attention", implementation, candidates, *operands, scale=scale
     )
 
 
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, bitmap: jax.Array) -> None:
+def _check(
+    q: jax.Array, k: jax.Array, v: jax.Array, bitmap: jax.Array, first_row: jax.Array | None
+) -> None:
     fits = (
         q.ndim == 3
         and k.ndim == 5
         and k.shape == v.shape
-        and k.shape[0] == q.shape[0]
+        and fits_rows(k.shape[0], q.shape[0], first_row)
         and k.shape[4] == q.shape[2]
         and q.shape[1] % k.shape[1] == 0
         and bitmap.shape == (*q.shape[:2], num_words(k.shape[2]))
@@ -141,15 +149,22 @@ class _Sums(NamedTuple):
 
 
 def _block_sparse_attention_xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, bitmap: jax.Array, *, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bitmap: jax.Array,
+    first_row: jax.Array | None = None,
+    *,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, num_blocks, block_tokens, _ = k.shape
     tasks = batch * num_kv_heads
     group = num_heads // num_kv_heads
     queries = q.astype(jnp.float32).reshape(tasks, group, head_dim) * scale
-    keys = k.reshape(tasks, num_blocks, block_tokens, head_dim)
-    values = v.reshape(tasks, num_blocks, block_tokens, head_dim)
+    keys = k.reshape(-1, num_blocks, block_tokens, head_dim)
+    values = v.reshape(-1, num_blocks, block_tokens, head_dim)
+    first_task = 0 if first_row is None else first_row[0] * num_kv_heads
     bits = bitmap.reshape(tasks, group, -1)
     union = group_union(bitmap, num_kv_heads).reshape(tasks, -1)
     selected = popcount(union)
@@ -162,8 +177,8 @@ def _block_sparse_attention_xla(
         block = jnp.minimum(nth_block(union[task], rank), num_blocks - 1)
         mask = has_block(bits[task], jnp.broadcast_to(block, (group, TILE_BLOCKS)))
         mask = jnp.repeat(mask & (rank < selected[task]), block_tokens, axis=-1)
-        tile_k = take_rows(keys, task, block).reshape(-1, head_dim)
-        tile_v = take_rows(values, task, block).reshape(-1, head_dim)
+        tile_k = take_rows(keys, first_task + task, block).reshape(-1, head_dim)
+        tile_v = take_rows(values, first_task + task, block).reshape(-1, head_dim)
         update = _attend(queries[task], tile_k, tile_v, mask, [part[task] for part in sums])
         return _Sums(*(part.at[task].set(new) for part, new in zip(sums, update, strict=True)))
 
@@ -213,11 +228,12 @@ def _xla(
     v: jax.Array,
     bitmap: jax.Array,
     boundary: jax.Array | None,
+    first_row: jax.Array | None,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     bitmap, blocks = _cut(bitmap, boundary, k.shape[1])
-    return *_block_sparse_attention_xla(q, k, v, bitmap, scale=scale), blocks
+    return *_block_sparse_attention_xla(q, k, v, bitmap, first_row, scale=scale), blocks
 
 
 def _triton(
@@ -226,12 +242,13 @@ def _triton(
     v: jax.Array,
     bitmap: jax.Array,
     boundary: jax.Array | None,
+    first_row: jax.Array | None,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     from pallas_kernels.block_sparse_triton import share_attention_triton
 
-    return share_attention_triton(q, k, v, bitmap, boundary, scale=scale)
+    return share_attention_triton(q, k, v, bitmap, boundary, first_row, scale=scale)
 
 
 def _mosaic(
@@ -240,13 +257,14 @@ def _mosaic(
     v: jax.Array,
     bitmap: jax.Array,
     boundary: jax.Array | None,
+    first_row: jax.Array | None,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     from pallas_kernels.block_sparse_mosaic import block_sparse_attention_mosaic
 
     bitmap, blocks = _cut(bitmap, boundary, k.shape[1])
-    return *block_sparse_attention_mosaic(q, k, v, bitmap, scale=scale), blocks
+    return *block_sparse_attention_mosaic(q, k, v, bitmap, first_row, scale=scale), blocks
 
 
 def _triton_mma(
@@ -255,12 +273,13 @@ def _triton_mma(
     v: jax.Array,
     bitmap: jax.Array,
     boundary: jax.Array | None,
+    first_row: jax.Array | None,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     from pallas_kernels.block_sparse_triton_mma import share_attention_triton_mma
 
-    return share_attention_triton_mma(q, k, v, bitmap, boundary, scale=scale)
+    return share_attention_triton_mma(q, k, v, bitmap, boundary, first_row, scale=scale)
 
 
 def _wgmma(
@@ -269,12 +288,13 @@ def _wgmma(
     v: jax.Array,
     bitmap: jax.Array,
     boundary: jax.Array | None,
+    first_row: jax.Array | None,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     from pallas_kernels.block_sparse_wgmma import share_attention_wgmma
 
-    return share_attention_wgmma(q, k, v, bitmap, boundary, scale=scale)
+    return share_attention_wgmma(q, k, v, bitmap, boundary, first_row, scale=scale)
 
 
 def _cut(

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_table import MAX_GROUP, BlockTable, block_table
+from pallas_kernels.cache_rows import row_operand
 from pallas_kernels.compat import compute_capability, mosaic_load, target_platform
 from pallas_kernels.merge_splits_triton import merge_splits
 from pallas_kernels.registry import UnsupportedImplementationError
@@ -44,6 +45,7 @@ def block_sparse_attention_mosaic(
     k: jax.Array,
     v: jax.Array,
     bitmap: jax.Array,
+    first_row: jax.Array | None = None,
     *,
     scale: float,
     programs: int = PROGRAMS,
@@ -56,6 +58,7 @@ def block_sparse_attention_mosaic(
       k: float32, bfloat16 or float16 `[B, K, P, C, H]`, in device or pinned host memory.
       v: likewise.
       bitmap: uint32 `[B, N, W]`.
+      first_row: int32 `[1]`, or None for a cache of one layer; see `share_attention`.
       scale: multiplies `q . k`.
       programs: programs in flight.
       interpret: parameters of the interpreter, to run on any platform, slowly; for tests.
@@ -71,7 +74,9 @@ def block_sparse_attention_mosaic(
         _check_device()
     _check_sizes(head_dim, block_tokens, q.shape[1] // num_kv_heads)
     table = block_table(bitmap, num_kv_heads, num_blocks, TILE_TOKENS // block_tokens)
-    return attend_to_table(q, k, v, table, scale=scale, programs=programs, interpret=interpret)
+    return attend_to_table(
+        q, k, v, table, first_row, scale=scale, programs=programs, interpret=interpret
+    )
 
 
 def attend_to_table(
@@ -79,6 +84,7 @@ def attend_to_table(
     k: jax.Array,
     v: jax.Array,
     table: BlockTable,
+    first_row: jax.Array | None = None,
     *,
     scale: float,
     programs: int = PROGRAMS,
@@ -110,7 +116,7 @@ def attend_to_table(
         interpret=interpret,
     )
     queries = (q.astype(jnp.float32) * scale).reshape(tasks, group, head_dim)
-    out, lse = attend(queries, k, v, table.block, table.heads, table.total)
+    out, lse = attend(queries, k, v, *table, *row_operand(first_row))
     out, lse = merge_splits(out, lse, interpret=bool(interpret))
     return out.reshape(q.shape), lse.reshape(batch, num_heads)
 
@@ -150,12 +156,7 @@ def _kernel(
     block_ref: Any,
     heads_ref: Any,
     total_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
-    k_tile: Any,
-    v_tile: Any,
-    weighted: Any,
-    *,
+    *refs: Any,
     splits: int,
 ) -> None:
     """One split of one task: every `splits`-th tile of its table.
@@ -163,12 +164,14 @@ def _kernel(
     The weighted sums of values live in shared memory (`weighted`, `[G, H]`), because those of a
     large group do not fit into registers.
     """
+    *row_refs, out_ref, lse_ref, k_tile, v_tile, weighted = refs
     task, split = jax.lax.axis_index("task"), jax.lax.axis_index("split")
     num_kv_heads, _, block_tokens, head_dim = k_ref.shape[1:]
     group = weighted.shape[0]
     tile_blocks = TILE_TOKENS // block_tokens
     tile_shape = (TILE_TOKENS, head_dim)
-    batch, kv_head = task // num_kv_heads, task % num_kv_heads
+    row, kv_head = task // num_kv_heads, task % num_kv_heads
+    row = row_refs[0][0] + row if row_refs else row
     total = total_ref[task]
     block_of_token = (
         plgpu.broadcasted_iota(jnp.int32, (TILE_TOKENS,), 0, layout=PER_TOKEN) // block_tokens
@@ -177,7 +180,7 @@ def _kernel(
     def fetch(cache_ref: Any, tile: Any, first: jax.Array) -> None:
         # Past the end of the table the last block is read again; no head attends to it there.
         entries = [jnp.minimum(first + i, total - 1) for i in range(tile_blocks)]
-        blocks = [cache_ref[batch, kv_head, block_ref[task, entry]] for entry in entries]
+        blocks = [cache_ref[row, kv_head, block_ref[task, entry]] for entry in entries]
         # Storing waits, so all loads are issued before.
         for i, block in enumerate(blocks):
             tile[pl.ds(i * block_tokens, block_tokens)] = block

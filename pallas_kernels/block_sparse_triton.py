@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.block_list_triton import block_table_triton
 from pallas_kernels.block_table import MAX_GROUP, BlockTable
+from pallas_kernels.cache_rows import row_operand, row_spec, task_index, task_spec
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
 from pallas_kernels.merge_splits_triton import merge_splits
 from pallas_kernels.registry import UnsupportedImplementationError
@@ -84,6 +85,7 @@ def share_attention_triton(
     v: jax.Array,
     bitmap: jax.Array,
     boundary: jax.Array | None,
+    first_row: jax.Array | None = None,
     *,
     scale: float,
     tiling: Tiling = TILING,
@@ -94,7 +96,9 @@ def share_attention_triton(
     group = q.shape[1] // num_kv_heads
     _check(head_dim, block_tokens, group, interpret)
     table = block_table_triton(bitmap, num_kv_heads, num_blocks, interpret, boundary=boundary)
-    state = attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
+    state = attend_to_table(
+        q, k, v, table, first_row, scale=scale, tiling=tiling, interpret=interpret
+    )
     return *state, table.total.reshape(-1, num_kv_heads)
 
 
@@ -103,14 +107,15 @@ def attend_to_table(
     k: jax.Array,
     v: jax.Array,
     table: BlockTable,
+    first_row: jax.Array | None = None,
     *,
     scale: float,
     tiling: Tiling = TILING,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends to the blocks of a table; the rest is as in `block_sparse_attention_triton`."""
+    """Attends to the blocks of a table; the rest is as in `share_attention_triton`."""
     batch, num_heads, head_dim = q.shape
-    _, num_kv_heads, num_blocks, block_tokens, _ = k.shape
+    num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
     tasks = batch * num_kv_heads
     tiles = pl.cdiv(table.block.shape[1], tiling.tile_blocks)
@@ -119,14 +124,16 @@ def attend_to_table(
     def whole_task(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda task, _: (task,) + (0,) * len(shape))
 
-    cache = pl.BlockSpec(
-        (None, None, num_blocks, block_tokens, head_dim),
-        lambda task, _: (task // num_kv_heads, task % num_kv_heads, 0, 0, 0),
-    )
+    cache = task_spec(k.shape, first_row)
     silence_triton_deprecation()
     out, lse = pl.pallas_call(
         functools.partial(
-            _kernel, group=group, splits=splits, tile_blocks=tiling.tile_blocks, scale=scale
+            _kernel,
+            num_kv_heads=num_kv_heads,
+            group=group,
+            splits=splits,
+            tile_blocks=tiling.tile_blocks,
+            scale=scale,
         ),
         grid=(tasks, splits),
         in_specs=[
@@ -136,6 +143,7 @@ def attend_to_table(
             whole_task(table.block.shape[1]),
             whole_task(table.heads.shape[1]),
             pl.BlockSpec((1,), lambda task, _: (task,)),
+            *row_spec(first_row),
         ],
         out_specs=[
             pl.BlockSpec((None, None, group, head_dim), lambda task, s: (s, task, 0, 0)),
@@ -155,6 +163,7 @@ def attend_to_table(
         table.block,
         table.heads,
         table.total,
+        *row_operand(first_row),
     )
     out, lse = merge_splits(out, lse, interpret)
     return out.reshape(q.shape), lse.reshape(batch, num_heads)
@@ -183,17 +192,18 @@ def _kernel(
     block_ref: Any,
     heads_ref: Any,
     total_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
-    *,
+    *refs: Any,
+    num_kv_heads: int,
     group: int,
     splits: int,
     tile_blocks: int,
     scale: float,
 ) -> None:
     """One split of one task: every `splits`-th tile of its table."""
+    *row_refs, out_ref, lse_ref = refs
     head_dim = q_ref.shape[-1]
     split = pl.program_id(1)
+    own = task_index(pl.program_id(0), num_kv_heads, row_refs)
     total_blocks = total_ref[0]
     tiles = (total_blocks + tile_blocks - 1) // tile_blocks
 
@@ -205,8 +215,8 @@ def _kernel(
             pltriton.load(ref.at[entry], mask=entry < total_blocks, other=0)
             for ref in (block_ref, heads_ref)
         )
-        k = _load_tile(k_ref, block, heads != 0)
-        v = _load_tile(v_ref, block, heads != 0)
+        k = _load_tile(k_ref, own, block, heads != 0)
+        v = _load_tile(v_ref, own, block, heads != 0)
         return tuple(
             _attend(q_ref[g, :] * scale, k, v, (heads >> g) & 1, sums[g]) for g in range(group)
         )
@@ -221,9 +231,12 @@ def _kernel(
         lse_ref[g] = jnp.where(total == 0.0, -jnp.inf, largest + jnp.log(divisor))
 
 
-def _load_tile(ref: Any, block: jax.Array, in_table: jax.Array) -> jax.Array:
-    shape = (*block.shape, *ref.shape[1:])
+def _load_tile(
+    ref: Any, own: tuple[jax.Array, ...], block: jax.Array, in_table: jax.Array
+) -> jax.Array:
+    shape = (*block.shape, *ref.shape[-2:])
     index = (
+        *own,
         jnp.broadcast_to(block[:, None, None], shape),
         jax.lax.broadcasted_iota(jnp.int32, shape, 1),
         jax.lax.broadcasted_iota(jnp.int32, shape, 2),

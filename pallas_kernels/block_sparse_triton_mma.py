@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.block_list_triton import block_table_triton
 from pallas_kernels.block_table import MAX_GROUP, BlockTable
+from pallas_kernels.cache_rows import row_operand
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
 from pallas_kernels.merge_shares_triton import load_padded, merge_shares
 from pallas_kernels.registry import UnsupportedImplementationError
@@ -90,6 +91,7 @@ def share_attention_triton_mma(
     v: jax.Array,
     bitmap: jax.Array,
     boundary: jax.Array | None,
+    first_row: jax.Array | None = None,
     *,
     scale: float,
     tiling: Tiling = TILING,
@@ -107,7 +109,9 @@ def share_attention_triton_mma(
         )
     _check_sizes(head_dim, block_tokens, q.shape[1] // num_kv_heads)
     table = block_table_triton(bitmap, num_kv_heads, num_blocks, interpret, boundary=boundary)
-    state = attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
+    state = attend_to_table(
+        q, k, v, table, first_row, scale=scale, tiling=tiling, interpret=interpret
+    )
     return *state, table.total.reshape(-1, num_kv_heads)
 
 
@@ -132,12 +136,13 @@ def attend_to_table(
     k: jax.Array,
     v: jax.Array,
     table: BlockTable,
+    first_row: jax.Array | None = None,
     *,
     scale: float,
     tiling: Tiling = TILING,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends to the blocks of a table; the rest is as in `block_sparse_attention_triton_mma`."""
+    """Attends to the blocks of a table; the rest is as in `share_attention_triton_mma`."""
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
@@ -157,7 +162,15 @@ def attend_to_table(
         ),
         interpret=interpret,
         name="block_sparse_attention",
-    )(q.reshape(tasks, group, head_dim), k, v, table.block, table.heads, table.total)
+    )(
+        q.reshape(tasks, group, head_dim),
+        k,
+        v,
+        table.block,
+        table.heads,
+        table.total,
+        *row_operand(first_row),
+    )
     tile_blocks = _tile_blocks(tiling, k)
     out, lse = merge_shares(out, lse, table.total, group, tiling.programs, tile_blocks, interpret)
     return out.reshape(q.shape), lse.reshape(batch, num_heads)
@@ -183,15 +196,15 @@ def _attend_kernel(
     block_ref: Any,
     heads_ref: Any,
     total_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
-    *,
+    *refs: Any,
     tiling: Tiling,
     num_kv_heads: int,
     scale: float,
 ) -> None:
     """One share of one task's blocks; a program without a share writes nothing."""
+    *row_refs, out_ref, lse_ref = refs
     tasks, group, _ = q_ref.shape
+    first_row = row_refs[0][0] if row_refs else 0
     total = load_padded(total_ref)
     cut = shares(total, tiling.programs, _tile_blocks(tiling, k_ref))
     program = pl.program_id(0)
@@ -209,6 +222,7 @@ def _attend_kernel(
             _Share(program, task, first, end),
             _tile_blocks(tiling, k_ref),
             num_kv_heads,
+            first_row,
             scale,
         )
         finite = attend(-1)
@@ -227,6 +241,7 @@ def _attend_share(
     share: _Share,
     tile_blocks: int,
     num_kv_heads: int,
+    first_row: jax.Array | int,
     scale: float,
     wanted: jax.Array | int,
 ) -> jax.Array:
@@ -247,7 +262,7 @@ def _attend_share(
 
     token = jnp.arange(tokens)
     tile_shape = (tokens, head_dim)
-    cache_row = jnp.full(tile_shape, task // num_kv_heads)
+    cache_row = jnp.full(tile_shape, first_row + task // num_kv_heads)
     cache_head = jnp.full(tile_shape, task % num_kv_heads)
     token_in_block = jnp.broadcast_to((token % block_tokens)[:, None], tile_shape)
     tile_channel = jax.lax.broadcasted_iota(jnp.int32, tile_shape, 1)

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_list_triton import block_table_triton
 from pallas_kernels.block_table import MAX_GROUP, BlockTable
+from pallas_kernels.cache_rows import row_operand
 from pallas_kernels.compat import (
     compute_capability,
     mosaic_load,
@@ -98,6 +99,7 @@ def share_attention_wgmma(
     v: jax.Array,
     bitmap: jax.Array,
     boundary: jax.Array | None,
+    first_row: jax.Array | None = None,
     *,
     scale: float,
     tiling: Tiling = TILING,
@@ -115,7 +117,9 @@ def share_attention_wgmma(
     table = block_table_triton(
         bitmap, num_kv_heads, num_blocks, interpret is not None, boundary=boundary
     )
-    state = attend_to_table(q, k, v, table, scale=scale, tiling=tiling, interpret=interpret)
+    state = attend_to_table(
+        q, k, v, table, first_row, scale=scale, tiling=tiling, interpret=interpret
+    )
     return *state, table.total.reshape(-1, num_kv_heads)
 
 
@@ -151,12 +155,13 @@ def attend_to_table(
     k: jax.Array,
     v: jax.Array,
     table: BlockTable,
+    first_row: jax.Array | None = None,
     *,
     scale: float,
     tiling: Tiling = TILING,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends to the blocks of a table; the rest is as in `block_sparse_attention_wgmma`."""
+    """Attends to the blocks of a table; the rest is as in `share_attention_wgmma`."""
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, _, block_tokens, _ = k.shape
     group = num_heads // num_kv_heads
@@ -173,7 +178,7 @@ def attend_to_table(
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=tiled)
 
     attend = plgpu.kernel(
-        functools.partial(_kernel, tiling=tiling, group=group),
+        functools.partial(_kernel, tiling=tiling, group=group, has_rows=first_row is not None),
         out_type=[
             jax.ShapeDtypeStruct((programs, head_dim, heads), jnp.float32),
             jax.ShapeDtypeStruct((programs, heads), jnp.float32),
@@ -196,7 +201,7 @@ def attend_to_table(
         ),
         interpret=interpret,
     )
-    out, lse = attend(_cut(queries), k, v, table.block, table.heads, table.total)
+    out, lse = attend(_cut(queries), k, v, *table, *row_operand(first_row))
     out, lse = merge_shares(
         out, lse, table.total, group, tiling.programs, tile_blocks, interpret is not None
     )
@@ -225,7 +230,7 @@ class _Share(NamedTuple):
 
 
 class _Refs(NamedTuple):
-    """Arguments and scratch memory of the kernel, in its order."""
+    """Arguments and scratch memory of the kernel, in its order; the first row may be None."""
 
     queries: Any
     k: Any
@@ -233,6 +238,7 @@ class _Refs(NamedTuple):
     block: Any
     heads: Any
     total: Any
+    first_row: Any
     out: Any
     lse: Any
     q_tile: Any
@@ -244,9 +250,9 @@ class _Refs(NamedTuple):
     v_ready: Any
 
 
-def _kernel(*refs: Any, tiling: Tiling, group: int) -> None:
+def _kernel(*refs: Any, tiling: Tiling, group: int, has_rows: bool) -> None:
     """One share of one task's blocks; a program without a share writes nothing."""
-    r = _Refs(*refs)
+    r = _Refs(*(refs if has_rows else (*refs[:6], None, *refs[6:])))
     tile_blocks = TILE_TOKENS // r.k.shape[3]
     program = jax.lax.axis_index("program")
     share, has_share = _share_of(program, r.total, tiling.programs, tile_blocks)
@@ -289,7 +295,8 @@ def _attend_share(r: _Refs, share: _Share, alone: jax.Array | None, stages: int)
     _, num_kv_heads, _, block_tokens, head_dim = r.k.shape
     padded_group = r.q_tile.shape[1]
     tile_blocks = TILE_TOKENS // block_tokens
-    batch, kv_head = share.task // num_kv_heads, share.task % num_kv_heads
+    row, kv_head = share.task // num_kv_heads, share.task % num_kv_heads
+    row = row if r.first_row is None else r.first_row[0] + row
     steps = (share.end - share.first + tile_blocks - 1) // tile_blocks
 
     def heads_of(entry: jax.Array) -> jax.Array:
@@ -321,7 +328,7 @@ def _attend_share(r: _Refs, share: _Share, alone: jax.Array | None, stages: int)
             for i, block in enumerate(blocks):
                 rows = pl.ds(i * block_tokens, block_tokens)
                 plgpu.copy_gmem_to_smem(
-                    cache.at[batch, kv_head, block], tiles.at[slot, rows], ready.at[slot]
+                    cache.at[row, kv_head, block], tiles.at[slot, rows], ready.at[slot]
                 )
 
     block_of_token = (

@@ -19,10 +19,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from pallas_kernels.cache_rows import row_operand, row_spec
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
 from pallas_kernels.merge_states import State
 from pallas_kernels.registry import UnsupportedImplementationError, traced_once
-from pallas_kernels.update_summaries import programs_of_task, update_rows
+from pallas_kernels.update_summaries import (
+    programs_of_task,
+    table_index,
+    table_spec,
+    update_rows,
+)
 
 
 class SummaryUpdate(NamedTuple):
@@ -33,6 +39,7 @@ class SummaryUpdate(NamedTuple):
     shift: jax.Array
     first_block: jax.Array
     num_blocks: jax.Array
+    first_row: jax.Array | None = None
 
 
 class FinishedLayer(NamedTuple):
@@ -121,23 +128,31 @@ def finish_layer(
     if update is not None:
         rows = update.summaries.shape[2]
         programs = programs_of_task(tasks, rows)
-        table = whole_task(rows, 2, head_dim)
+        table = table_spec(update.summaries, update.first_row)
         row = pl.BlockSpec((1,), lambda task, _: (task // kv_heads,))
         aliases[len(operands)] = len(out_shape)
         operands += [
-            update.summaries.reshape(tasks, rows, 2, head_dim),
+            update.summaries.reshape(-1, rows, 2, head_dim),
             update.new.reshape(tasks, *update.new.shape[2:]),
             update.shift.reshape(tasks, head_dim),
             update.first_block.astype(jnp.int32),
             update.num_blocks.astype(jnp.int32),
+            *row_operand(update.first_row),
         ]
         in_specs += [table, whole_task(*update.new.shape[2:]), channels, row, row]
+        in_specs += row_spec(update.first_row)
         out_specs.append(table)
-        out_shape.append(jax.ShapeDtypeStruct((tasks, rows, 2, head_dim), jnp.int8))
+        all_tasks = len(update.summaries) * kv_heads
+        out_shape.append(jax.ShapeDtypeStruct((all_tasks, rows, 2, head_dim), jnp.int8))
     silence_triton_deprecation()
     out, lse, exponents, status, *rest = pl.pallas_call(
         functools.partial(
-            _kernel, group=group, statuses=1 + len(earlier), states=len(states), programs=programs
+            _kernel,
+            kv_heads=kv_heads,
+            group=group,
+            statuses=1 + len(earlier),
+            states=len(states),
+            programs=programs,
         ),
         grid=(tasks, group + programs),
         in_specs=in_specs,
@@ -157,7 +172,9 @@ def finish_layer(
     )
 
 
-def _kernel(*refs: Any, group: int, statuses: int, states: int, programs: int) -> None:
+def _kernel(
+    *refs: Any, kv_heads: int, group: int, statuses: int, states: int, programs: int
+) -> None:
     """A query head's merge, of which a task's first also does what is small; then the summaries."""
     refs, results = refs[: -(4 + (programs > 0))], refs[-(4 + (programs > 0)) :]
     (status_ref, *earlier), refs = refs[:statuses], refs[statuses:]
@@ -201,7 +218,7 @@ def _kernel(*refs: Any, group: int, statuses: int, states: int, programs: int) -
         all_status_ref[0] = functools.reduce(jnp.bitwise_or, [status, *(x[0] for x in earlier)])
 
     if programs:
-        _, new_ref, shift_ref, first_block_ref, num_blocks_ref = update
+        _, new_ref, shift_ref, first_block_ref, num_blocks_ref, *row_refs = update
 
         @pl.when(program >= group)
         def _() -> None:
@@ -214,4 +231,5 @@ def _kernel(*refs: Any, group: int, statuses: int, states: int, programs: int) -
                 status,
                 program - group,
                 programs,
+                table_index(task, kv_heads, row_refs),
             )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.cache_rows import fits_rows
 from pallas_kernels.registry import Implementation, dispatch
 
 BLOCK_TOKENS = 16
@@ -57,6 +58,7 @@ def score_units(
     host_blocks: jax.Array,
     ranked: jax.Array | None = None,
     *,
+    first_row: jax.Array | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
     """Scores the units of every task at the task's granularity.
@@ -69,6 +71,9 @@ def score_units(
       host_blocks: int32 `[B]`, selectable blocks.
       ranked: bool `[B, K]`, tasks whose units are scored, or None for all of them. The others are
         treated as if they had no unit, and a kernel does not read their summaries.
+      first_row: int32 `[1]` if `summaries` hold several layers, as `[R, K, U, 2, H]` with R >= B:
+        the call's sequences are the B rows from this one on, which must be there. None for
+        summaries of one layer.
       implementation: "triton" runs on a GPU and may read `summaries` from pinned host memory,
         "xla" runs everywhere on device memory; None for the best available.
 
@@ -80,26 +85,38 @@ def score_units(
       ValueError: if the shapes or dtypes do not fit together.
       UnsupportedImplementationError: if no implementation asked for works here.
     """
-    num_blocks = _check(q8, summaries, granularity, host_blocks)
+    num_blocks = _check(q8, summaries, granularity, host_blocks, first_row)
     units = num_units(granularity, host_blocks)
     units = units if ranked is None else jnp.where(ranked, units, 0)
-    first_row = 2 * num_blocks - ((2 * num_blocks) >> unit_shift(granularity))
+    unit_row = 2 * num_blocks - ((2 * num_blocks) >> unit_shift(granularity))
     candidates = {"triton": _triton, "xla": _xla}
     return dispatch(  # type: ignore[no-any-return]
-        "score_units", implementation, candidates, q8, summaries, first_row, units
+        "score_units", implementation, candidates, q8, summaries, unit_row, units, first_row
     )
 
 
 def _triton(
-    q8: jax.Array, summaries: jax.Array, first_row: jax.Array, units: jax.Array
+    q8: jax.Array,
+    summaries: jax.Array,
+    unit_row: jax.Array,
+    units: jax.Array,
+    first_row: jax.Array | None,
 ) -> jax.Array:
     from pallas_kernels.scoring_triton import score_units_triton
 
-    return score_units_triton(q8, summaries, first_row, units)
+    return score_units_triton(q8, summaries, unit_row, units, first_row)
 
 
-def _xla(q8: jax.Array, summaries: jax.Array, first_row: jax.Array, units: jax.Array) -> jax.Array:
+def _xla(
+    q8: jax.Array,
+    summaries: jax.Array,
+    unit_row: jax.Array,
+    units: jax.Array,
+    first_row: jax.Array | None,
+) -> jax.Array:
     batch, num_heads, head_dim = q8.shape
+    if first_row is not None:
+        summaries = jax.lax.dynamic_slice_in_dim(summaries, first_row[0], batch, axis=0)
     num_kv_heads, rows = summaries.shape[1:3]
     num_blocks = rows * 8 // 15
     # max(q * lo, q * hi) is q * lo for a negative q and q * hi otherwise, because lo <= hi: one
@@ -112,24 +129,29 @@ def _xla(q8: jax.Array, summaries: jax.Array, first_row: jax.Array, units: jax.A
         preferred_element_type=jnp.int32,
     )
     unit = jnp.arange(num_blocks, dtype=jnp.int32)
-    row = jnp.minimum(first_row[..., None] + unit, rows - 1)
+    row = jnp.minimum(unit_row[..., None] + unit, rows - 1)
     scores = jnp.take_along_axis(every_level, row[:, :, None, :], axis=-1)
     exists = unit < units[..., None]
     return jnp.where(exists[:, :, None, :], scores, BEYOND).reshape(batch, num_heads, num_blocks)
 
 
 def _check(
-    q8: jax.Array, summaries: jax.Array, granularity: jax.Array, host_blocks: jax.Array
+    q8: jax.Array,
+    summaries: jax.Array,
+    granularity: jax.Array,
+    host_blocks: jax.Array,
+    first_row: jax.Array | None,
 ) -> int:
     batch, num_heads, head_dim = q8.shape
     rows = summaries.shape[2]
     num_blocks = rows * 8 // 15
     fits = (
-        summaries.shape == (batch, summaries.shape[1], rows, 2, head_dim)
+        fits_rows(summaries.shape[0], batch, first_row)
+        and summaries.shape[3:] == (2, head_dim)
         and num_blocks % 8 == 0
         and summary_rows(num_blocks) == rows
         and num_heads % summaries.shape[1] == 0
-        and granularity.shape == summaries.shape[:2]
+        and granularity.shape == (batch, summaries.shape[1])
         and host_blocks.shape == (batch,)
         and q8.dtype == jnp.int8
         and summaries.dtype == jnp.int8

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from pallas_kernels.cache_rows import check_offsets, row_operand, row_spec, task_index, task_spec
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
 from pallas_kernels.registry import UnsupportedImplementationError
 from pallas_kernels.scoring import BEYOND
@@ -32,8 +33,9 @@ _LEAST_HEADS = 16
 def score_units_triton(
     q8: jax.Array,
     summaries: jax.Array,
-    first_row: jax.Array,
+    unit_row: jax.Array,
     units: jax.Array,
+    first_row: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -42,21 +44,23 @@ def score_units_triton(
     Args:
       q8: int8 `[B, N, H]`.
       summaries: int8 `[B, K, U, 2, H]`, in device or pinned host memory.
-      first_row: int32 `[B, K]`, row of the task's unit 0.
+      unit_row: int32 `[B, K]`, row of the task's unit 0.
       units: int32 `[B, K]`, units to score; the rows of others are not read.
+      first_row: int32 `[1]`, or None for summaries of one layer.
       interpret: run on any platform, slowly; for tests.
 
     Returns:
       int32 `[B, N, P]`, the smallest int32 from the number of units on.
 
     Raises:
-      UnsupportedImplementationError: not on a GPU.
+      UnsupportedImplementationError: not on a GPU, or sizes that Triton takes wrongly.
     """
     if not interpret and target_platform() != "gpu":
         raise UnsupportedImplementationError(
             f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
         )
     batch, num_heads, head_dim = q8.shape
+    check_offsets(summaries)
     num_kv_heads, rows = summaries.shape[1:3]
     num_blocks = rows * 8 // 15
     group = num_heads // num_kv_heads
@@ -68,29 +72,41 @@ def score_units_triton(
     scalar = pl.BlockSpec((1,), lambda task, _: (task,))
     silence_triton_deprecation()
     scores = pl.pallas_call(
-        functools.partial(_kernel, group=group),
+        functools.partial(_kernel, num_kv_heads=num_kv_heads, group=group),
         grid=(tasks, pl.cdiv(num_blocks, TILE_UNITS)),
         in_specs=[
             whole_task(group, head_dim),
-            pl.BlockSpec(
-                (None, None, rows, 2, head_dim),
-                lambda task, _: (task // num_kv_heads, task % num_kv_heads, 0, 0, 0),
-            ),
+            task_spec(summaries.shape, first_row),
             scalar,
             scalar,
+            *row_spec(first_row),
         ],
         out_specs=whole_task(group, num_blocks),
         out_shape=jax.ShapeDtypeStruct((tasks, group, num_blocks), jnp.int32),
         compiler_params=pltriton.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
         name="score_units",
-    )(q8.reshape(tasks, group, head_dim), summaries, first_row.reshape(-1), units.reshape(-1))
+    )(
+        q8.reshape(tasks, group, head_dim),
+        summaries,
+        unit_row.reshape(-1),
+        units.reshape(-1),
+        *row_operand(first_row),
+    )
     return scores.reshape(batch, num_heads, num_blocks)
 
 
 def _kernel(
-    q_ref: Any, summaries_ref: Any, first_row_ref: Any, units_ref: Any, out_ref: Any, *, group: int
+    q_ref: Any,
+    summaries_ref: Any,
+    unit_row_ref: Any,
+    units_ref: Any,
+    *refs: Any,
+    num_kv_heads: int,
+    group: int,
 ) -> None:
+    *row_refs, out_ref = refs
+    own = task_index(pl.program_id(0), num_kv_heads, row_refs)
     head_dim = q_ref.shape[-1]
     # Tensor cores take sizes that are powers of two; what is not there counts 0.
     channel = jnp.arange(max(pl.next_power_of_2(head_dim), _LEAST_CHANNELS), dtype=jnp.int32)
@@ -98,9 +114,12 @@ def _kernel(
     unit = pl.program_id(1) * TILE_UNITS + jnp.arange(TILE_UNITS, dtype=jnp.int32)
     exists = unit < units_ref[0]
 
-    def load(ref: Any, row: jax.Array, wanted: jax.Array, *half: int) -> jax.Array:
+    def load(
+        ref: Any, own: tuple[jax.Array, ...], row: jax.Array, wanted: jax.Array, *half: int
+    ) -> jax.Array:
         shape = (row.size, channel.size)
         index = (
+            *own,
             jnp.broadcast_to(row[:, None], shape),
             *half,
             jnp.broadcast_to(channel[None, :], shape),
@@ -108,9 +127,9 @@ def _kernel(
         mask = jnp.broadcast_to(wanted[:, None] & (channel < head_dim)[None, :], shape)
         return pltriton.load(ref.at[index], mask=mask, other=0)
 
-    row = first_row_ref[0] + unit
-    low, high = (load(summaries_ref, row, exists, half) for half in (0, 1))
-    q = load(q_ref, head, head < group).astype(jnp.int32)
+    row = unit_row_ref[0] + unit
+    low, high = (load(summaries_ref, own, row, exists, half) for half in (0, 1))
+    q = load(q_ref, (), head, head < group).astype(jnp.int32)
     # max(q * low, q * high) is q * low for a negative q and q * high otherwise, as low <= high.
     negative, positive = (x.astype(jnp.int8) for x in (jnp.minimum(q, 0), jnp.maximum(q, 0)))
     scores = _products(low, negative) + _products(high, positive)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from pallas_kernels.cache_rows import check_offsets, row_operand, row_spec
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
 from pallas_kernels.registry import UnsupportedImplementationError, traced_once
 
@@ -38,6 +39,7 @@ def update_summaries(
     first_block: jax.Array,
     num_blocks: jax.Array,
     status: jax.Array,
+    first_row: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -50,6 +52,8 @@ def update_summaries(
       first_block: int32 `[B]`, where the first of them goes.
       num_blocks: int32 `[B]`, how many of the `M` are written; a row of 0 stays as it is.
       status: int32 `[1]`; nothing is written unless it is 0.
+      first_row: int32 `[1]` if `summaries` hold several layers, as `[R, K, U, 2, H]` with R >= B:
+        the B rows from this one on change, which must be there. None for those of one layer.
       interpret: run on any platform, slowly; for tests.
 
     Returns:
@@ -57,25 +61,26 @@ def update_summaries(
       written are unspecified.
 
     Raises:
-      UnsupportedImplementationError: not on a GPU.
+      UnsupportedImplementationError: not on a GPU, or sizes that Triton takes wrongly.
     """
     if not interpret and target_platform() != "gpu":
         raise UnsupportedImplementationError(
             f"expected a CUDA device, got platform {target_platform()!r}; write them with XLA"
         )
+    check_offsets(summaries)
     silence_triton_deprecation()
-    batch, kv_heads, rows, _, head_dim = summaries.shape
-    tasks = batch * kv_heads
+    kv_heads, rows, _, head_dim = summaries.shape[1:]
+    tasks = new.shape[0] * kv_heads
 
     def whole_task(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda task, *_: (task,) + (0,) * len(shape))
 
     per_row = pl.BlockSpec((1,), lambda task, *_: (task // kv_heads,))
     once = pl.BlockSpec((1,), lambda *_: (0,))
-    table = whole_task(rows, 2, head_dim)
+    table = table_spec(summaries, first_row)
     programs = programs_of_task(tasks, rows)
-    summaries = pl.pallas_call(
-        functools.partial(_kernel, programs=programs),
+    changed = pl.pallas_call(
+        functools.partial(_kernel, kv_heads=kv_heads, programs=programs),
         grid=(tasks, programs),
         in_specs=[
             table,
@@ -83,22 +88,37 @@ def update_summaries(
             whole_task(head_dim),
             *[per_row] * 2,
             once,
+            *row_spec(first_row),
         ],
         out_specs=table,
-        out_shape=jax.ShapeDtypeStruct((tasks, rows, 2, head_dim), jnp.int8),
+        out_shape=jax.ShapeDtypeStruct((len(summaries) * kv_heads, rows, 2, head_dim), jnp.int8),
         input_output_aliases={0: 0},
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="update_summaries",
     )(
-        summaries.reshape(tasks, rows, 2, head_dim),
+        summaries.reshape(-1, rows, 2, head_dim),
         new.reshape(tasks, *new.shape[2:]),
         shift.reshape(tasks, head_dim),
         first_block.astype(jnp.int32),
         num_blocks.astype(jnp.int32),
         status,
+        *row_operand(first_row),
     )
-    return summaries.reshape(batch, kv_heads, rows, 2, head_dim)
+    return changed.reshape(summaries.shape)
+
+
+def table_spec(summaries: jax.Array, first_row: jax.Array | None) -> pl.BlockSpec:
+    """What a program sees of `[R * K, U, 2, H]`: its task's rows, or all, with `table_index`."""
+    _, kv_heads, rows, _, head_dim = summaries.shape
+    if first_row is None:
+        return pl.BlockSpec((None, rows, 2, head_dim), lambda task, _: (task, 0, 0, 0))
+    return pl.BlockSpec((len(summaries) * kv_heads, rows, 2, head_dim), lambda *_: (0, 0, 0, 0))
+
+
+def table_index(task: jax.Array, kv_heads: int, row_refs: list[Any]) -> tuple[jax.Array, ...]:
+    """Within a kernel: the index that leads from what `table_spec` shows to a task's rows."""
+    return tuple(ref[0] * kv_heads + task for ref in row_refs)
 
 
 def _kernel(
@@ -108,11 +128,12 @@ def _kernel(
     first_block_ref: Any,
     num_blocks_ref: Any,
     status_ref: Any,
-    out_ref: Any,
-    *,
+    *refs: Any,
+    kv_heads: int,
     programs: int,
 ) -> None:
     del old_ref  # The same memory as the result.
+    *row_refs, out_ref = refs
     update_rows(
         out_ref,
         new_ref,
@@ -122,6 +143,7 @@ def _kernel(
         status_ref[0],
         pl.program_id(1),
         programs,
+        table_index(pl.program_id(0), kv_heads, row_refs),
     )
 
 
@@ -139,6 +161,7 @@ def update_rows(
     status: jax.Array,
     program: jax.Array,
     programs: int,
+    own: tuple[jax.Array, ...] = (),
 ) -> None:
     """A program's part of a task, within a kernel.
 
@@ -153,8 +176,9 @@ def update_rows(
       status: int32 scalar; nothing is written unless it is 0.
       program: int32 scalar, which of the task's programs this is.
       programs: how many there are.
+      own: index of the task's `[U, 2, H]` within `out_ref`, if that is more.
     """
-    rows, _, head_dim = out_ref.shape
+    rows, _, head_dim = out_ref.shape[-3:]
     capacity = rows * 8 // 15
     # Triton's arrays have sizes that are powers of two.
     channel = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
@@ -178,7 +202,7 @@ def update_rows(
             wanted &= (row < start + (first >> level)) | (row > start + (last >> level))
         wanted = jnp.broadcast_to(wanted[:, None] & exists[None, :], shape)
         row = jnp.broadcast_to(row[:, None], shape)
-        at_low, at_high = (out_ref.at[row, half, columns] for half in (0, 1))
+        at_low, at_high = (out_ref.at[(*own, row, half, columns)] for half in (0, 1))
         low = pltriton.load(at_low, mask=wanted, other=0).astype(jnp.int32)
         high = pltriton.load(at_high, mask=wanted, other=0).astype(jnp.int32)
         low, high = _rescaled(low, high, steps)
@@ -202,7 +226,7 @@ def update_rows(
         for level, start in enumerate(starts):
             row = start + (block >> level)
             folds = jnp.broadcast_to((block & ((1 << level) - 1)) != 0, channel.shape)
-            at_low, at_high = out_ref.at[row, 0, channel], out_ref.at[row, 1, channel]
+            at_low, at_high = (out_ref.at[(*own, row, half, channel)] for half in (0, 1))
             low = pltriton.load(at_low, mask=exists & folds, other=0).astype(jnp.int32)
             high = pltriton.load(at_high, mask=exists & folds, other=0).astype(jnp.int32)
             low, high = _rescaled(low, high, due_shift)

@@ -2,8 +2,7 @@
 
 Needs the CUDA plugin of JAX (`jax-cuda13-plugin` and `jax-cuda13-pjrt` of the version of JAX) and
 `ptxas`; neither a GPU nor a driver. It shows what XLA makes of a program: how long it compiles,
-how many kernels a layer launches, whether XLA computes on the host, and whether a cache is copied
-whole.
+how many kernels a layer launches, and whether XLA computes on the host or copies there.
 
     python tools/compile_for_gpu.py            # all programs
     python tools/compile_for_gpu.py decode     # those whose name contains the word
@@ -61,6 +60,8 @@ gpu_device_info {{
 }}
 """
 
+_KERNELS = ("triton", "mosaic", "triton_mma", "wgmma")
+_HANDED_ON = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "custom-call")
 _NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all")
 
 
@@ -121,6 +122,16 @@ def kernels(hlo: str) -> collections.Counter[str]:
     return found
 
 
+def copies_in_host_memory(hlo: str) -> list[str]:
+    """Operations of XLA's own whose result lies in host memory, and is no array that was there."""
+    found = []
+    for line in hlo.splitlines():
+        match = re.match(r"\s+(?:ROOT )?%?\S+ = (\(.*?\) |\S+ )([\w\-]+)\(", line)
+        if match and "S(5)" in match[1] and match[2] not in _HANDED_ON:
+            found.append(line)
+    return found
+
+
 def _programs() -> dict[str, Callable[[], str]]:
     programs: dict[str, Callable[[], str]] = {}
     for summaries in ("host", "device"):
@@ -128,14 +139,18 @@ def _programs() -> dict[str, Callable[[], str]]:
             for kernel in ("triton", "mosaic") if split != "host" else (None,):
                 name = "-".join(filter(None, ("decode", summaries, split, kernel)))
                 programs[name] = functools.partial(_decode, summaries, split, kernel)
+            for kernel in _KERNELS if split != "host" else (None,):
+                name = "-".join(filter(None, ("scan", summaries, split, kernel)))
+                programs[name] = functools.partial(_scan, summaries, split, kernel)
+        programs[f"scan-prefill-{summaries}"] = functools.partial(_scan_prefill, summaries)
         programs[f"prefill-{summaries}"] = functools.partial(_prefill, summaries)
         programs[f"generate-{summaries}"] = functools.partial(_generate, summaries)
     return programs
 
 
-def _cache(summaries: Any, layers: int, max_tokens: int = 8192) -> fx.HostKV:
+def _cache(summaries: Any, layers: int, max_tokens: int = 8192, stacked: bool = False) -> fx.HostKV:
     layout = fx.KVLayout(layers, 8, 128, "bfloat16", summaries=summaries)
-    return fx.HostKV.allocate(layout, 1, max_tokens)
+    return fx.HostKV.allocate(layout, 1, max_tokens, stacked=stacked)
 
 
 def _decode(summaries: str, split: str, kernel: str | None, layers: int = 2) -> str:
@@ -157,6 +172,52 @@ def _decode(summaries: str, split: str, kernel: str | None, layers: int = 2) -> 
     policy = fx.parse_policy("fixed:16:0.05:group")
     cache = _cache(summaries, layers)
     return compile_for_gpu(step.trace, cache, q, kv, kv, policy, parse_split(split))  # type: ignore[attr-defined]
+
+
+def _scan(summaries: str, split: str, kernel: str | None, layers: int = 3, steps: int = 8) -> str:
+    """Steps of layers in a scan, over a stacked cache."""
+    execution = fx.Execution(host="native", device=kernel)
+
+    @fx.jit
+    def run(
+        cache: fx.HostKV, q: jax.Array, k: jax.Array, v: jax.Array, policy: Any, split: Any
+    ) -> Any:
+        def layer(carry: Any, index: jax.Array) -> Any:
+            q, cache = carry
+            q, cache, _ = fx.decode_attention(
+                q, k, v, cache, index, policy, scale=0.1, split=split, execution=execution
+            )
+            return (q, cache), None
+
+        def step(_: jax.Array, carry: Any) -> Any:
+            (q, cache), _ = jax.lax.scan(layer, carry, jnp.arange(layers))
+            return q, cache.advance()
+
+        return jax.lax.fori_loop(0, steps, step, (q, cache))
+
+    q, kv = jnp.zeros((1, 32, 128)), jnp.zeros((1, 8, 128))
+    policy = fx.parse_policy("fixed:16:0.05:group")
+    cache = _cache(summaries, layers, stacked=True)
+    return compile_for_gpu(run.trace, cache, q, kv, kv, policy, parse_split(split))  # type: ignore[attr-defined]
+
+
+def _scan_prefill(summaries: str, layers: int = 3) -> str:
+    """A chunk of a prompt through layers in a scan, over a stacked cache."""
+    from fluxion_jax.chunk_attention import prefill_attention
+
+    @fx.jit
+    def run(cache: fx.HostKV, q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array) -> Any:
+        def layer(carry: Any, index: jax.Array) -> Any:
+            q, cache = carry
+            out, cache = prefill_attention(q, k, v, count, cache, index, scale=0.1)
+            return (out, cache), None
+
+        (q, cache), _ = jax.lax.scan(layer, (q, cache), jnp.arange(layers))
+        return q, cache.advance(count)
+
+    q, kv = jnp.zeros((1, 1024, 32, 128)), jnp.zeros((1, 1024, 8, 128))
+    cache = _cache(summaries, layers, stacked=True)
+    return compile_for_gpu(run.trace, cache, q, kv, kv, jnp.full((1,), 1024, jnp.int32))  # type: ignore[attr-defined]
 
 
 def _model() -> Any:
@@ -194,7 +255,7 @@ def _generate(summaries: str) -> str:
 
 
 def main() -> int:
-    """Compiles what the command line names; returns how many programs compute on the host."""
+    """Compiles what the command line names; returns how many compute on the host or copy there."""
     parser = argparse.ArgumentParser(description="compile the library's programs for an H100")
     parser.add_argument("word", nargs="?", default="")
     parser.add_argument("--hlo", type=Path, metavar="FOLDER", help="write the optimised HLO there")
@@ -206,10 +267,14 @@ def main() -> int:
         start = time.perf_counter()
         hlo = program()
         seconds = time.perf_counter() - start
+        whole = len(copies_in_host_memory(hlo))
         on_host = hlo.count('_xla_compute_type="host"')
-        failures += on_host > 0
+        failures += on_host > 0 or whole > 0
         counted = kernels(hlo)
-        print(f"{name}: {seconds:.1f} s, {counted.total()} launches, {on_host} host computations")
+        print(
+            f"{name}: {seconds:.1f} s, {counted.total()} launches, {on_host} host computations, "
+            f"{whole} copies in host memory"
+        )
         print("   ", ", ".join(f"{n} {kind}" for kind, n in counted.most_common()), flush=True)
         if arguments.hlo:
             arguments.hlo.mkdir(parents=True, exist_ok=True)

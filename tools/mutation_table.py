@@ -20,6 +20,7 @@ class Mutation(NamedTuple):
 DEVICE = (
     "tests/pallas_kernels/test_block_sparse_attention.py::test_matches_the_oracle_for_odd_sizes",
 )
+ROWS = ("tests/pallas_kernels/test_block_sparse_triton.py::test_a_layer_among_several",)
 MERGE = ("tests/pallas_kernels/test_merge_states.py",)
 HOST = ("tests/host_ops/test_equivalence.py::test_random_cases",)
 APPEND = ("tests/host_ops/test_equivalence_append.py::test_append",)
@@ -194,8 +195,8 @@ MUTATIONS = (
     Mutation(
         "device: V in the place of K",
         "pallas_kernels/block_sparse_attention.py",
-        "tile_k = take_rows(keys, task, block)",
-        "tile_k = take_rows(values, task, block)",
+        "tile_k = take_rows(keys, first_task + task, block)",
+        "tile_k = take_rows(values, first_task + task, block)",
         DEVICE,
     ),
     Mutation(
@@ -226,6 +227,14 @@ MUTATIONS = (
         "((cache.window_k, v_new), (cache.window_v, v_new))",
         STEP,
     ),
+    # Another layer of a stacked cache.
+    Mutation(
+        "device: blocks of the first layer in the place of the layer's own",
+        "pallas_kernels/cache_rows.py",
+        "return tuple(ref[0] + task // kv_heads for ref in row_refs)",
+        "return tuple(task // kv_heads + 0 * ref[0] for ref in row_refs)",
+        ROWS,
+    ),
     # Dropping the merge.
     Mutation(
         "step: the host's share is not merged",
@@ -245,8 +254,8 @@ MUTATIONS = (
     Mutation(
         "device: every block is the one before it",
         "pallas_kernels/block_sparse_attention.py",
-        "tile_v = take_rows(values, task, block)",
-        "tile_v = take_rows(values, task, jnp.maximum(block - 1, 0))",
+        "tile_v = take_rows(values, first_task + task, block)",
+        "tile_v = take_rows(values, first_task + task, jnp.maximum(block - 1, 0))",
         DEVICE,
     ),
     Mutation(

@@ -17,7 +17,7 @@ import pallas_kernels
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import sketch_blocks
-from fluxion_jax.cache.stacked import on_layer
+from fluxion_jax.cache.stacked import first_row_in, on_layer
 from fluxion_jax.cache.summaries import summarise_blocks
 from fluxion_jax.cache.window import leaving_blocks, num_leaving, write_chunk
 from fluxion_jax.errors import refused_by_name
@@ -110,22 +110,27 @@ def append_chunk(
     succeeded = status[0] == 0
     exponents = jnp.where(succeeded, exponents, cache.exponents[index])
     if summaries is None:
-        summaries = write_summaries(cache.summaries[index], flush, status)
+        summaries = cache.summaries[index]
+        summaries = write_summaries(summaries, flush, status, first_row_in(cache, summaries))
     cache = with_layer(cache, index, k=k, v=v, summaries=summaries, exponents=exponents)
     cache = sketch_flush(cache, index, flush)
     cache = _write_window(cache, index, k_chunk, v_chunk, count)
     return cache.replace(status=cache.status | status)
 
 
-def write_summaries(summaries: jax.Array, flush: host_ops.Flush, status: jax.Array) -> jax.Array:
+def write_summaries(
+    summaries: jax.Array,
+    flush: host_ops.Flush,
+    status: jax.Array,
+    first_row: jax.Array | None = None,
+) -> jax.Array:
     """Writes a flush's summaries into those of a layer `[B, K, U, 2, H]` kept on the device.
 
-    With a status other than 0 the cache was not written either, and the summaries stay.
+    With a status other than 0 the cache was not written either, and the summaries stay. On a GPU
+    they may be those of several layers, of which `first_row` names one.
     """
     if target_platform() == "gpu":
-        return pallas_kernels.update_summaries(
-            summaries, flush.summaries, flush.shift, flush.first_block, flush.num_blocks, status
-        )
+        return pallas_kernels.update_summaries(summaries, *flush[2:], status, first_row)
     succeeded = status[0] == 0
     flush = flush._replace(
         num_blocks=jnp.where(succeeded, flush.num_blocks, 0),

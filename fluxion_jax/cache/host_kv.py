@@ -130,8 +130,7 @@ class HostKV:
           mesh: several devices, each of which keeps its share of the KV heads; None for one.
           axis: the axis of the mesh that shares them; None for its only one.
           stacked: one array for all layers instead of one for each, so that a compiled loop over
-            layers (`lax.scan`, `nnx.scan`) can carry the cache; on the CPU backend, on one device,
-            and without a sketch.
+            layers (`lax.scan`, `nnx.scan`) can carry the cache; on one device and without a sketch.
 
         Returns:
           An empty cache: every row active, of length 0.
@@ -139,17 +138,17 @@ class HostKV:
         Raises:
           ConfigError: `batch` or `max_tokens` is below 1, the KV heads are not a multiple of the
             devices that share them, or the cache does not fit into memory.
-          UnsupportedError: `stacked` with a mesh, with a sketch, or on a GPU.
+          UnsupportedError: `stacked` with a mesh or with a sketch.
         """
         require("layout", layout, KVLayout, "take that of model.config.kv_layout()")
         require_integer("batch", batch)
         require_integer("max_tokens", max_tokens)
         placement = Placement.over(mesh, axis, layout.num_kv_heads)
-        if stacked and (placement is not None or layout.sketch or jax.default_backend() == "gpu"):
+        if stacked and (placement is not None or layout.sketch):
             raise UnsupportedError(
-                "expected a stacked cache on the CPU backend, on one device and without a sketch, "
-                f"got backend {jax.default_backend()!r}, mesh {mesh} and sketch={layout.sketch}; "
-                "allocate it with stacked=False and unroll the layers"
+                "expected a stacked cache on one device and without a sketch, got mesh "
+                f"{mesh} and sketch={layout.sketch}; allocate it with stacked=False and unroll the "
+                "layers"
             )
         require_memory(layout, batch, max_tokens)
         by_head = PartitionSpec(None, None if placement is None else placement.axis)

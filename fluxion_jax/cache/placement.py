@@ -109,7 +109,9 @@ def filled(shape: tuple[int, ...], value: int, dtype: Any, sharding: Any) -> jax
     """A new array of one value where `sharding` says, in memory that XLA owns."""
     if sharding.memory_kind == "pinned_host" and jax.default_backend() != "cpu":
         # A program's result would pass through as much memory on the device.
-        return jax.device_put(np.full(shape, value, dtype), sharding)
+        # Zeros take no memory until they are written, and they are only read.
+        given = np.full(shape, value, dtype) if value else np.zeros(shape, dtype)
+        return jax.device_put(given, sharding)
     return _fill_program(shape, value, jnp.dtype(dtype), sharding)()  # type: ignore[no-any-return]
 
 

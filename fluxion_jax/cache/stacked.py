@@ -2,9 +2,9 @@
 
 A loop over layers must not cut a layer out of arrays in host memory, nor choose among them by a
 conditional: XLA copies what it cuts and, with JAX 0.10, the operands of a conditional. So such a
-cache keeps the rows of all layers one behind the other, `[L * B, K, ...]`, and host operations get
-the first row of a layer as an operand. What lies on the device is small: a layer's part is taken
-out and put back. Axes: L layers of a kind, B batch, K KV heads.
+cache keeps the rows of all layers one behind the other, `[L * B, K, ...]`, and host operations and
+kernels get the first row of a layer as an operand. What else lies on the device is small: a layer's
+part is taken out and put back. Axes: L layers of a kind, B batch, K KV heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxion_jax.cache.host_kv import HostKV
-from fluxion_jax.errors import UnsupportedError
 from fluxion_jax.status import STATUS_LAYER
 from pallas_kernels.compat import target_platform
 
@@ -35,7 +34,8 @@ def on_layer(
 
     Args:
       function: `(cache) -> (result, cache)`. The cache it gets has the arrays of this one layer,
-        but those in host memory whole, and `first_row` says where the layer begins in these.
+        but those in host memory whole, on a GPU also summaries on the device, and `first_row` says
+        where the layer begins in these.
       cache: a stacked cache.
       layer: index of the layer in the model: a Python int, or an int32 scalar inside of a loop. A
         value that is no layer of the kind ends in a status, and changes nothing.
@@ -46,18 +46,12 @@ def on_layer(
 
     Raises:
       ConfigError: a Python int that is no layer of the kind.
-      UnsupportedError: the program is for a GPU.
     """
-    if target_platform() == "gpu":
-        raise UnsupportedError(
-            "expected a cache with arrays for each layer in a program for a GPU, got a stacked "
-            "one, whose operations run on the CPU backend only; allocate it with stacked=False "
-            "and unroll the layers"
-        )
     index, known = _position(cache, layer, sliding)
     first = jnp.asarray(index * cache.batch, jnp.int32)
     names = ["sliding_k", "sliding_v"] if sliding else ["exponents", "window_k", "window_v"]
-    if not sliding and cache.layout.summaries == "device":
+    if not sliding and cache.layout.summaries == "device" and target_platform() != "gpu":
+        # There kernels read and write the layer's part where it is.
         names.append("summaries")
     cut = {
         name: (jax.lax.dynamic_slice_in_dim(getattr(cache, name)[0], first, cache.batch, axis=0),)
@@ -76,6 +70,11 @@ def on_layer(
         for name in names
     }
     return result, after.replace(stacked=True, first_row=None, **put)
+
+
+def first_row_in(cache: HostKV, array: jax.Array) -> jax.Array | None:
+    """Where the layer at work begins in an array, if that holds those of other layers, too."""
+    return None if len(array) == cache.batch else cache.first_row
 
 
 def _position(cache: HostKV, layer: int | jax.Array, sliding: bool) -> tuple[Any, Any]:

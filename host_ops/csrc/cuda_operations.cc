@@ -24,6 +24,7 @@ void each_flush(const Geometry& g, FlushView& flush, Each&& each) {
 
 template <typename Each>
 void each_operand(AppendCall& call, Each&& each) {
+  each(call.rows.first, 4);
   each_flush(call.g, call.flush, each);
 }
 
@@ -37,6 +38,7 @@ void each_operand(SubmitCall& call, Each&& each) {
   const Geometry& g = call.g;
   const int64_t tasks = g.batch * g.kv_heads;
   const int64_t rows = g.batch * g.heads;
+  each(call.rows.first, 4);
   each(call.work.q, rows * g.head_dim * 4);
   each(call.work.host_blocks, g.batch * 4);
   each(call.work.boundary, tasks * 4);
@@ -59,6 +61,7 @@ void each_result(SubmitCall& call, Each&& each) {
 
 template <typename Each>
 void each_operand(CollectCall& call, Each&& each) {
+  each(call.rows.first, 4);
   each(call.tick, 8);
   each_flush(call.g, call.flush, each);
 }
@@ -158,7 +161,10 @@ std::string enqueue_append(CudaStream& stream, AppendCall call) {
   if (!problem.empty()) return problem;
   auto staged = stage(stream, call);
   if (staged.exchange == nullptr) return staged.problem;
-  const auto work = [c = staged.call] { *c.status = append(c.g, c.cache, c.flush); };
+  const auto work = [c = staged.call]() mutable {
+    const bool found = choose_rows(c.g, c.rows, &c.cache);
+    *c.status = found ? append(c.g, c.cache, c.flush) : static_cast<int32_t>(kInvalid);
+  };
   return stream.enqueue(staged.exchange, staged.operands, work, true, staged.results);
 }
 
@@ -174,7 +180,11 @@ std::string enqueue_submit(CudaStream& stream, SubmitCall call) {
   }
   const auto work = [c = staged.call, slot]() mutable {
     c.work.cancel = *c.cancel;
-    fill(slot, c.g, c.work, c.cache, c.scale);
+    if (choose_rows(c.g, c.rows, &c.cache)) {
+      fill(slot, c.g, c.work, c.cache, c.scale);
+    } else {
+      refuse(slot, kInvalid);
+    }
     start(c.tick, nullptr);
   };
   problem = stream.enqueue(staged.exchange, staged.operands, work, false, {});
@@ -187,8 +197,9 @@ std::string enqueue_collect(CudaStream& stream, CollectCall call) {
   if (!problem.empty()) return problem;
   auto staged = stage(stream, call);
   if (staged.exchange == nullptr) return staged.problem;
-  const auto work = [c = staged.call] {
-    collect(c.tick, c.g, c.cache, c.flush, true, c.out, true);
+  const auto work = [c = staged.call]() mutable {
+    const bool found = choose_rows(c.g, c.rows, &c.cache);
+    collect(c.tick, c.g, c.cache, c.flush, found, c.out, true);
   };
   return stream.enqueue(staged.exchange, staged.operands, work, true, staged.results);
 }

@@ -17,17 +17,11 @@ ffi::Error enqueue(void* stream, const Operands& in, const Call& call,
   return ffi::Error::Internal("fluxion: " + problem);
 }
 
-// A GPU's programs take the arrays of one layer at a time.
-ffi::Error no_rows() {
-  return ffi::Error::InvalidArgument("fluxion: expected no first_row on a GPU, got one");
-}
-
 ffi::Error append_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                           bool has_summaries, bool has_first_row) {
   return guarded([&] {
-    if (has_first_row) return no_rows();
     Operands in(args, rets);
-    const AppendCall call = read_append(in, has_summaries);
+    const AppendCall call = read_append(in, has_summaries, has_first_row);
     return enqueue(stream, in, call, enqueue_append);
   });
 }
@@ -35,9 +29,8 @@ ffi::Error append_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingR
 ffi::Error submit_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                           bool has_summaries, bool has_bitmap, float scale, bool has_first_row) {
   return guarded([&] {
-    if (has_first_row) return no_rows();
     Operands in(args, rets);
-    const SubmitCall call = read_submit(in, has_summaries, has_bitmap, scale);
+    const SubmitCall call = read_submit(in, has_summaries, has_bitmap, scale, has_first_row);
     return enqueue(stream, in, call, enqueue_submit);
   });
 }
@@ -50,9 +43,8 @@ ffi::Error start_handler(void*, ffi::RemainingArgs, ffi::RemainingRets) {
 ffi::Error collect_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                            bool has_summaries, bool return_selection, bool has_first_row) {
   return guarded([&] {
-    if (has_first_row) return no_rows();
     Operands in(args, rets);
-    const CollectCall call = read_collect(in, has_summaries, return_selection);
+    const CollectCall call = read_collect(in, has_summaries, return_selection, has_first_row);
     return enqueue(stream, in, call, enqueue_collect);
   });
 }

@@ -127,6 +127,13 @@ void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const Cach
   run.slots.publish(slot);
 }
 
+void refuse(Slot* slot, uint32_t status) noexcept {
+  if (slot == nullptr) return;
+  slot->request.refuse(status);
+  slot->request.submit_s = 0.0;
+  runtime().slots.publish(slot);
+}
+
 void give_back(Slot* slot) noexcept {
   if (slot != nullptr) runtime().slots.release(slot);
 }

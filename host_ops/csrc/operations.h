@@ -27,6 +27,9 @@ Slot* reserve(int32_t tick[2]) noexcept;
 void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const CacheView& cache,
           float scale) noexcept;
 
+// Instead of `fill`: hands a slot without tasks over to collect, which answers with `status`.
+void refuse(Slot* slot, uint32_t status) noexcept;
+
 // Gives a reserved slot back that will not be filled; it may be null.
 void give_back(Slot* slot) noexcept;
 

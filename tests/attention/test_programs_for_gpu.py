@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import fluxion_jax as fx
+from fluxion_jax.chunk_attention import prefill_attention
 from fluxion_jax.decode import decode_chunk, prefill_chunk
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.models.decoder import Decoder
@@ -49,6 +50,44 @@ def test_prefill(summaries):
     tokens, count = jnp.zeros((1, 64), jnp.int32), jnp.full((1,), 64, jnp.int32)
     arguments = (*model_and_cache(summaries), tokens, count, fx.Execution(host="native"))
     assert computed_with(traced_for_gpu(prefill_chunk.trace, *arguments)) == []
+
+
+def looped(summaries, split, device):
+    """A chunk of a prompt and a step, layers in a scan over a stacked cache."""
+    layout = fx.KVLayout(3, 2, 64, "bfloat16", summaries=summaries)
+    cache = fx.HostKV.allocate(layout, 2, 1200, stacked=True)
+    execution = fx.Execution(host="native", device=device, dense_below_tokens=0)
+
+    @fx.jit
+    def run(cache, q, kv, count, policy, split):
+        def prefill(cache, layer):
+            out, cache = prefill_attention(
+                q, kv, kv, count, cache, layer, scale=0.1, implementation="native"
+            )
+            return cache, out
+
+        def decode(cache, layer):
+            out, cache, _ = fx.decode_attention(
+                q[:, 0], kv[:, 0], kv[:, 0], cache, layer, policy,
+                scale=0.1, split=split, execution=execution,
+            )  # fmt: skip
+            return cache, out
+
+        cache, prefilled = jax.lax.scan(prefill, cache, jnp.arange(3))
+        cache, decoded = jax.lax.scan(decode, cache.advance(count), jnp.arange(3))
+        return cache.advance(), prefilled, decoded
+
+    q, kv = jnp.zeros((2, 8, 4, 64)), jnp.zeros((2, 8, 2, 64))
+    policy = fx.parse_policy("fixed:16:0.05")
+    count = jnp.asarray([8, 3], jnp.int32)
+    return traced_for_gpu(run.trace, cache, q, kv, count, policy, parse_split(split))
+
+
+@pytest.mark.parametrize("summaries", ["host", "device"])
+@pytest.mark.parametrize("split", ["host", "device", "0.5"])
+@pytest.mark.parametrize("device", ["triton", "mosaic", "triton_mma", "wgmma"])
+def test_loops_over_layers(summaries, split, device):
+    assert computed_with(looped(summaries, split, device)) == []
 
 
 def test_xla_over_pinned_blocks_is_refused_by_name():

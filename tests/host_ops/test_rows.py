@@ -12,8 +12,12 @@ import host_ops
 ROWS, BATCH, HEADS, BLOCKS, SIZE = 6, 2, 1, 8, 8
 
 
+ON_GPU = pytest.param("native", marks=[pytest.mark.native, pytest.mark.gpu], id="gpu")
+
+
 @pytest.mark.parametrize(
-    "implementation", [pytest.param("native", marks=pytest.mark.native), "xla", "numpy"]
+    "implementation",
+    [pytest.param("native", marks=pytest.mark.native), "xla", "numpy", ON_GPU],
 )
 @pytest.mark.parametrize("first", [0, 2, 4])
 def test_append_writes_its_own_rows_only(implementation, first):
@@ -24,10 +28,12 @@ def test_append_writes_its_own_rows_only(implementation, first):
     np.testing.assert_array_equal(k, expected)
 
 
-@pytest.mark.native
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("native", marks=pytest.mark.native), ON_GPU]
+)
 @pytest.mark.parametrize("first", [-1, ROWS - BATCH + 1, 2**31 - 1])
-def test_rows_out_of_range_are_a_status(first):
-    status, k = append("native", first)
+def test_rows_out_of_range_are_a_status(implementation, first):
+    status, k = append(implementation, first)
     assert status == host_ops.STATUS_INVALID
     assert not k.any()
 

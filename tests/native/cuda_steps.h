@@ -46,6 +46,15 @@ struct Step {
     device.boundary.assign(c.boundary.size(), 1);
     device.num_blocks.assign(c.num_blocks.size(), -1);
     device_tick[0] = device_tick[1] = -7;
+    device_row = 0x7fffffff;
+  }
+
+  // The arrays of several layers in the place of the case's own.
+  template <typename Call>
+  void in_stack(Call& call) {
+    if (stack == nullptr) return;
+    call.cache = stack->cache();
+    call.rows = {stack->g.batch, &device_row};
   }
 
   std::string submit_on(Device& on) {
@@ -54,24 +63,34 @@ struct Step {
       device.q8 = c.q8;
       device.host_blocks = c.host_blocks;
       device.boundary = c.boundary;
+      device_row = first_row;
     });
     SubmitCall call;
     call.g = c.g;
     call.cache = c.cache();
+    in_stack(call);
     call.work = device.work();
     call.work.status = &failed;
     call.work.bitmap = bitmap;
     call.cancel = &cancel;
     call.scale = c.scale;
     call.tick = device_tick;
-    return enqueue_submit(on.stream, call);
+    const std::string problem = enqueue_submit(on.stream, call);
+    // The stream goes on, so the host must not look there any more.
+    on.fake.push([this] { device_row = 0x7fffffff; });
+    return problem;
   }
 
   std::string collect_on(Device& on) {
-    on.fake.push([this] { device.num_blocks = c.num_blocks; });
+    on.fake.push([this] {
+      device.num_blocks = c.num_blocks;
+      device_row = first_row;
+    });
     CollectCall call;
     call.g = c.g;
-    call.cache = call.result = c.cache();
+    call.cache = c.cache();
+    in_stack(call);
+    call.result = call.cache;
     call.flush = device.flush();
     call.tick = device_tick;
     call.out = {r.out.data(),         r.lse.data(),           &r.status,
@@ -89,6 +108,9 @@ struct Step {
 
   Case c;
   Case device;
+  Case* stack = nullptr;
+  int32_t first_row = 0;
+  int32_t device_row = 0;
   int32_t cancel = 0;
   int32_t failed = 0;
   const uint32_t* bitmap = nullptr;

@@ -74,6 +74,7 @@ int launch_kernel(CudaDriver::Function, unsigned, unsigned, unsigned, unsigned, 
         copy_bytes(entry.to + row * bytes, entry.from + row * bytes, bytes);
       }
     }
+    if (fake->before_signal) fake->before_signal();
     if (signalled != 0) {
       __atomic_store_n(reinterpret_cast<uint32_t*>(signalled), value, __ATOMIC_RELEASE);
     }

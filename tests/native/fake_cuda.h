@@ -33,6 +33,8 @@ class FakeStream {
   void synchronize();
   // To be called by an operation that waits: whether the stream is being taken down.
   bool ending() const { return ending_; }
+  // Executed by an exchange's kernel between its operands' copies and its signal.
+  std::function<void()> before_signal;
 
  private:
   void run();

@@ -289,3 +289,83 @@ TEST(a_stream_hands_over_a_selection_made_elsewhere) {
     }
   }
 }
+
+// Layers whose arrays are one, as a loop over layers has them: the calls of all are the same, and
+// which layer they are for is data.
+TEST(a_stream_finds_the_rows_of_a_layer_when_it_gets_there) {
+  for (const CudaSync sync :
+       {CudaSync::kMemoryOperations, CudaSync::kKernels, CudaSync::kHostFunctions}) {
+    Device on(sync);
+    Case stack = small_case();
+    std::vector<std::unique_ptr<Step>> steps;
+    std::vector<Case> want;
+    std::vector<Result> wanted;
+    const auto append_to = [](auto& all, const auto& one) {
+      all.insert(all.end(), one.begin(), one.end());
+    };
+    for (uint32_t layer = 0; layer < 3; ++layer) {
+      steps.push_back(std::make_unique<Step>(small_case(layer)));
+      Step& step = *steps.back();
+      step.c.num_blocks = {1, layer == 1};
+      step.c.first_block = step.device.first_block = {3, 71};
+      want.push_back(step.c);
+      if (layer > 0) {
+        append_to(stack.k.floats, step.c.k.floats);
+        append_to(stack.v.floats, step.c.v.floats);
+        append_to(stack.summaries, step.c.summaries);
+      }
+    }
+    for (Case& c : want) wanted.push_back(run(c));
+    const int64_t batch = stack.g.batch;
+    stack.g.batch *= 3;
+    on.fake.pause();
+    // What lies on the device is nothing the host may look at.
+    on.fake.before_signal = [&] {
+      for (const auto& step : steps) step->device_row = 0x7fffffff;
+    };
+    for (const int layer : {2, 0, 1}) {
+      steps[layer]->stack = &stack;
+      steps[layer]->first_row = static_cast<int32_t>(batch * layer);
+      steps[layer]->run_on(on);
+    }
+    on.fake.go_on();
+    on.fake.synchronize();
+    const auto same_part = [](const auto& all, const auto& one, size_t part) {
+      return std::equal(one.begin(), one.end(), all.begin() + part * one.size());
+    };
+    for (size_t layer = 0; layer < 3; ++layer) {
+      CHECK_EQ(steps[layer]->r.status, 0);
+      CHECK(same_bits(steps[layer]->r, wanted[layer]));
+      CHECK(same_part(stack.k.floats, want[layer].k.floats, layer));
+      CHECK(same_part(stack.v.floats, want[layer].v.floats, layer));
+      CHECK(same_part(stack.summaries, want[layer].summaries, layer));
+    }
+    on.fake.before_signal = nullptr;
+    // Rows that are not there.
+    const Case before = stack;
+    for (const int64_t first : {int64_t{-1}, 2 * batch + 1}) {
+      Step step(small_case());
+      step.c.num_blocks = {1, 1};
+      step.stack = &stack;
+      step.first_row = static_cast<int32_t>(first);
+      step.run_on(on);
+      on.fake.synchronize();
+      CHECK(step.r.status & kInvalid);
+      CHECK(is_empty(step.r));
+      int32_t status = -1;
+      AppendCall call;
+      call.g = step.c.g;
+      step.in_stack(call);
+      call.result = call.cache;
+      call.flush = step.c.flush();
+      call.status = &status;
+      const int32_t row = static_cast<int32_t>(first);
+      call.rows.first = &row;
+      CHECK_EQ(enqueue_append(on.stream, call), "");
+      on.fake.synchronize();
+      CHECK_EQ(status, static_cast<int32_t>(kInvalid));
+    }
+    CHECK(stack.k == before.k && stack.v == before.v && stack.summaries == before.summaries);
+    CHECK(on.stream.drain(Clock::time_point::max()));
+  }
+}

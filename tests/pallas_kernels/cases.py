@@ -96,6 +96,21 @@ def check_share(attend, case: Case) -> None:
     np.testing.assert_array_equal(read[0], union.sum(axis=-1))
 
 
+def check_rows(attend, case: Case) -> None:
+    """Gives `attend` a cache of several layers: the same bits, wherever the call's own lies."""
+    batch, kv_heads = case.k.shape[:2]
+    boundary = jnp.full((batch, kv_heads), 5, jnp.int32)
+    arguments = (case.bitmap, boundary)
+    want = attend(case.q, case.k, case.v, *arguments, scale=case.scale)
+    others = jnp.full((batch + 1, *case.k.shape[1:]), jnp.nan, case.k.dtype)
+    for first in (0, 1, batch + 1):
+        stacked = (jnp.concatenate([others[:first], x, others[first:]]) for x in (case.k, case.v))
+        row = jnp.asarray([first], jnp.int32)
+        got = attend(case.q, *stacked, *arguments, first_row=row, scale=case.scale)
+        for one, other in zip(got, want, strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=f"first row {first}")
+
+
 def empty_sets() -> Case:
     """A row without any block, a group without any, and single empty heads in full groups."""
     case = random_case(batch=3, num_kv_heads=2, group=3, num_blocks=35)

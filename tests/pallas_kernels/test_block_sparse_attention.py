@@ -124,3 +124,14 @@ def test_the_share_from_a_boundary_on():
         functools.partial(share_attention, implementation="xla"), static_argnames="scale"
     )
     cases.check_share(share, cases.random_case(group=3, num_blocks=72))
+
+
+def test_a_layer_among_several():
+    share = jax.jit(
+        functools.partial(share_attention, implementation="xla"), static_argnames="scale"
+    )
+    case = cases.random_case(group=3, num_blocks=72)
+    cases.check_rows(share, case)
+    for k, row in ((case.k, jnp.zeros((1,))), (case.k[:1], jnp.zeros((1,), jnp.int32))):
+        with pytest.raises(ValueError, match="correct the shapes"):
+            share(case.q, k, k, case.bitmap, None, first_row=row, scale=1.0)

@@ -46,6 +46,34 @@ def test_the_share_from_a_boundary_on(implementation):
 
 
 @pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
+def test_a_layer_among_several(implementation):
+    share = jax.jit(share_attention, static_argnames=("scale", "implementation"))
+    case = cases.random_case(group=3, num_blocks=72, head_dim=128, dtype="bfloat16")
+    cases.check_rows(functools.partial(share, implementation=implementation), case)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_layer_beyond_32_bits(implementation):
+    """Rows whose offset counts more elements than 32 bits can."""
+    rows, num_blocks, head_dim = 40, 2**15 + 8, 128
+    shape = (rows, 1, num_blocks, 16, head_dim)
+    assert np.prod(shape) > 2**31
+    k = jnp.zeros(shape, jnp.bfloat16).at[rows - 1, 0, 7].set(1.0)
+    v = jnp.zeros(shape, jnp.bfloat16).at[rows - 1, 0, 7].set(3.0)
+    bits = np.zeros((1, 1, num_blocks), bool)
+    bits[0, 0, 7] = True
+    bitmap = jnp.asarray(cases.oracle.pack(bits))
+    share = jax.jit(share_attention, static_argnames=("scale", "implementation"))
+    out, lse, blocks = share(
+        jnp.ones((1, 1, head_dim)), k, v, bitmap, None, scale=1.0,
+        first_row=jnp.asarray([rows - 1], jnp.int32), implementation=implementation,
+    )  # fmt: skip
+    np.testing.assert_allclose(out[0, 0], 3.0)
+    np.testing.assert_allclose(lse[0, 0], head_dim + np.log(16.0), rtol=1e-6)
+    assert blocks.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
 def test_offsets_beyond_32_bits(implementation):
     num_blocks, head_dim = 2**17 + 8, 128
     shape = (1, 10, num_blocks, 16, head_dim)

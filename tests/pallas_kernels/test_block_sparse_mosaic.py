@@ -116,3 +116,14 @@ def test_sizes_that_it_cannot_do_are_refused(head_dim, group, reason):
         block_sparse_attention_mosaic(
             case.q, case.k, case.v, jnp.asarray(case.bitmap), scale=1.0, interpret=object()
         )
+
+
+@INTERPRETABLE
+def test_a_layer_among_several():
+    @functools.partial(jax.jit, static_argnames="scale")
+    def attend(q, k, v, bitmap, _, *, scale, first_row=None):
+        return block_sparse_attention_mosaic(
+            q, k, v, bitmap, first_row, scale=scale, interpret=INTERPRETER
+        )
+
+    cases.check_rows(attend, cases.random_case(num_kv_heads=2, group=2, num_blocks=24))

@@ -117,3 +117,10 @@ def test_the_share_from_a_boundary_on():
         functools.partial(share_attention_triton, interpret=True), static_argnames="scale"
     )
     cases.check_share(share, cases.random_case(group=3, num_blocks=72))
+
+
+def test_a_layer_among_several():
+    share = jax.jit(
+        functools.partial(share_attention_triton, interpret=True), static_argnames="scale"
+    )
+    cases.check_rows(share, cases.random_case(group=3, num_blocks=72))

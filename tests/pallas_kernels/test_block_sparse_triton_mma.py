@@ -178,3 +178,11 @@ def test_the_share_from_a_boundary_on():
         static_argnames="scale",
     )
     cases.check_share(share, cases.random_case(group=3, num_blocks=72, dtype="bfloat16"))
+
+
+def test_a_layer_among_several():
+    share = jax.jit(
+        functools.partial(share_attention_triton_mma, tiling=Tiling(programs=9), interpret=True),
+        static_argnames="scale",
+    )
+    cases.check_rows(share, cases.random_case(group=3, num_blocks=72, dtype="bfloat16"))

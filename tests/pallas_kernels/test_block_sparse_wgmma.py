@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import UnsupportedImplementationError, block_sparse_attention
-from pallas_kernels.block_sparse_wgmma import Tiling, block_sparse_attention_wgmma
+from pallas_kernels.block_sparse_wgmma import (
+    Tiling,
+    block_sparse_attention_wgmma,
+    share_attention_wgmma,
+)
 from pallas_kernels.compat import mosaic_interpreter
 from tests.pallas_kernels import cases, lowering
 
@@ -104,3 +108,13 @@ def test_what_it_cannot_do_is_refused(head_dim, group, dtype, reason):
         block_sparse_attention_wgmma(
             case.q, case.k, case.v, case.bitmap, scale=1.0, interpret=object()
         )
+
+
+@INTERPRETABLE
+def test_a_layer_among_several():
+    share = jax.jit(
+        functools.partial(share_attention_wgmma, tiling=FEW_PROGRAMS, interpret=INTERPRETER),
+        static_argnames="scale",
+    )
+    case = cases.random_case(num_kv_heads=2, group=2, num_blocks=24, dtype="bfloat16")
+    cases.check_rows(share, case)

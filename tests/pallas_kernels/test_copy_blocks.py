@@ -14,8 +14,14 @@ from pallas_kernels import UnsupportedImplementationError, copy_blocks
 from pallas_kernels.copy_blocks import copy_blocks_triton
 from tests.pallas_kernels import lowering
 
+
+def interpreted(cache, first, num_blocks, *, rows=None):
+    first_row, batch = (None, cache.shape[0]) if rows is None else rows
+    return copy_blocks_triton(cache, first, first_row, num_blocks, batch, interpret=True)
+
+
 EXECUTIONS = [
-    pytest.param(functools.partial(copy_blocks_triton, interpret=True), id="interpreted"),
+    pytest.param(interpreted, id="interpreted"),
     pytest.param(functools.partial(copy_blocks, implementation="xla"), id="xla"),
     pytest.param(
         functools.partial(copy_blocks, implementation="triton"), id="gpu", marks=pytest.mark.gpu
@@ -33,6 +39,19 @@ def test_copies_the_run(copy, head_dim, dtype):
         got = copy(cache, jnp.asarray(first), count)
         assert got.dtype == cache.dtype
         np.testing.assert_array_equal(got, cache[:, :, first : first + count])
+
+
+@pytest.mark.parametrize("copy", EXECUTIONS)
+def test_copies_the_rows_of_a_layer_among_several(copy):
+    cache = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3, 24, 16, 64)), jnp.float32)
+
+    @jax.jit
+    def run(cache, first, first_row):
+        return copy(cache, first, 13, rows=(first_row, 2))
+
+    for first_row in (0, 2, 3):
+        got = run(cache, jnp.asarray(7), jnp.asarray([first_row], jnp.int32))
+        np.testing.assert_array_equal(got, cache[first_row : first_row + 2, :, 7:20])
 
 
 def test_pinned_blocks_go_through_the_kernel_alone():

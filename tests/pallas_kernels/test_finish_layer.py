@@ -80,7 +80,7 @@ def test_equals_the_operations_that_it_stands_for(
     np.testing.assert_allclose(got.lse, lse, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(got.exponents, grown)
     assert got.status == 0
-    summaries = update_summaries(*update, jnp.zeros(1, jnp.int32), interpret=interpret)
+    summaries = update_summaries(*update[:5], jnp.zeros(1, jnp.int32), interpret=interpret)
     np.testing.assert_array_equal(got.summaries, summaries)
     assert (np.asarray(summaries[0]) != np.asarray(update.summaries[0])).any()
 
@@ -96,6 +96,21 @@ def test_only_what_went_wrong_in_the_layer_itself_keeps_what_is_there(interpret,
     np.testing.assert_array_equal(got.exponents, exponents if failed else grown)
     kept = (np.asarray(got.summaries) == np.asarray(update.summaries)).all()
     assert kept == failed
+
+
+@pytest.mark.parametrize("interpret", EXECUTIONS)
+@pytest.mark.parametrize("first", [0, 1, 5])
+def test_summaries_of_a_layer_among_several(interpret, first):
+    states, exponents, grown, update = operands(at_once=2)
+    want = np.asarray(finish(interpret, states, exponents, grown, [0], update).summaries)
+    before = np.random.default_rng(3).integers(-127, 128, (7, *want.shape[1:])).astype(np.int8)
+    before[first : first + BATCH] = update.summaries
+    among = update._replace(
+        summaries=jnp.asarray(before), first_row=jnp.asarray([first], jnp.int32)
+    )
+    got = finish(interpret, states, exponents, grown, [0], among).summaries
+    before[first : first + BATCH] = want
+    np.testing.assert_array_equal(got, before)
 
 
 @pytest.mark.parametrize("interpret", EXECUTIONS)

@@ -17,11 +17,11 @@ from tests.pallas_kernels import lowering, oracle
 
 
 @jax.jit
-def interpreted(q8, summaries, granularity, host_blocks, ranked):
+def interpreted(q8, summaries, granularity, host_blocks, ranked, *, first_row=None):
     num_blocks = summaries.shape[2] * 8 // 15
     units = jnp.where(ranked, num_units(granularity, host_blocks), 0)
-    first_row = 2 * num_blocks - ((2 * num_blocks) >> unit_shift(granularity))
-    return score_units_triton(q8, summaries, first_row, units, interpret=True)
+    unit_row = 2 * num_blocks - ((2 * num_blocks) >> unit_shift(granularity))
+    return score_units_triton(q8, summaries, unit_row, units, first_row, interpret=True)
 
 
 ON_GPU = jax.jit(functools.partial(score_units, implementation="triton"))
@@ -48,6 +48,30 @@ def test_scores_equal_the_oracle(score, group, num_blocks, head_dim):
     want[~np.repeat(RANKED, group, axis=1)] = np.iinfo(np.int32).min
     got = score(*map(jnp.asarray, (q8, summaries, GRANULARITY, host_blocks, RANKED)))
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("score", [*EXECUTIONS, pytest.param(jax.jit(score_units), id="default")])
+def test_summaries_of_a_layer_among_several(score):
+    rng = np.random.default_rng(5)
+    summaries = rng.integers(-127, 128, size=(9, 2, 45, 2, 64)).astype(np.int8)
+    summaries.sort(axis=3)
+    q8 = rng.integers(-127, 128, size=(3, 6, 64)).astype(np.int8)
+    arguments = (GRANULARITY, np.array([24, 21, 0], np.int32), RANKED)
+    for first in (0, 2, 6):
+        want = score(*map(jnp.asarray, (q8, summaries[first : first + 3], *arguments)))
+        got = score(*map(jnp.asarray, (q8, summaries, *arguments)), first_row=jnp.asarray([first]))
+        np.testing.assert_array_equal(got, want)
+
+
+def test_sizes_whose_offsets_triton_takes_wrongly_are_refused():
+    # Traced only: 3 GiB of summaries.
+    summaries = jax.ShapeDtypeStruct((3, 8, 1 << 19, 2, 128), jnp.int8)
+    small = [jax.ShapeDtypeStruct((3, 8), jnp.int32)] * 2
+    with pytest.raises(UnsupportedImplementationError, match="at most 2147483648 bytes"):
+        jax.eval_shape(
+            functools.partial(score_units_triton, interpret=True),
+            *(jax.ShapeDtypeStruct((3, 8, 128), jnp.int8), summaries, *small),
+        )
 
 
 @pytest.mark.parametrize("score", EXECUTIONS)

@@ -80,6 +80,26 @@ def test_writing_block_by_block_equals_summarising_afresh(
     assert (exponent > 0).any()
 
 
+@pytest.mark.parametrize("update", EXECUTIONS)
+@pytest.mark.parametrize("first", [0, 1, 5])
+def test_a_layer_among_several(update, first):
+    rng = np.random.default_rng(first)
+    draw = lambda *shape: rng.integers(-127, 128, shape).astype(np.int8)  # noqa: E731
+    before = draw(7, 3, BLOCKS * 15 // 8, 2, 64)
+    arguments = (
+        jnp.asarray(draw(2, 3, 2, 2, 64)),
+        jnp.asarray(rng.integers(0, 3, (2, 3, 64)), jnp.int32),
+        *(jnp.asarray([9, 20]), jnp.asarray([2, 1]), jnp.zeros(1, jnp.int32)),
+    )
+    update = jax.jit(update)
+    own = slice(first, first + 2)
+    want = before.copy()
+    want[own] = update(jnp.asarray(before[own]), *arguments)
+    got = update(jnp.asarray(before), *arguments, jnp.asarray([first], jnp.int32))
+    assert (want[own] != before[own]).any()
+    np.testing.assert_array_equal(got, want)
+
+
 def test_is_one_kernel_without_a_loop_of_xla_on_a_gpu():
     shapes = [(2, 8, 960, 2, 128), (2, 8, 4, 2, 128), (2, 8, 128), (2,), (2,), (1,)]
     kinds = [jnp.int8, jnp.int8, *[jnp.int32] * 4]

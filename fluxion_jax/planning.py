@@ -30,7 +30,7 @@ from fluxion_jax.rope import Rope
 
 SplitName = Literal["host", "device", "model"]
 DEFAULT_MACHINE = "h100"
-DEFAULT_LAYER_S = 94e-6
+DEFAULT_LAYER_S = 90e-6
 """See `Machine.layer_s`. Median of six steps of an 8B-shaped model with 128K tokens on an H100."""
 
 

@@ -23,8 +23,12 @@ from fluxion_jax.policy.features import head_features
 from fluxion_jax.policy.protocol import Features, Plan
 from fluxion_jax.policy.selector import select_granularity
 
-DEFAULT_TOLERANCE = 0.2
-"""Error of a head's output over the step's largest that is accepted by default."""
+DEFAULT_TOLERANCE = 0.5
+"""Error of a head's output over the step's largest that is accepted by default.
+
+Of 32 questions of 4,096 tokens that neither a calibration nor the frozen protocol asks, recall-12m
+with its weights answered with 0.3 and with 0.5 as with full attention, with 0.7 one worse.
+"""
 
 # 2**30 tokens are more than any cache holds, and int32 holds them.
 _MOST_LOG2_TOKENS = 30.0

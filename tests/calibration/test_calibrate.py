@@ -16,6 +16,7 @@ from fluxion_jax.calibration.storage import save_calibration
 from fluxion_jax.calibration.texts import CalibrationText
 from fluxion_jax.calibration.training import error_left, flatten
 from fluxion_jax.models.load import LoadedModel
+from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE
 from fluxion_jax.policy.features import FAMILIES, NAMES, NUM_FEATURES
 from tests.generation import tiny
 
@@ -158,7 +159,7 @@ def test_samples_are_kept_and_a_calibration_goes_on(tmp_path, monkeypatch):
 
     settings = Settings(tolerances=TOLERANCES, training_steps=50)
     policy, _ = fit(samples, settings, layers, heads, progress=False)
-    assert float(policy.tolerance) == np.float32(0.2)
+    assert float(policy.tolerance) == np.float32(min(DEFAULT_TOLERANCE, TOLERANCES[-1]))
     identity = model_identity(model, model.config)
     save_calibration(tmp_path, policy, identity, {})
     again = load_calibration(tmp_path, identity, 0.2)

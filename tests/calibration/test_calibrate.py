@@ -16,8 +16,8 @@ from fluxion_jax.calibration.storage import save_calibration
 from fluxion_jax.calibration.texts import CalibrationText
 from fluxion_jax.calibration.training import error_left, flatten
 from fluxion_jax.models.load import LoadedModel
-from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE
 from fluxion_jax.policy.features import FAMILIES, NAMES, NUM_FEATURES
+from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE
 from tests.generation import tiny
 
 TOLERANCES = (0.1, 0.2, 0.4)
@@ -162,7 +162,7 @@ def test_samples_are_kept_and_a_calibration_goes_on(tmp_path, monkeypatch):
     assert float(policy.tolerance) == np.float32(min(DEFAULT_TOLERANCE, TOLERANCES[-1]))
     identity = model_identity(model, model.config)
     save_calibration(tmp_path, policy, identity, {})
-    again = load_calibration(tmp_path, identity, 0.2)
+    again = load_calibration(tmp_path, identity, float(policy.tolerance))
     for a, b in zip(jax.tree.leaves(policy), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
     result = tiny.generate(

@@ -25,8 +25,8 @@
 #
 # Variables: LIMIT_S (of every part named, default 300), TEST_S (of a file of tests, default 120),
 # JOBS (files of tests at once, default 4), PYTHON, QUICK=--quick. For the evaluations:
-# MODELS (default recall-12m; names or .gguf files), TEXTS and LENGTH of a calibration (800, 16384),
-# CALIBRATE (more of its options, default --training-steps 12000), TOLERANCES, POLICIES (what they are
+# MODELS (default recall-12m; names or .gguf files), TEXTS and LENGTH of a calibration (900, 16384),
+# CALIBRATE (more of its options, default --training-steps 20000 --error-left 0.005), TOLERANCES, POLICIES (what they are
 # compared with), SAMPLES (of each task and length, ascending multiples of the protocol's batch of 8: each is a table of its own,
 # and the next one goes on from it), PROTOCOL (more options of what is evaluated, such as --task),
 # TEXT (options of the evaluation of real text). For train: CORPUS (default build/corpus), START,
@@ -101,7 +101,7 @@ calibrate() { # calibrate MODEL
   local name folder
   name=$(name_of "$1") folder=$OUT/calibrate/$(name_of "$1")
   run "calibrate-$name" "$PYTHON" -m fluxion_jax calibrate --model "$1" --output "$folder" \
-    --length "${LENGTH:-16384}" --texts "${TEXTS:-800}" ${CALIBRATE:---training-steps 12000}
+    --length "${LENGTH:-16384}" --texts "${TEXTS:-900}" ${CALIBRATE:---training-steps 20000 --error-left 0.005}
   if [ -f "$folder/calibration.json" ]; then
     cp "$folder/calibrate.json" "$OUT/calibrate-$name.json"
     tar -C "$folder" -czf "$OUT/weights-$name.tgz" --exclude samples .

@@ -302,3 +302,43 @@ TEST(pool_begins_what_is_next_before_what_was_queued) {
   }
   CHECK(order == (std::vector<int>{4, 3, 1, 2, 3, 1}));
 }
+
+TEST(pool_takes_shares_of_a_job_and_of_jobs_that_were_pushed_together) {
+  struct Noting : Job {
+    explicit Noting(std::vector<std::pair<int64_t, int64_t>>* all) : runs(all) {}
+    void run(int64_t first, int64_t last) noexcept override { runs->emplace_back(first, last); }
+    std::vector<std::pair<int64_t, int64_t>>* runs;
+  };
+  using Runs = std::vector<std::pair<int64_t, int64_t>>;
+  Pool pool(2);
+  // Its only worker is held, so that this thread runs all that is queued.
+  Gate gate;
+  pool.push(&gate, 1);
+  while (!gate.entered) std::this_thread::yield();
+  Runs of_one, urgent_runs, of_many;
+  Noting one(&of_one), urgent(&urgent_runs);
+  pool.push(&one, 16);
+  CHECK(pool.run_some());
+  CHECK_EQ(pool.queued(), 12);
+  // What goes before it leaves it where it was.
+  pool.push(&urgent, 1, Turn::kNext);
+  CHECK(pool.run_some());
+  CHECK(urgent_runs == (Runs{{0, 1}}));
+  CHECK(pool.run_some());
+  CHECK(of_one == (Runs{{0, 4}, {4, 7}}));
+  while (pool.run_some()) {
+  }
+  CHECK_EQ(of_one.back().second, 16);
+  Noting many[2] = {Noting(&of_many), Noting(&of_many)};
+  pool.push_all(2, [&](int64_t i) { return std::pair<Job*, int64_t>(&many[i], 24); });
+  CHECK(pool.run_some());
+  CHECK(pool.run_some());
+  CHECK(pool.run_some());
+  // A quarter of what is queued, but no more than is left of the job.
+  CHECK(of_many == (Runs{{0, 12}, {12, 21}, {21, 24}}));
+  while (pool.run_some()) {
+  }
+  CHECK_EQ(pool.queued(), 0);
+  gate.open = true;
+  CHECK(pool.help(gate.left, kNever));
+}

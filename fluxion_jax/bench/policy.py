@@ -88,6 +88,10 @@ class Case:
         return f"{self.model}-{span}-b{len(self.context_tokens)}"
 
 
+_MACHINE = machine.Settings(repetitions=3, roundtrip_layers=None)
+_ROUNDTRIP = roundtrip.Settings((8, 24), 30)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What is measured.
@@ -103,8 +107,8 @@ class Settings:
     models: dict[str, ModelConfig]
     cases: tuple[Case, ...]
     calls: int = 5
-    machine: machine.Settings = machine.Settings(repetitions=3, roundtrip_layers=None)
-    roundtrip: roundtrip.Settings = roundtrip.Settings((8, 24), 30)
+    machine: machine.Settings = _MACHINE
+    roundtrip: roundtrip.Settings = _ROUNDTRIP
 
 
 _MODELS = {"llama-3.1-8b": LLAMA_8B, "qwen2.5-7b": QWEN_7B}
@@ -146,7 +150,8 @@ def plan_set(name: str) -> Paper | plan_sets.Recorded:
     if name == PAPER_LIKE_ALL:
         return Paper(mean_over="all")
     if name.startswith("paper:"):
-        return Paper(*(float(x) for x in name.split(":")[1:]))
+        retrieval, mean, factor = (float(x) for x in name.split(":")[1:])
+        return Paper(retrieval, mean, factor)
     return plan_sets.recorded(name)
 
 
@@ -365,12 +370,12 @@ class _Measure:
         budgets = _imposed(name, target, plan, held, 1.0).budget_tokens[:, 0]
         granularity = target.granularity[:, 0]
         per_head = np.repeat(granularity, budgets.shape[-1] // granularity.shape[-1], axis=-1)
-        by_layer = [
+        units, k_units = (
             np.moveaxis(x, 1, 0).astype(np.int32) for x in (granularity, budgets // per_head)
-        ]
-        shared = np.full(by_layer[0].shape, name == GROUP)
+        )
+        shared = np.full(units.shape, name == GROUP)
         blocks = (held // BLOCK_TOKENS).astype(np.int32)
-        selection = Selection(*by_layer, shared, blocks)
+        selection = Selection(units, k_units, shared, blocks)
         seconds = selection_s(self.config, max(self.case.context_tokens), selection)
         return {"selection_s": summarise(seconds)}
 

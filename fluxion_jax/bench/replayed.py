@@ -1,4 +1,4 @@
-"""The policy that `fluxion bench policy` times: replayed plans, and a predictor that still executes.
+"""What `fluxion bench policy` times: replayed plans, and a predictor that still executes.
 
 Whose plans are replayed is data, so baselines and plan sets share a program. With a predictor the
 policy fluxion plans as it would, by random weights on the real features, and every number of the
@@ -120,8 +120,10 @@ def planning_s(config: ModelConfig, cache: HostKV) -> dict[str, list[float]]:
         return jax.lax.fori_loop(0, _LOOPS, once, q)
 
     program = jax.jit(chain, static_argnames="cut")
-    taken = [
-        [s / _LOOPS for s in time_calls(lambda: program(q, known, policy, adaptive(), cut=cut), 7)]
-        for cut in (False, True)
-    ]
-    return {"plan": taken[0], "split": [float(np.median(taken[1]) - np.median(taken[0]))]}
+
+    def seconds(cut: bool) -> list[float]:
+        taken = time_calls(lambda: program(q, known, policy, adaptive(), cut=cut), 7)
+        return [s / _LOOPS for s in taken]
+
+    alone, with_split = seconds(False), seconds(True)
+    return {"plan": alone, "split": [float(np.median(with_split) - np.median(alone))]}

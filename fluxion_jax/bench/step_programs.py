@@ -25,7 +25,7 @@ from fluxion_jax.cache.preflight import require_memory
 from fluxion_jax.decode import LayerTotals, decode_chunk
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.models.decoder import Decoder
-from fluxion_jax.policy import FixedPolicy, Policy, Split, parse_policy, split_at
+from fluxion_jax.policy import Policy, Split, parse_policy, split_at
 from fluxion_jax.rope import Rope
 from fluxion_jax.sampling import greedy
 
@@ -263,9 +263,7 @@ class Selection(NamedTuple):
     host_blocks: Any
 
 
-def fixed_selection(
-    config: ModelConfig, context_tokens: int, batch: int, policy: FixedPolicy
-) -> Selection:
+def fixed_selection(config: ModelConfig, context_tokens: int, batch: int, policy: Any) -> Selection:
     """What a fixed policy selects, the same in every layer."""
     groups, unit = (1, batch, config.num_kv_heads), int(policy.granularity)
     wanted = int(np.ceil(float(policy.budget_fraction) * context_tokens / unit))

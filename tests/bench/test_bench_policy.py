@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ from fluxion_jax.bench.idle import shares
 from fluxion_jax.bench.policy_report import gains, predictor, render, scheduler
 from fluxion_jax.bench.replayed import Replayed, random_predictor
 from fluxion_jax.bench.step_programs import Stepper, random_cache, random_weights
+from fluxion_jax.cli import main
 from fluxion_jax.errors import FluxionError
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.policy import ReplayPolicy, adaptive
@@ -101,6 +103,27 @@ def test_a_spent_budget_leaves_cells_out(measured, tmp_path):
     report = policy.run(TINY, tmp_path, budget_s=0.0)
     assert report["rows"] == []
     assert "not measured for lack of time: tiny-4000-6000-b2-floor" in render(report)
+
+
+def test_the_command_measures_shows_and_shows_again(measured, tmp_path, monkeypatch, capsys):
+    folder, _ = measured
+    cells = tmp_path / "cells"
+    cells.mkdir()
+    for name in ("machine", "roundtrip"):
+        (cells / f"policy-{name}.json").write_text((folder / f"policy-{name}.json").read_text())
+    quick = dataclasses.replace(
+        TINY, cases=(policy.Case("tiny", CASE.context_tokens, policy.QUICK.cases[0].sets),)
+    )
+    monkeypatch.setattr(policy, "QUICK", quick)
+    assert main(["bench", "policy", "--quick", "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads((tmp_path / "bench-policy.json").read_text())
+    assert report["failed"] == {}
+    assert {g["plan"] for g in gains(report["rows"])} == {"paper-like", *policy.OURS}
+    assert len(gains(report["rows"])) == 6
+    file = str(tmp_path / "bench-policy.json")
+    assert main(["bench", "policy", "--report", file]) == 0
+    assert capsys.readouterr().out == shown
 
 
 def _row(plan, step_s, **changes):

@@ -3,9 +3,13 @@
     python tools/record_plans.py recall-12m --length 4096 8192 16384 --output FILE
     python tools/record_plans.py smollm2-135m --length 4096 6144 8192 --task real_text --output FILE
 
-Until weights of the policy fluxion are shipped the needs are those of its labels: for each query
-head and step the smallest budget, at each granularity, whose output error stays within the
-tolerance. The steps of the longest length are kept whole, so that what heads need together is kept
+The needs are those of the labels that the policy fluxion is trained on: for each query head and
+step the smallest budget, at each granularity, whose output error stays within the tolerance. With
+--policy they are what a policy predicts whose weights were calibrated for the model:
+
+    python tools/record_plans.py recall-12m --policy fluxion:tolerance=0.2 --output FILE
+
+The steps of the longest length are kept whole, so that what heads need together is kept
 too. For longer contexts a head's budgets grow by the power of the context that fits its mean
 budgets at the recorded lengths by least squares of logarithms. How far the selections of a group
 overlap is measured with the recorded budgets, and with those of fixed:16:0.05.
@@ -20,6 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +33,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import fluxion_jax as fx
 from fluxion_jax.bench.capture import Captured
 from fluxion_jax.bench.plan_sets import KEYS, cheapest, fit_growth
 from fluxion_jax.bench.selection_quality import full_attention, select, unit_scores
 from fluxion_jax.bench.stamp import stamp
+from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.evaluation.fingerprints import model_fingerprint
 from fluxion_jax.evaluation.heads import Study, _text
 from fluxion_jax.evaluation.labels import label_layer
+from fluxion_jax.generation import prefill
 from fluxion_jax.models.load import LoadedModel, load_model
+from fluxion_jax.policy import FluxionPolicy, parse_policy, parse_split
 
 # Scores of so many queries at once: full attention of 16K tokens must not take gigabytes.
 _QUERIES = 512
@@ -74,10 +83,41 @@ def _through(layer: Any, x: jax.Array) -> tuple[jax.Array, ...]:
     return layer.finish(x, layer.attention.o(out.astype(x.dtype))), q, k, v
 
 
+def predicted(
+    loaded: LoadedModel, tokens: list[int], first: int, steps: int, policy: FluxionPolicy
+) -> np.ndarray:
+    """Budgets `[T, L, N, D]` that a policy predicts for the steps from `first` on."""
+    layout = loaded.config.kv_layout("float32", sketch=True)
+    cache = HostKV.allocate(layout, 1, first + steps)
+    prefill(loaded.model, tokens[:first], cache, progress=False)
+    graph, params = nnx.split(loaded.model)
+    held, found = host_tokens(layout, first), []
+    for position in range(first, first + steps):
+        token = jnp.asarray([tokens[position]], jnp.int32)
+        cache, notes = _decode(graph, params, token, cache, policy)
+        streams = np.asarray(notes.streaming_logit[:, 0]) > 0
+        wanted = np.ceil(2.0 ** np.asarray(notes.log2_fraction[:, 0], np.float64) * held)
+        found.append(np.where(streams[..., None], 0, np.clip(wanted, 1, held)).astype(np.int64))
+    return np.stack(found)
+
+
+@partial(fx.jit, static_argnames=("graph",))
+def _decode(graph: Any, params: Any, token: Any, cache: Any, policy: Any) -> tuple[Any, Any]:
+    model = nnx.merge(graph, params)
+    _, cache, stats = model.decode_step(token, cache, policy, split=parse_split("host"))
+    return cache, stats.notes
+
+
 def needs(
-    loaded: LoadedModel, tokens: list[int], first: int, steps: int, tolerance: float
+    loaded: LoadedModel,
+    tokens: list[int],
+    first: int,
+    steps: int,
+    tolerance: float,
+    policy: FluxionPolicy | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Budgets `[T, L, N, D]`, and tokens `[2, 2]`: union and largest head, recorded and fixed."""
+    given = None if policy is None else predicted(loaded, tokens, first, steps, policy)
     layout = loaded.config.kv_layout("float32")
     host = slice(layout.sink_tokens, layout.sink_tokens + host_tokens(layout, first))
     held = host.stop - host.start
@@ -85,8 +125,11 @@ def needs(
     text = np.asarray(tokens[: first + steps], np.int32)
     budgets, read = [], np.zeros((2, 2), np.int64)
     for layer in captured(loaded.model, text, positions):
-        found = label_layer(layer, positions, host, (tolerance,))[0][0].astype(np.int64)
-        budgets.append(np.moveaxis(found, 0, -1))
+        if given is not None:
+            budgets.append(given[:, len(budgets)])
+        else:
+            found = label_layer(layer, positions, host, (tolerance,))[0][0].astype(np.int64)
+            budgets.append(np.moveaxis(found, 0, -1))
         attention = full_attention(layer, positions, host)
         best, chosen = cheapest(budgets[-1], np.asarray(held), layout)
         units = -(-chosen // np.repeat(np.asarray(GRANULARITIES_TOKENS)[best], _group(layer), 1))
@@ -128,6 +171,7 @@ def record(arguments: argparse.Namespace) -> dict[str, Any]:
     """The document; see `plan_sets.Recorded`."""
     loaded = load_model(arguments.model)
     config = loaded.config
+    policy: Any = parse_policy(arguments.policy, loaded) if arguments.policy else None
     kept, recordings, read = {}, [], np.zeros((2, 2), np.int64)
     for length in sorted(arguments.length):
         study = Study(tuple(arguments.task), length, arguments.samples, arguments.steps)
@@ -137,7 +181,7 @@ def record(arguments: argparse.Namespace) -> dict[str, Any]:
                 start = time.monotonic()
                 tokens, first = _text(loaded, study, task, study.seed + i)
                 budgets, tokens_read = needs(
-                    loaded, list(tokens), first, arguments.steps, arguments.tolerance
+                    loaded, list(tokens), first, arguments.steps, arguments.tolerance, policy
                 )
                 found.append(budgets)
                 read += tokens_read
@@ -154,14 +198,16 @@ def record(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     longest = max(kept)
     fit = fit_growth({length: x.mean(axis=(0, 3)) for length, x in kept.items()})
+    what = f"budgets that {policy} predicts for {loaded.name}"
+    if policy is None:
+        what = (
+            f"smallest budgets of the heads of {loaded.name} whose output error is at most "
+            f"{arguments.tolerance:g} of the step's largest head output"
+        )
     document = {
-        "description": arguments.description
-        or f"smallest budgets of the heads of {loaded.name} whose output error is at most "
-        f"{arguments.tolerance:g} of the step's largest head output, of "
-        f"{', '.join(arguments.task)}; window of 64 + 256 tokens",
+        "description": f"{what}, of {', '.join(arguments.task)}; window of 64 + 256 tokens",
         "model": loaded.name,
         "model_sha256": model_fingerprint(loaded.model, config),
-        "tolerance": arguments.tolerance,
         "kv_heads": config.num_kv_heads,
         "granularities": list(GRANULARITIES_TOKENS),
         "recordings": recordings,
@@ -184,7 +230,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=1, help="per task and length")
     parser.add_argument("--steps", type=int, default=8, help="of each sample")
     parser.add_argument("--tolerance", type=float, default=0.2)
-    parser.add_argument("--description")
+    parser.add_argument("--policy", help="such as fluxion:tolerance=0.2, instead of labels")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     document = record(arguments)

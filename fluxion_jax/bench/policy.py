@@ -46,7 +46,7 @@ from host_ops import native
 PAPER_LIKE = "paper-like"
 # The same with the mean over all heads: four times as much in each reading head.
 PAPER_LIKE_ALL = "paper-like-all"
-OURS = ("recall-12m", "smollm2-135m")
+OURS = ("recall-12m",)
 PER_HEAD, GROUP = "fixed:16:0.05", "fixed:16:0.05:group"
 SPLITS = ("adaptive", "host", "device")
 

@@ -40,7 +40,7 @@ Contexts = tuple[int, ...]
 FOLDER = Path(__file__).parent / "plans"
 KEYS = (
     "description", "kv_heads", "granularities", "recordings", "union_factor",
-    "fit", "length_tokens", "budget_tokens",
+    "fixed_union_factor", "fit", "length_tokens", "budget_tokens",
 )  # fmt: skip
 
 
@@ -139,7 +139,8 @@ class Paper:
         """One line for a report."""
         return (
             f"{self.retrieval_fraction:.0%} of the groups read, mean budget of "
-            f"{self.mean_over} heads {100 * self.mean_fraction:g} % of the context"
+            f"{self.mean_over} heads {100 * self.mean_fraction:g} % of the context, union factor "
+            f"{self.union_factor:g}"
         )
 
     def target(
@@ -196,9 +197,10 @@ class Recorded:
         fit = self.document["fit"]
         lengths = ", ".join(str(r["length_tokens"]) for r in self.document["recordings"])
         return (
-            f"{self.document['description']}; recorded at {lengths} tokens; mean budget at 16 "
-            f"tokens and coarser fits {fit['scale']:.3g} * context ** {fit['exponent']:.3f} "
-            f"(residual {fit['residual_log2']:.2f} in log2)"
+            f"{self.document['description']}; recorded at {lengths} tokens; mean budget over "
+            f"heads and units fits {fit['scale']:.3g} * context ** {fit['exponent']:.3f} (residual "
+            f"{fit['residual_log2']:.2f} in log2); union factor {self.union_factor:.3g}, of "
+            f"fixed:16:0.05 on the same heads {self.document['fixed_union_factor']:.3g}"
         )
 
     def target(

@@ -96,6 +96,7 @@ def _document(budgets, exponent, kv_heads):
         "granularities": SIZES.tolist(),
         "recordings": [{"length_tokens": 4096}],
         "union_factor": 1.5,
+        "fixed_union_factor": 1.25,
         "fit": {"scale": 1.0, "exponent": 0.5, "residual_log2": 0.0, "head_exponent": exponent},
         "length_tokens": 8192,
         "budget_tokens": budgets,
@@ -110,6 +111,7 @@ def test_recorded_heads_are_stretched_and_scaled(tmp_path):
     (tmp_path / "real.json").write_text(json.dumps(_document(budgets.tolist(), exponent, 2)))
     found = plan_sets.recorded("real", tmp_path)
     assert found.union_factor == 1.5
+    assert "fits 1 * context ** 0.500" in found.describe()
     layout = LLAMA_8B.kv_layout()
     target = found.target(LLAMA_8B, layout, CONTEXT, 9)
     grouped = target.budget_tokens.reshape(2, 9, 32, 8, 4)

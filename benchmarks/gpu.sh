@@ -14,6 +14,7 @@
 #               kernel and by the driver             machine    ceilings of this machine
 #   step        decode steps at the shapes of 7B     prefill    chunked prefill
 #               and 8B                               long       decoding at 512K tokens
+#   policy      plans per head against fixed policies, at the shapes of 7B and 8B
 #   evaluate    the headline table, oracles included
 #   calibrate   weights of the policy fluxion for each of MODELS, packed into $OUT/weights-MODEL.tgz
 #   choose      fluxion's tolerances on prompts of other seeds than the protocol's and the
@@ -149,6 +150,9 @@ for part in "$@"; do
       ;;
     step) bench step --budget-s $((limit * 4 / 5)) $QUICK ;;
     long) XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=72 bench step-long --long --budget-s $((limit * 2 / 3)) ;;
+    policy)
+      XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=72 bench policy --budget-s $((limit * 2 / 3)) $QUICK
+      ;;
     prefill) bench prefill $QUICK ;;
     evaluate)
       for samples in $SAMPLES; do

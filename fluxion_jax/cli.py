@@ -223,6 +223,14 @@ def _add_bench(commands: Any) -> None:
     step.add_argument("--budget-s", type=float, metavar="S", help="start no cell after S seconds")
     _add_common(step)
     step.set_defaults(run=_bench_step)
+    policy = kinds.add_parser("policy", help="plans per head against fixed policies, 8B shapes")
+    policy.add_argument("--quick", action="store_true", help="the headline cells only")
+    policy.add_argument("--budget-s", type=float, metavar="S", help="start no cell after S seconds")
+    policy.add_argument(
+        "--report", type=Path, metavar="FILE", help="measure nothing, show this report"
+    )
+    _add_common(policy)
+    policy.set_defaults(run=_bench_policy)
     prefill = kinds.add_parser("prefill", help="reading a long prompt into host memory")
     prefill.add_argument("--quick", action="store_true", help="fewer places of the prompt")
     _add_common(prefill)
@@ -533,6 +541,22 @@ def _bench_step(arguments: argparse.Namespace) -> int:
         budget_s=arguments.budget_s,
     )
     _emit(arguments, report, step_report.render(report), "bench-step.json")
+    return 0
+
+
+def _bench_policy(arguments: argparse.Namespace) -> int:
+    from fluxion_jax.bench import policy, policy_report
+
+    if arguments.report:
+        report = json.loads(arguments.report.read_text(encoding="utf-8"))
+    else:
+        report = policy.run(
+            policy.QUICK if arguments.quick else policy.FULL,
+            arguments.output / "cells" if arguments.output else None,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            budget_s=arguments.budget_s,
+        )
+    _emit(arguments, report, policy_report.render(report), "bench-policy.json")
     return 0
 
 

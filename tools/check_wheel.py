@@ -23,7 +23,7 @@ EXPECTED = {f"{package}/py.typed" for package in ("fluxion_jax", "host_ops", "pa
 EXPECTED |= {
     f"fluxion_jax/models/recall_12m/{name}" for name in ("model.safetensors", "config.json")
 }
-EXPECTED |= {"fluxion_jax/machines/h100.json"}
+EXPECTED |= {"fluxion_jax/machines/h100.json", "fluxion_jax/bench/plans/recall-12m.json"}
 TOP_LEVEL = {"fluxion_jax", "host_ops", "pallas_kernels"}
 # What `make` and pip need to build and test it.
 SOURCES = {"LICENSE", "README.md", "Makefile", "pyproject.toml", "tests/conftest.py"}

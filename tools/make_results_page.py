@@ -37,6 +37,7 @@ SECTIONS = (
     ("Calibrated predictors", "calibrat", "fluxion_jax.calibration.report"),
     ("What heads need", "heads", "fluxion_jax.evaluation.heads"),
     ("Whole decode steps", "bench-step", "fluxion_jax.bench.step_report"),
+    ("Plans per head against fixed policies", "bench-policy", "fluxion_jax.bench.policy_report"),
     ("Host kernels against memory", "bench-host", "fluxion_jax.bench.host_report"),
     ("Device kernels against the buses", "bench-device", "fluxion_jax.bench.device"),
     ("Handing a layer to the host", "bench-roundtrip", "fluxion_jax.bench.roundtrip"),

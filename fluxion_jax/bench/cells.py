@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,72 @@ def growing_cell(
         if path is not None:
             _keep(path, kept)
     return [dict(kept[part]) for part in parts]
+
+
+_REASON_CHARACTERS = 400
+
+
+class Cells:
+    """Cells of one benchmark that may run out of time, and of which one may fail.
+
+    Attributes:
+      left_out: names of cells that were not begun for lack of time.
+      failed: reasons by name of the cells that failed.
+    """
+
+    def __init__(
+        self,
+        benchmark: str,
+        folder: Path | None,
+        say: Callable[[str], None],
+        budget_s: float | None,
+    ) -> None:
+        """Begins to count the time.
+
+        Args:
+          benchmark: begins the name of every file.
+          folder: see `cell`.
+          say: told in one line what is measured next.
+          budget_s: no further cell is begun after so many seconds; None sets no limit.
+        """
+        self._benchmark, self._folder, self.say = benchmark, folder, say
+        self._end = None if budget_s is None else time.monotonic() + budget_s
+        self._known: dict[str, dict[str, Any]] = {}
+        self.left_out: list[str] = []
+        self.failed: dict[str, str] = {}
+
+    def cell(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """A cell's figures, or None if it was not measured before and fails or the time is over."""
+
+        def measured() -> dict[str, Any]:
+            if self._end is not None and time.monotonic() > self._end:
+                raise _OutOfTimeError
+            start = time.monotonic()
+            self.say(name)
+            result = measure()
+            return {**result, "took_s": time.monotonic() - start}
+
+        file = f"{self._benchmark}-{name}".replace(":", "_")
+        try:
+            if name not in self._known:
+                self._known[name] = cell(self._folder, file, measured)
+            return self._known[name]
+        except _OutOfTimeError:
+            if name not in self.left_out:
+                self.left_out.append(name)
+        except Exception as error:
+            # One cell that cannot be measured must not cost the others.
+            self.failed[name] = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
+            self.say(f"failed: {self.failed[name]}")
+            self.after_failure()
+        return None
+
+    def after_failure(self) -> None:
+        """Drops what a failed cell may have consumed."""
+
+
+class _OutOfTimeError(Exception):
+    """No further cell may be begun."""
 
 
 def _keep(path: Path, result: dict[str, Any]) -> None:

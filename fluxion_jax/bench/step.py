@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxion_jax.bench import machine, offloaded, roundtrip
-from fluxion_jax.bench.cells import cell
+from fluxion_jax.bench.cells import Cells
 from fluxion_jax.bench.random_arrays import random_array
 from fluxion_jax.bench.stamp import stamp
 from fluxion_jax.bench.statistics import summarise
@@ -27,7 +26,9 @@ from fluxion_jax.bench.step_programs import (
     LLAMA_8B,
     QWEN_7B,
     Stepper,
+    dense_floor,
     dense_program,
+    fixed_selection,
     random_cache,
     random_weights,
     selection_s,
@@ -40,7 +41,6 @@ from fluxion_jax.policy import CostModel, Split, modelled, parse_policy, split_a
 # Best first: what is measured last may be left out.
 SPLITS = ("model", "host", "device")
 _RESIDENT_FRACTION = 0.9
-_REASON_CHARACTERS = 400
 _FULL_CALLS = 5
 # Models that `transformers` is timed with, too.
 _OFFLOADED = ("llama-3.1-8b",)
@@ -173,7 +173,7 @@ def rates_gb_s(ceilings: dict[str, Any]) -> dict[str, float]:
     }
 
 
-class _Bench:
+class _Bench(Cells):
     """Cells, and what they share: weights, caches and programs, made when first needed."""
 
     def __init__(
@@ -183,34 +183,13 @@ class _Bench:
         say: Callable[[str], None],
         budget_s: float | None,
     ) -> None:
-        self.settings, self.folder, self.say = settings, folder, say
-        self.end = None if budget_s is None else time.monotonic() + budget_s
-        self.left_out: list[str] = []
-        self.failed: dict[str, str] = {}
+        super().__init__("step", folder, say, budget_s)
+        self.settings = settings
         self.weights = functools.lru_cache(maxsize=1)(self._weights)
         self.stepper: tuple[Case, str, Stepper] | None = None
 
-    def cell(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """A cell's figures, or None if it was not measured before and fails or the time is over."""
-
-        def measured() -> dict[str, Any]:
-            if self.end is not None and time.monotonic() > self.end:
-                raise _OutOfTimeError
-            start = time.monotonic()
-            self.say(name)
-            result = measure()
-            return {**result, "took_s": time.monotonic() - start}
-
-        try:
-            return cell(self.folder, f"step-{name}".replace(":", "_"), measured)
-        except _OutOfTimeError:
-            self.left_out.append(name)
-        except Exception as error:
-            # One cell that cannot be measured must not cost the others; its cache may be consumed.
-            self.stepper = None
-            self.failed[name] = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
-            self.say(f"failed: {self.failed[name]}")
-        return None
+    def after_failure(self) -> None:
+        self.stepper = None
 
     def case(
         self, case: Case, rates: dict[str, float], handover: dict[str, Any]
@@ -260,11 +239,7 @@ class _Bench:
 
     def _floor(self, case: Case) -> dict[str, Any]:
         """The same steps of a cache that has no host part: what is neither selected nor read."""
-        weights = self.weights(case.model)
-        cache = random_cache(weights.config, (300,) * len(case.context_tokens), "device")
-        stepper = Stepper(weights, cache)
-        timed = stepper.timed(parse_policy("full"), split_at(1.0), self.settings.calls)
-        return {"step_s": summarise(timed.step_s), "start_s": timed.start_s}
+        return dense_floor(self.weights(case.model), len(case.context_tokens), self.settings.calls)
 
     def _selection_alone(self, case: Case, summaries: str, policy: str) -> dict[str, Any] | None:
         """Scoring and selection by the device; on the host both are part of the host's time."""
@@ -272,9 +247,10 @@ class _Bench:
             return {"selection_s": None}
         parsed, config = parse_policy(policy), self.settings.models[case.model]
         longest, batch = max(case.context_tokens), len(case.context_tokens)
+        plan = fixed_selection(config, longest, batch, parsed)
 
         def measure() -> dict[str, Any]:
-            return {"selection_s": summarise(selection_s(config, longest, batch, parsed))}
+            return {"selection_s": summarise(selection_s(config, longest, plan))}
 
         return self.cell(f"{case.name}-selection-{policy}", measure)
 
@@ -337,10 +313,6 @@ class _Bench:
             lambda: program(weights.graph, weights.params, token, k, v), _FULL_CALLS
         )
         return {**row, "step_s": summarise(seconds)}
-
-
-class _OutOfTimeError(Exception):
-    """No further cell may be begun."""
 
 
 def _split(name: str, rates: dict[str, float]) -> Split:

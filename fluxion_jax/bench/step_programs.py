@@ -18,13 +18,14 @@ from flax import nnx
 import pallas_kernels
 from fluxion_jax.attention import Execution
 from fluxion_jax.bench.random_arrays import random_array
+from fluxion_jax.bench.statistics import summarise
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, KVLayout, num_units
 from fluxion_jax.cache.preflight import require_memory
 from fluxion_jax.decode import LayerTotals, decode_chunk
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.models.decoder import Decoder
-from fluxion_jax.policy import Policy, Split
+from fluxion_jax.policy import Policy, Split, parse_policy, split_at
 from fluxion_jax.rope import Rope
 from fluxion_jax.sampling import greedy
 
@@ -32,6 +33,7 @@ from fluxion_jax.sampling import greedy
 # step of a small model.
 CHUNK_STEPS = 32
 _START_CALLS = 5
+_SELECTIONS = 50
 
 LLAMA_8B = ModelConfig(
     "llama", 128256, 4096, 32, 32, 8, 128, 14336, 131072,
@@ -76,6 +78,8 @@ def random_cache(
     context_tokens: tuple[int, ...],
     summaries: Any,
     keep: HostKV | None = None,
+    *,
+    sketch: bool = False,
 ) -> HostKV:
     """A bfloat16 cache of random keys and values, each row as long as it says.
 
@@ -86,8 +90,16 @@ def random_cache(
       context_tokens: of each row; there is room for a chunk more.
       summaries: where they live.
       keep: a cache of the same sizes whose keys and values are taken over; do not use it again.
+      sketch: whether it has one, of random values.
     """
-    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, summaries=summaries)
+    layout = KVLayout(
+        config.num_layers,
+        config.num_kv_heads,
+        config.head_dim,
+        summaries=summaries,
+        num_heads=config.num_heads,
+        sketch=sketch,
+    )
     seeds = iter(range(10**6))
     kept = iter((*keep.k, *keep.v) if keep else ())
 
@@ -102,6 +114,10 @@ def random_cache(
     # A scale of up to 7.9, which the keys of the decoded tokens keep to as well: a context has met
     # its largest keys long before, and to requantise the summaries is no part of a usual step.
     return cache.replace(
+        sketch=tuple(
+            one._replace(runs=random_array(one.runs.shape, one.runs.dtype, "device", seed))
+            for seed, one in enumerate(cache.sketch)
+        ),
         lengths=jnp.asarray(context_tokens, jnp.int32),
         exponents=tuple(jnp.full_like(x, -4) for x in cache.exponents),
     )
@@ -224,28 +240,67 @@ def time_calls(call: Callable[[], Any], calls: int) -> list[float]:
     return seconds
 
 
-def selection_s(config: ModelConfig, context_tokens: int, batch: int, policy: Any) -> list[float]:
+def dense_floor(weights: Weights, batch: int, calls: int) -> dict[str, Any]:
+    """Steps of a cache that has no host part: what is neither selected nor read."""
+    cache = random_cache(weights.config, (300,) * batch, "device")
+    timed = Stepper(weights, cache).timed(parse_policy("full"), split_at(1.0), calls)
+    return {"step_s": summarise(timed.step_s), "start_s": timed.start_s}
+
+
+class Selection(NamedTuple):
+    """What is to be selected in layers, one after the other.
+
+    Attributes:
+      granularity: int32 `[X, B, K]`, of each of X layers.
+      k_units: int32 `[X, B, N]`.
+      shared: bool `[X, B, K]`.
+      host_blocks: int32 `[B]`.
+    """
+
+    granularity: Any
+    k_units: Any
+    shared: Any
+    host_blocks: Any
+
+
+def fixed_selection(config: ModelConfig, context_tokens: int, batch: int, policy: Any) -> Selection:
+    """What a fixed policy selects, the same in every layer."""
+    groups, unit = (1, batch, config.num_kv_heads), int(policy.granularity)
+    wanted = int(np.ceil(float(policy.budget_fraction) * context_tokens / unit))
+    return Selection(
+        np.full(groups, unit, np.int32),
+        np.full((1, batch, config.num_heads), wanted, np.int32),
+        np.full(groups, bool(policy.per_group)),
+        np.full((batch,), context_tokens // BLOCK_TOKENS, np.int32),
+    )
+
+
+def selection_s(config: ModelConfig, context_tokens: int, selection: Selection) -> list[float]:
     """Seconds of scoring and selection of one layer with summaries on the device, alone."""
-    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    layers, batch = selection.granularity.shape[:2]
     blocks = -(-context_tokens // BLOCK_TOKENS // 8) * 8
-    shape = (batch, kv_heads, num_units(blocks), 2, head_dim)
+    shape = (batch, config.num_kv_heads, num_units(blocks), 2, config.head_dim)
     summaries = random_array(shape, jnp.int8, "device")
-    granularity = jnp.full((batch, kv_heads), int(policy.granularity), jnp.int32)
-    shared = jnp.full((batch, kv_heads), bool(policy.per_group))
-    wanted = int(np.ceil(float(policy.budget_fraction) * context_tokens / granularity[0, 0]))
-    k_units = jnp.full((batch, heads), wanted, jnp.int32)
-    host_blocks = jnp.full((batch,), context_tokens // BLOCK_TOKENS, jnp.int32)
-    loops = 50
+    loops = max(_SELECTIONS, layers)
+    q8 = random_array((batch, config.num_heads, config.head_dim), jnp.int8, "device", 7)
+    layers_of = jax.tree.map(jnp.asarray, selection)
+    seconds = time_calls(lambda: _select_many(q8, summaries, layers_of, loops=loops), 5)
+    return [s / loops for s in seconds]
 
-    @jax.jit
-    def many(q8: jax.Array) -> jax.Array:
-        def once(_: int, q8: jax.Array) -> jax.Array:
-            scores = pallas_kernels.score_units(q8, summaries, granularity, host_blocks)
-            bits = pallas_kernels.select_units(scores, granularity, host_blocks, k_units, shared)
-            # Each needs the one before.
-            return q8 ^ (bits[..., :1] & 1).astype(jnp.int8)
 
-        return jax.lax.fori_loop(0, loops, once, q8)
+@functools.partial(jax.jit, static_argnames="loops")
+def _select_many(
+    q8: jax.Array, summaries: jax.Array, selection: Selection, *, loops: int
+) -> jax.Array:
+    layers = selection.granularity.shape[0]
 
-    q8 = random_array((batch, heads, head_dim), jnp.int8, "device", 7)
-    return [s / loops for s in time_calls(lambda: many(q8), 5)]
+    def once(i: int, q8: jax.Array) -> jax.Array:
+        granularity, k_units, shared = (x[i % layers] for x in selection[:3])
+        host_blocks = selection.host_blocks
+        ranked = k_units.reshape(*granularity.shape, -1).max(axis=-1) > 0
+        scores = pallas_kernels.score_units(q8, summaries, granularity, host_blocks, ranked)
+        bits = pallas_kernels.select_units(scores, granularity, host_blocks, k_units, shared)
+        # Each needs the one before.
+        return q8 ^ (bits[..., :1] & 1).astype(jnp.int8)
+
+    return jax.lax.fori_loop(0, loops, once, q8)

@@ -1,0 +1,129 @@
+"""What `fluxion bench policy` times: replayed plans, and a predictor that still executes.
+
+Whose plans are replayed is data, so baselines and plan sets share a program. With a predictor the
+policy fluxion plans as it would, by random weights on the real features, and every number of the
+replayed plan waits for that plan and depends on it by a condition that never holds and that no
+compiler can know. Axes: B batch, N query heads, K KV heads, H head size, W window slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fluxion_jax.bench.random_arrays import random_array
+from fluxion_jax.bench.step_programs import time_calls
+from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
+from fluxion_jax.models.config import ModelConfig
+from fluxion_jax.policy import Features, FluxionPolicy, Plan, ReplayPolicy, adaptive
+from fluxion_jax.policy.fluxion_policy import Safety
+from fluxion_jax.policy.head_predictor import HeadPredictor
+
+_LOOPS = 50
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """Replayed plans, with or without the cost of predicting.
+
+    Attributes:
+      plans: what is planned.
+      shared: bool scalar, whether every group ranks once.
+      predictor: executes, and decides nothing; None leaves it out.
+    """
+
+    plans: ReplayPolicy
+    shared: Any
+    predictor: FluxionPolicy | None = None
+
+    @property
+    def needs_sketch(self) -> bool:
+        """Whether it looks at the cache's sketch."""
+        return self.predictor is not None
+
+    def plan(self, features: Features, lengths: jax.Array) -> Plan:
+        """Plans as recorded; see `Policy.plan`."""
+        plan = self.plans.plan(features, lengths)
+        plan = plan._replace(shared=jnp.full(plan.shared.shape, self.shared, bool))
+        if self.predictor is None:
+            return plan
+        predicted = self.predictor.plan(features, lengths)
+        # Neither is ever negative, which follows from no type.
+        return plan._replace(
+            granularity=jnp.where(predicted.granularity < 0, 0, plan.granularity),
+            budget_tokens=jnp.where(predicted.budget_tokens < 0, 0, plan.budget_tokens),
+            clipped=predicted.clipped,
+        )
+
+
+def random_predictor(config: ModelConfig) -> FluxionPolicy:
+    """A policy fluxion of this model's shape that was never trained."""
+    network = HeadPredictor(config.num_layers, config.num_heads, rngs=nnx.Rngs(0))
+    graph, weights = nnx.split(network)
+    nothing = jnp.zeros(2)
+    safety = Safety(jnp.asarray([0.02, 0.5]), nothing, nothing)
+    return FluxionPolicy(weights, safety, jnp.asarray(0.2), graph)
+
+
+def planning_s(config: ModelConfig, cache: HostKV) -> dict[str, list[float]]:
+    """Seconds of a layer's features, prediction, choice and split, one after the other, alone.
+
+    Args:
+      config: the model's sizes.
+      cache: with a sketch; its first layer is looked at.
+
+    Returns:
+      `plan`: features, predictor and selector. `split`: with the split, less the plan alone.
+    """
+    policy, layout = random_predictor(config), cache.layout
+    heads, head_dim, batch = config.num_heads, config.head_dim, cache.batch
+    q = random_array((batch, heads, head_dim), jnp.float32, "device", 1)
+    known = cache.window_k[0], cache.sketch[0], cache.lengths
+
+    def chain(q: jax.Array, known: Any, policy: Any, split: Any, *, cut: bool) -> jax.Array:
+        window_k, sketch, lengths = known
+        held = host_tokens(layout, lengths)
+        host_blocks = held // BLOCK_TOKENS
+
+        def once(_: int, q: jax.Array) -> jax.Array:
+            features = Features(
+                q,
+                window_out=q,
+                window_lse=q[..., 0],
+                layer=0,
+                num_kv_heads=config.num_kv_heads,
+                layout=layout,
+                scale=head_dim**-0.5,
+                capacity_blocks=cache.num_host_blocks,
+                host_tokens=held,
+                window_k=window_k,
+                window_positions=lengths[:, None] - jnp.arange(window_k.shape[2]),
+                sketch=sketch,
+            )
+            plan = policy.plan(features, lengths + 1)
+            used: Any = plan.budget_tokens
+            if cut:
+                grouped = used.reshape(*plan.granularity.shape, -1).sum(axis=-1)
+                wanted = jnp.minimum(grouped // BLOCK_TOKENS, host_blocks[:, None])
+                cuts = split.boundaries(host_blocks, wanted, layout.block_bytes)
+                used = used + jnp.repeat(cuts, heads // config.num_kv_heads, axis=1)
+            # Each needs the one before.
+            return q + 1e-12 * (used + plan.granularity.sum())[..., None]
+
+        return jax.lax.fori_loop(0, _LOOPS, once, q)
+
+    program = jax.jit(chain, static_argnames="cut")
+
+    def seconds(cut: bool) -> list[float]:
+        taken = time_calls(lambda: program(q, known, policy, adaptive(), cut=cut), 7)
+        return [s / _LOOPS for s in taken]
+
+    alone, with_split = seconds(False), seconds(True)
+    return {"plan": alone, "split": [float(np.median(with_split) - np.median(alone))]}

@@ -52,7 +52,7 @@ def made_up(texts: int = 6, steps: int = 40, layers: int = 2, heads: int = 6) ->
 
 @pytest.fixture(scope="module")
 def fitted():
-    return fit(made_up(), SETTINGS, 2, 6, progress=False)
+    return fit(made_up(texts=12), SETTINGS, 2, 6, progress=False)
 
 
 def test_a_predictor_learns_what_its_features_tell(fitted):

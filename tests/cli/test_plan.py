@@ -27,7 +27,7 @@ REPORT = RECORDED / "bench-machine-h100.json"
 STEPS = [
     row
     for row in json.loads((RECORDED / "bench-step-h100.json").read_text())["rows"]
-    if row["kind"] == "sparse" and row["summaries"] == "device"
+    if row["kind"] == "sparse"
 ]
 
 
@@ -99,13 +99,15 @@ def test_a_prediction_is_arithmetic() -> None:
     )
 
 
-def measured(policy: str, split: str) -> dict[str, Any]:
-    (row,) = (row for row in STEPS if (row["policy"], row["split"]) == (policy, split))
-    assert (row["case"], row["summaries"]) == ("llama-3.1-8b-131072-b1", "device")
+def measured(policy: str, split: str, summaries: str) -> dict[str, Any]:
+    asked = policy, split, summaries
+    (row,) = (r for r in STEPS if (r["policy"], r["split"], r["summaries"]) == asked)
+    assert row["case"] == "llama-3.1-8b-131072-b1"
     return row
 
 
 @pytest.mark.parametrize("machine", ["h100", REPORT], ids=["h100", "report"])
+@pytest.mark.parametrize("summaries", ["device", "host"])
 @pytest.mark.parametrize(
     ("policy", "split"),
     [
@@ -117,19 +119,23 @@ def measured(policy: str, split: str) -> dict[str, Any]:
         ("fixed:16:0.05", "device"),
     ],
 )
-def test_steps_took_what_is_predicted_to_25_percent(policy: str, split: Any, machine: Any) -> None:
+def test_steps_took_what_is_predicted_to_25_percent(
+    policy: str, split: Any, summaries: Any, machine: Any
+) -> None:
     found = plan(
         "8b",
         context_tokens=131_072,
         policy=policy,
-        summaries="device",
+        summaries=summaries,
         split=split,
         machine=Machine.load(machine),
     )
-    row = measured(policy, split)
+    row = measured(policy, split, summaries)
     read_bytes, step_s = row["host_bytes"] + row["device_bytes"], row["step_s"]["median"]
     low, high = found.read_bytes
-    assert 0.99 * low <= read_bytes <= high
+    # Of summaries in host memory, both sides scan those of the task that they share.
+    more = 1.08 if summaries == "host" else 1.0
+    assert 0.99 * low <= read_bytes <= more * high
     # How far heads agree is data. For what they did read:
     read_s = 32 * found.machine.cost.seconds(read_bytes / 32, split)
     assert found.dense_s + found.layers_s + read_s == pytest.approx(step_s, rel=0.25)
@@ -144,7 +150,7 @@ def test_steps_took_what_is_predicted_to_25_percent(policy: str, split: Any, mac
 def test_the_time_of_a_layer_is_what_these_steps_leave() -> None:
     machine = Machine.load(REPORT)
     left = []
-    for row in STEPS:
+    for row in (row for row in STEPS if row["summaries"] == "device"):
         found = plan("8b", context_tokens=131_072, machine=machine)
         read_bytes = row["host_bytes"] + row["device_bytes"]
         read_s = 32 * machine.cost.seconds(read_bytes / 32, row["split"])

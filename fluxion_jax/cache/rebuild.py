@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 import host_ops
-from fluxion_jax.cache.append import with_layer
+from fluxion_jax.cache.append import with_layer, write_summaries
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
+from fluxion_jax.cache.stacked import first_row_in, on_layer
 from fluxion_jax.cache.summaries import MIN_EXPONENT, summarise_blocks
 from fluxion_jax.chunk_attention import TILE_BLOCKS, fetch_blocks
 from fluxion_jax.errors import refused_by_name
@@ -38,8 +39,13 @@ def rebuild_summaries(cache: HostKV, implementation: host_ops.Implementation = N
 
 def _rebuild_layers(cache: HostKV, implementation: host_ops.Implementation) -> HostKV:
     def rebuild(cache: HostKV, _: Any, __: Any) -> tuple[None, HostKV]:
-        for index in range(len(cache.k)):
-            cache = _rebuild_layer(cache, index, implementation)
+        for index, layer in enumerate(cache.layout.global_layers):
+            if cache.stacked:
+                _, cache = on_layer(
+                    lambda one: (None, _rebuild_layer(one, 0, implementation)), cache, layer
+                )
+            else:
+                cache = _rebuild_layer(cache, index, implementation)
         return None, cache
 
     if cache.placement is None:
@@ -63,7 +69,7 @@ def _rebuild_layer(cache: HostKV, index: int, implementation: host_ops.Implement
         # The last tile is moved back to stay inside the array; what it repeats comes out the same.
         first = jnp.minimum(i * tile, capacity - tile)
         count = jnp.clip(blocks - first, 0, tile)
-        k_blocks, v_blocks = (fetch_blocks(x, first, tile) for x in (k, v))
+        k_blocks, v_blocks = (fetch_blocks(x, first, tile, cache) for x in (k, v))
         written, exponents, shift = summarise_blocks(k_blocks, count, exponents)
         place = jnp.broadcast_to(first, count.shape).astype(jnp.int32)
         flush = host_ops.Flush(k_blocks, v_blocks, written, shift, place, count)
@@ -73,10 +79,11 @@ def _rebuild_layer(cache: HostKV, index: int, implementation: host_ops.Implement
             summaries if on_host else None,
             flush,
             after=(exponents,),
+            first_row=cache.first_row,
             implementation=implementation,
         )
         if kept is None:
-            kept = host_ops.write_summaries(summaries, flush)
+            kept = write_summaries(summaries, flush, failed, first_row_in(cache, summaries))
         return k, v, kept, exponents, status | failed
 
     arrays = (cache.k[index], cache.v[index], cache.summaries[index], fresh, cache.status)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import fluxion_jax as fx
+from fluxion_jax.cache.rebuild import rebuild_summaries
 from fluxion_jax.chunk_attention import prefill_attention
 from fluxion_jax.modules import Attention
 from fluxion_jax.policy import parse_split
@@ -348,6 +349,19 @@ def test_rows_are_reset_and_forked_in_every_layer(query):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("summaries", ["host", "device"])
+def test_summaries_are_rebuilt_from_the_keys_of_every_layer(summaries):
+    cache = filled(summaries, stacked=True)
+    before = held(cache)
+    # As after a chunk that did not count: bounds that are too loose, with scales that have grown.
+    (exponents,) = cache.exponents
+    cache = cache.replace(exponents=(exponents + 3,))
+    assert (held(cache)["exponents"] != before["exponents"]).any()
+    after = held(rebuild_summaries(cache))
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array, err_msg=name)
+
+
 def test_a_layer_that_is_none_ends_in_an_error_and_changes_nothing(query):
     cache = filled(stacked=True)
     before = held(cache)

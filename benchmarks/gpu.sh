@@ -124,10 +124,11 @@ for name, key in (("task", "tasks"), ("length", "lengths_tokens")):
     print(*(f"--{name} {value}" for value in protocol[key]))'
 }
 text() { # text MODEL
-  local name
+  local name policy policies=
   name=$(name_of "$1")
-  run "text-$name" "$PYTHON" -m fluxion_jax evaluate --model "$1" --task real_text $TEXT \
-    --policy full --policy fixed:16:0.05 $(fluxions "$1") --output "$OUT/text/$name"
+  for policy in $POLICIES; do policies+="--policy $policy "; done
+  run "text-$name" "$PYTHON" -m fluxion_jax evaluate --shared-prefix --model "$1" --task real_text \
+    $TEXT $policies $(fluxions "$1") --output "$OUT/text/$name"
   cp "$OUT/text/$name/evaluate.json" "$OUT/text-$name.json"
 }
 

@@ -52,6 +52,20 @@ class Counts(NamedTuple):
     tokens: jax.Array
 
 
+class Fidelity(NamedTuple):
+    """How likely forced tokens are, per row, branch and step `[B, V, T]`.
+
+    Attributes:
+      log_probs: float32, natural log of the probability of each forced token.
+      kl: float32, divergence of all probabilities from those of the first branch, in nats.
+      likeliest: int32, the most likely token in its place.
+    """
+
+    log_probs: Any
+    kl: Any
+    likeliest: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Branched:
     """What the branches of a batch did.
@@ -60,11 +74,13 @@ class Branched:
       tokens: per branch and row, the tokens that came out, a stop token included.
       host_bytes_per_token: float64 `[V]`, as `DecodeStats` counts them with summaries on the host.
       read_fraction: float64 `[V]`, share of the host cache's K/V blocks that was read.
+      fidelity: NumPy arrays, where tokens were forced.
     """
 
     tokens: list[list[list[int]]]
     host_bytes_per_token: np.ndarray
     read_fraction: np.ndarray
+    fidelity: Fidelity | None
 
 
 def run_branches(
@@ -78,8 +94,9 @@ def run_branches(
     dense_below_tokens: int,
     capacity_tokens: int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    forced: np.ndarray | None = None,
 ) -> Branched:
-    """Greedy answers of a batch of prompts under several policies.
+    """Greedy answers of a batch of prompts under several policies, or one text under all of them.
 
     Args:
       model: a `Decoder`.
@@ -94,6 +111,8 @@ def run_branches(
         longest prompt and its answer take.
       chunk_tokens: tokens that one call would prefill; a sketch knows what the last call's queries
         needed.
+      forced: int `[B, max_new_tokens]`, what every branch goes on with instead of its own tokens;
+        the result then has its fidelity to the first branch.
 
     Raises:
       ConfigError: more new tokens than the recent window holds, which would leave it.
@@ -122,7 +141,12 @@ def run_branches(
     prefix = read_prefix(
         graph, params, jnp.asarray(ids), jnp.asarray(lengths), layout, capacity_blocks, chunk_tokens
     )
-    tokens, counts = _decode(
+    slots = max(_LEAST_SLOTS, 1 << (max_new_tokens - 1).bit_length())
+    following = None
+    if forced is not None:
+        following = jnp.zeros((len(prompts), slots), jnp.int32)
+        following = following.at[:, :max_new_tokens].set(jnp.asarray(forced))
+    tokens, counts, fidelity = _decode(
         graph,
         params,
         prefix,
@@ -131,7 +155,8 @@ def run_branches(
         kinds(policies),
         jnp.asarray(stop_tokens, jnp.int32),
         jnp.asarray(max_new_tokens, jnp.int32),
-        max(_LEAST_SLOTS, 1 << (max_new_tokens - 1).bit_length()),
+        following,
+        slots,
         layout,
         dense_below_tokens,
         capacity_blocks,
@@ -143,6 +168,7 @@ def run_branches(
         [[row[row != NO_TOKEN].tolist() for row in found[:, v]] for v in range(len(policies))],
         read / np.maximum(answered, 1),
         blocks / np.maximum(cached, 1),
+        jax.tree.map(lambda x: np.asarray(x[:, :, :max_new_tokens]), fidelity),
     )
 
 
@@ -232,6 +258,7 @@ class _Carry(NamedTuple):
     finished: jax.Array
     tokens: jax.Array  # [B, V, T]
     counts: Counts
+    fidelity: Fidelity | None
 
 
 @functools.partial(
@@ -247,11 +274,12 @@ def _decode(
     policies: tuple[Kind, ...],
     stop_tokens: jax.Array,
     max_new_tokens: jax.Array,
+    forced: jax.Array | None,
     slots: int,
     layout: KVLayout,
     dense_below_tokens: int,
     capacity_blocks: int,
-) -> tuple[jax.Array, Counts]:
+) -> tuple[jax.Array, Counts, Fidelity | None]:
     model = nnx.merge(graph, params)
     batch, branches = lengths.shape[0], sum(len(kind.branches) for kind in policies)
     kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
@@ -285,7 +313,12 @@ def _decode(
             units += jnp.where(running[..., None], read.units, 0).sum(axis=(0, 2))
             x = layer.finish(x, layer.attention.o(out.astype(x.dtype).reshape(*x.shape[:2], -1)))
         logits = model._logits(x)
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token, fidelity = likeliest, carry.fidelity
+        if forced is not None:
+            token = jnp.broadcast_to(forced[:, t, None], likeliest.shape)
+            now = _fidelity(logits, token, likeliest)
+            fidelity = jax.tree.map(lambda all, new: all.at[:, :, t].set(new), fidelity, now)
         token = jnp.where(running, token, NO_TOKEN)
         stopped = (token[..., None] == stop_tokens).any(axis=-1)
         held = host_tokens(layout, lengths + t) // BLOCK_TOKENS * kv_heads
@@ -305,6 +338,7 @@ def _decode(
                 carry.counts.cached_blocks + cached,
                 carry.counts.tokens + running.sum(axis=0, dtype=jnp.int32),
             ),
+            fidelity=fidelity,
         )
 
     def unfinished(carry: _Carry) -> jax.Array:
@@ -322,9 +356,25 @@ def _decode(
         finished=jnp.zeros((batch, branches), bool),
         tokens=jnp.full((batch, branches, slots), NO_TOKEN, jnp.int32),
         counts=Counts(none, none, none, none),
+        fidelity=None
+        if forced is None
+        else Fidelity(
+            *(jnp.zeros((batch, branches, slots), x) for x in (jnp.float32, jnp.float32, jnp.int32))
+        ),
     )
     end = jax.lax.while_loop(unfinished, step, start)
-    return end.tokens, end.counts
+    return end.tokens, end.counts, end.fidelity
+
+
+def _fidelity(logits: jax.Array, tokens: jax.Array, likeliest: jax.Array) -> Fidelity:
+    """Of tokens `[B, V]` under logits `[B, V, vocabulary]`."""
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    reference = logs[:, :1]
+    return Fidelity(
+        jnp.take_along_axis(logs, tokens[..., None], axis=-1)[..., 0],
+        (jnp.exp(reference) * (reference - logs)).sum(axis=-1),
+        likeliest,
+    )
 
 
 def attend_recent(q: jax.Array, prefix: Prefix, past: Past, attention: Attention) -> jax.Array:

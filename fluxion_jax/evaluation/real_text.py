@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from fluxion_jax.attention import Execution
-from fluxion_jax.bench.cells import cell
+from fluxion_jax.bench.cells import cell, growing_cell
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.errors import ConfigError
+from fluxion_jax.evaluation.branches import run_branches
 from fluxion_jax.evaluation.fingerprints import digest, policy_fingerprint
 from fluxion_jax.fidelity import divergence
 from fluxion_jax.generation import Scores, prefill, score
@@ -137,3 +138,63 @@ def compare(
         )
         for policy in policies
     ]
+
+
+def compare_together(
+    model: LoadedModel,
+    fingerprint: str,
+    texts: Sequence[Sequence[int]],
+    scored_tokens: int,
+    policies: Sequence[Policy],
+    folder: Path | None,
+    execution: Execution,
+) -> list[dict[str, Any]]:
+    """As `compare`, but all policies decode at once from one prefix on the device; see `branches`.
+
+    Recall and output error are not measured, and are None. A batch is one cell of the folder;
+    policies that it has already are not asked again.
+    """
+    given = np.asarray(texts, np.int32)
+    common = digest(
+        model=fingerprint,
+        together=True,
+        dense_below_tokens=execution.dense_below_tokens,
+        texts=given.tolist(),
+        scored_tokens=scored_tokens,
+        reference=policy_fingerprint(policies[0]),
+    )
+
+    def measure(missing: list[int]) -> list[dict[str, Any]]:
+        asked = [policies[0], *(policies[v] for v in missing if v)]
+        run = run_branches(
+            model.model,
+            given[:, :-scored_tokens].tolist(),
+            asked,
+            max_new_tokens=scored_tokens,
+            stop_tokens=(),
+            layout=model.config.kv_layout(
+                cache_dtype(model.model), sketch=any(map(needs_sketch, asked))
+            ),
+            dense_below_tokens=execution.dense_below_tokens,
+            capacity_tokens=given.shape[1],
+            forced=given[:, -scored_tokens:],
+        )
+        assert run.fidelity is not None
+        log_probs, kl, likeliest = (np.asarray(x) for x in run.fidelity)
+        found = [
+            {
+                "policy": str(policy),
+                "host_bytes_per_token": float(run.host_bytes_per_token[v]),
+                "read_fraction": float(run.read_fraction[v]),
+                "recall": None,
+                "output_error": None,
+                "log_perplexity": (-log_probs[:, v].mean(axis=1, dtype=np.float64)).tolist(),
+                "kl": kl[:, v].mean(axis=1, dtype=np.float64).tolist(),
+                "agreement": (likeliest[:, v] == likeliest[:, 0]).mean(axis=1).tolist(),
+            }
+            for v, policy in enumerate(asked)
+        ]
+        return found if missing[0] == 0 else found[1:]
+
+    names = [policy_fingerprint(policy) for policy in policies]
+    return growing_cell(folder, common, names, measure)

@@ -60,8 +60,7 @@ def text_rows(length_tokens: int, cells: Cells) -> list[dict[str, Any]]:
                 "kl": float(kl.mean()),
                 "kl_interval": bootstrap_interval(kl.tolist()),
                 "agreement": float(_values(cells, i, "agreement").mean()),
-                "recall": float(np.mean([batch[i]["recall"] for batch in cells])),
-                "output_error": float(np.mean([batch[i]["output_error"] for batch in cells])),
+                **{name: _measured(cells, i, name) for name in ("recall", "output_error")},
                 **_bytes(cells, i),
             }
         )
@@ -70,6 +69,12 @@ def text_rows(length_tokens: int, cells: Cells) -> list[dict[str, Any]]:
 
 def _values(cells: Cells, policy: int, name: str) -> np.ndarray:
     return np.concatenate([np.asarray(batch[policy][name], np.float64) for batch in cells])
+
+
+def _measured(cells: Cells, policy: int, name: str) -> float | None:
+    """A mean over batches and layers; None where no layer was looked into."""
+    values = [batch[policy][name] for batch in cells]
+    return None if None in values else float(np.mean(values))
 
 
 def _bytes(cells: Cells, policy: int) -> dict[str, float]:
@@ -160,9 +165,13 @@ def _text_table(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"| {row['length_tokens']} | {row['policy']} | {row['stretches']} "
             f"| {row['perplexity']:.3f} | {row['log_perplexity_difference']:+.4f} "
             f"[{low:+.4f}, {high:+.4f}] | {row['kl']:.4f} | {row['agreement']:.1%} "
-            f"| {row['recall']:.3f} | {row['output_error']:.4f} | {_cost(row)} |"
+            f"| {_or_none(row['recall'], 3)} | {_or_none(row['output_error'], 4)} | {_cost(row)} |"
         )
     return lines
+
+
+def _or_none(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _cost(row: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from fluxion_jax.errors import ConfigError
 from fluxion_jax.evaluation.answers import answer, answer_together
 from fluxion_jax.evaluation.fingerprints import model_fingerprint
 from fluxion_jax.evaluation.making import Key, made_groups, one_sample
-from fluxion_jax.evaluation.real_text import compare, stretches
+from fluxion_jax.evaluation.real_text import compare, compare_together, stretches
 from fluxion_jax.evaluation.report import answer_rows, text_rows
 from fluxion_jax.evaluation.samples import Sample
 from fluxion_jax.evaluation.summary import summary_rows
@@ -170,6 +170,12 @@ def evaluate(
             return answer_together(model, fingerprint, batch, policies, folder, execution)
         return answer(model, fingerprint, batch, policies, folder, execution, progress=False)
 
+    def compare_batch(batch: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        given = (model, fingerprint, batch, settings.scored_tokens, policies, folder, execution)
+        return (
+            compare_together(*given) if settings.shared_prefix else compare(*given, progress=False)
+        )
+
     with bars:
         for (task, length), samples in groups:
             prompts[f"{task}:{length}"] = prompts_sha256(samples)
@@ -185,18 +191,7 @@ def evaluate(
             cells = []
             for part in _batches(stretched, settings.batch):
                 bars.set_postfix_str(f"{REAL_TEXT} {length}")
-                cells.append(
-                    compare(
-                        model,
-                        fingerprint,
-                        part,
-                        settings.scored_tokens,
-                        policies,
-                        folder,
-                        execution,
-                        progress=False,
-                    )
-                )
+                cells.append(compare_batch(part))
                 bars.update(len(part))
             text_table += text_rows(length, cells)
     report = {

@@ -362,6 +362,7 @@ def test_summaries_are_rebuilt_from_the_keys_of_every_layer(summaries):
         np.testing.assert_array_equal(after[name], array, err_msg=name)
 
 
+@pytest.mark.native
 def test_a_layer_that_is_none_ends_in_an_error_and_changes_nothing(query):
     cache = filled(stacked=True)
     before = held(cache)

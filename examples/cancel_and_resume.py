@@ -35,15 +35,15 @@ try:
     timer.start()
     done = fx.generate(model, prompt, cache=cache, max_new_tokens=320, **options)
 except KeyboardInterrupt as interrupt:
-    done = getattr(interrupt, "partial", None)
+    done = interrupt.partial
     print("interrupted")
 finally:
     timer.join()
-so_far = [] if done is None else done.tokens[0].tolist()
-fed = len(cache.lengths) and int(cache.lengths[0])
+so_far = done.tokens[0].tolist()
+fed = int(cache.lengths[0])
 print(f"{len(so_far)} tokens so far, {fed} tokens in the cache")
 assert so_far == whole[: len(so_far)]
-following = [*prompt, *whole][fed : max(len(prompt) + len(so_far), fed + 1)]
+following = [*prompt, *so_far][fed:]  # the last token, or what was not read of the prompt
 left = 320 - len(so_far)
 if left:
     rest = fx.generate(model, following, cache=cache, max_new_tokens=left, **options)

@@ -73,8 +73,8 @@ class Decoder(nn.Module):
     def prefill(self, tokens: jax.Array, cache: fx.HostKV) -> fx.HostKV:
         count = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
         carry = (self.tokens(tokens), cache)
-        (_, cache), _ = self.layers.prefill(carry, jnp.arange(LAYERS), count)
-        return cache.advance(count)
+        (_, after), _ = self.layers.prefill(carry, jnp.arange(LAYERS), count)
+        return after.advance(count).undo_if_failed(cache)
 
     def decode(self, token: jax.Array, cache: fx.HostKV, policy: fx.Policy, split: Any) -> tuple:
         carry = (self.tokens(token[:, None]), cache)

@@ -54,8 +54,8 @@ class Decoder(nnx.Module):
             attended, cache = layer.attention.prefill(layer.norm(x), count, cache, index)
             return layer.finish(x, attended), cache
 
-        _, cache = run(self.layers, (self.tokens(tokens), cache), jnp.arange(LAYERS))
-        return cache.advance(count)
+        _, after = run(self.layers, (self.tokens(tokens), cache), jnp.arange(LAYERS))
+        return after.advance(count).undo_if_failed(cache)
 
     def decode(self, token: jax.Array, cache: fx.HostKV, policy: fx.Policy, split: object) -> tuple:
         @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=nnx.Carry)

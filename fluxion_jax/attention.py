@@ -10,7 +10,6 @@ W words of a bitmap over base blocks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ from fluxion_jax.cache.window import window_mask, window_positions, write_token
 from fluxion_jax.errors import (
     ConfigError,
     UnsupportedError,
+    is_iterable,
     refused_by_name,
     require,
     require_integer,
@@ -89,7 +89,7 @@ class Execution:
             if chosen is None:
                 continue
             names = (chosen,) if isinstance(chosen, str) else chosen
-            names = tuple(names) if isinstance(names, Iterable) else ()
+            names = tuple(names) if is_iterable(names) else ()
             if not names or not all(isinstance(n, str) and n in known for n in names):
                 raise ConfigError(
                     f"expected {name} to be None or out of {known}, got {chosen!r}; name one, or "
@@ -223,6 +223,8 @@ def decode_attention(
     require_number("a scale", scale, "H ** -0.5 is usual")
     scale = float(scale)
     check_layer(layer)
+    if not isinstance(layer, jax.core.Tracer):
+        layer = int(layer)
     _check_shapes(q, k_new, v_new, cache)
     if not isinstance(jnp.asarray(q), jax.core.Tracer):
         return _decode_attention_compiled(

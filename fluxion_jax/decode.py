@@ -7,6 +7,7 @@ Axes: B batch, S steps of a chunk, L global layers, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -26,7 +27,14 @@ NO_TOKEN = -1
 
 
 class Model(Protocol):
-    """What a model needs in order to be prefilled and decoded; `models.Decoder` is one."""
+    """What a model needs in order to be prefilled and decoded; `models.Decoder` is one.
+
+    Attributes:
+      config: with `vocab_size` and, where a cache is to be allocated, `kv_layout`; see
+        `models.ModelConfig`.
+    """
+
+    config: Any
 
     def prefill_chunk(
         self, tokens: jax.Array, count: jax.Array, cache: HostKV, *, execution: Execution
@@ -187,9 +195,14 @@ def _decode_chunk(
             num_steps=i + succeeded,
             next_tokens=jnp.where(shown, token, steps.next_tokens),
             finished=steps.finished | (shown & stopped),
+            # A step that failed is none of `num_steps`, over which means are taken.
             totals=steps.totals
             if stats is None
-            else _add(steps.totals, stats, running, _cached_blocks(cache, before, running)),
+            else jax.tree.map(
+                functools.partial(jnp.where, succeeded),
+                _add(steps.totals, stats, running, _cached_blocks(cache, before, running)),
+                steps.totals,
+            ),
         )
         return _Carry(cache, steps)
 
@@ -231,27 +244,7 @@ def _prefill_chunk(
     """Reads a chunk of prompt tokens `[B, T]`; returns the cache and logits `[B, V]`."""
     count = jnp.where(cache.active, count, 0)
     logits, new = nnx.merge(graph, params).prefill_chunk(tokens, count, cache, execution=execution)
-    return _keep_windows(cache, new), logits
-
-
-def _keep_windows(before: HostKV, after: HostKV) -> HostKV:
-    """After an error the sequence is as long as before: windows and sketches must be as before.
-
-    A chunk overwrites what they hold, unlike a decode step, which writes into a free slot. On the
-    host it writes beyond the sequence only.
-    """
-    failed = after.status[0] != 0
-    names = ("window_k", "window_v", "sliding_k", "sliding_v", "sketch")
-    return after.replace(
-        **{
-            name: jax.tree.map(
-                lambda old, new: jnp.where(failed, old, new),
-                getattr(before, name),
-                getattr(after, name),
-            )
-            for name in names
-        }
-    )
+    return new.undo_if_failed(cache), logits
 
 
 prefill_chunk = jit(_prefill_chunk, static_argnames=("graph", "execution"))

@@ -116,6 +116,11 @@ def require_number(name: str, value: Any, remedy: str) -> None:
         raise ConfigError(f"expected {name}, a finite number, got {value!r}; {remedy}")
 
 
+def is_iterable(value: Any) -> bool:
+    """Whether a value can be iterated over; an array without axes only claims it."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+
+
 def is_one_of(value: Any, known: Iterable[str]) -> bool:
     """Whether a value is one of some words; it may be anything, an array too."""
     return isinstance(value, str) and value in known

@@ -204,7 +204,8 @@ def stream(
       max_new_tokens: see `generate`.
       sampling: see `generate`.
       stop_tokens: see `generate`.
-      cache: see `generate`; it holds what the steps so far have fed.
+      cache: see `generate`; it advances by whole compiled chunks of up to 32 steps, so between
+        two steps it may already hold tokens that come later.
       split: see `generate`.
       execution: see `generate`.
       seed: see `generate`.
@@ -216,7 +217,8 @@ def stream(
 
     Raises:
       ConfigError, UnsupportedError, CacheFullError: see `generate`; at the call.
-      FluxionError, KeyboardInterrupt: see `generate`; while the steps are taken.
+      FluxionError, KeyboardInterrupt: while the steps are taken, after the last good one; the
+        cache is as `generate` leaves it then, and there is no `partial`.
 
     Example:
       >>> import fluxion_jax as fx

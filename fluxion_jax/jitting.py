@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fluxion_jax.cache.host_kv import HostKV, cache_shardings
 from fluxion_jax.cache.placement import Placement, array_sharding
 from fluxion_jax.compilations import compilations
-from fluxion_jax.errors import ConfigError, FluxionError
+from fluxion_jax.errors import ConfigError, FluxionError, is_iterable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,7 +71,7 @@ def jit(
         raise ConfigError(f"expected a function to compile, got {type(function).__name__}")
     for names in (static_argnames, donate_argnames):
         given: Any = names
-        listed = isinstance(given, Iterable) and not isinstance(given, str)
+        listed = is_iterable(given) and not isinstance(given, str)
         if not listed or not all(isinstance(name, str) for name in given):
             raise ConfigError(f"expected a list of arguments' names, got {names!r}")
     signature = inspect.signature(function)

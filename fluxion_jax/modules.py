@@ -212,7 +212,8 @@ class Attention(nnx.Module):
           execution: which implementations run; None for the best available.
 
         Returns:
-          `[B, T, D]`, rows behind `count` unspecified, and the cache.
+          `[B, T, D]`, rows behind `count` unspecified, and the cache. After the last layer and
+          `advance`, `undo_if_failed` keeps what the chunk of a failed prefill overwrote.
 
         Raises:
           ConfigError: shapes do not fit the module or the cache, or `layer` is no layer of the
@@ -301,6 +302,12 @@ class Attention(nnx.Module):
                 raise ConfigError(
                     f"expected a cache of {self.num_kv_heads} KV heads of {self.head_dim}, got "
                     f"{layout.num_kv_heads} of {layout.head_dim}; allocate it for this model"
+                )
+            if self.sliding_window is not None and layout.sliding_window != self.sliding_window:
+                raise ConfigError(
+                    f"expected a cache whose sliding layers keep {self.sliding_window} tokens, as "
+                    f"this module sees, got sliding_window={layout.sliding_window}; allocate it "
+                    "for this model"
                 )
         width = self.q.in_features
         good = x.ndim == 3 and x.shape[2] == width and tokens in (None, x.shape[1])

@@ -31,7 +31,7 @@ from fluxion_jax.cache.rebuild import rebuild_summaries
 from fluxion_jax.compilations import compilations
 from fluxion_jax.decode import NO_TOKEN, Steps, decode_chunk, prefill_chunk
 from fluxion_jax.errors import ConfigError, FluxionError, refused_by_name, require, require_integer
-from fluxion_jax.interrupt import cancel_word, interrupt_held, wait
+from fluxion_jax.interrupt import Held, cancel_word, interrupt_held, wait
 from fluxion_jax.policy.fixed_policy import full
 from fluxion_jax.policy.parse import parse_policy
 from fluxion_jax.policy.protocol import Policy, needs_sketch
@@ -174,14 +174,16 @@ class Session:
                     if compilations() > programs:
                         self.stats.compile_s += time.perf_counter() - start
                     _finish(self.cache, cache, steps, held)
-                chunk = jax.tree.map(np.asarray, steps)
-                num_steps = int(chunk.num_steps)
-                self._count(chunk, time.perf_counter() - start)
-                bar.update(num_steps)
-                lengths = self.cache.lengths
-                # The steps before a failing one are in the cache, so the caller must see them.
+                    chunk = jax.tree.map(np.asarray, steps)
+                    num_steps = int(chunk.num_steps)
+                    self._count(chunk, time.perf_counter() - start)
+                    bar.update(num_steps)
+                    lengths = self.cache.lengths
+                # The steps before a failing one, or before Ctrl-C, are in the cache, so the caller
+                # must see them first.
                 if num_steps:
                     yield chunk
+                held.pass_on()
                 self.cache.check()
                 tokens, finished = steps.next_tokens, steps.finished
                 left, done = left - num_steps, done + num_steps
@@ -228,16 +230,17 @@ def read_prompts(
                     graph, params, cache, part, jnp.asarray(count, jnp.int32), execution
                 )
                 _finish(cache, new, logits, held)
+                if int(new.status[0]):
+                    cache.adopt(rebuild_summaries(cache, execution.host))
+            held.pass_on()
             behind = np.asarray(logits)
             last = np.where((count > 0)[:, None], behind, last if last.size else behind)
             bar.update(min(chunk, longest - first))
-            if int(cache.status[0]):
-                cache.adopt(rebuild_summaries(cache, execution.host))
             cache.check()
     return last
 
 
-def _finish(cache: HostKV, new: HostKV, outputs: Any, held: list[Any]) -> None:
+def _finish(cache: HostKV, new: HostKV, outputs: Any, held: Held) -> None:
     """Stores a program's cache in the caller's object, then waits for it."""
     cache.adopt(new)
     wait((new.lengths, new.status, outputs))
@@ -257,6 +260,11 @@ def unwrap(model: Any) -> Any:
         raise ConfigError(
             "expected a loaded model, or an NNX module with prefill_chunk and decode_step, got "
             f"{type(model).__name__}; load one with load_model, or adapt yours with adapters.adapt"
+        )
+    if not hasattr(getattr(module, "config", None), "vocab_size"):
+        raise ConfigError(
+            f"expected a model with a config that has vocab_size, got {type(module).__name__} "
+            "without one; give it a models.ModelConfig, or adapt it with adapters.adapt"
         )
     return module
 

@@ -39,6 +39,7 @@ from fluxion_jax.errors import (
     ConfigError,
     FluxionError,
     UnsupportedError,
+    is_iterable,
     require,
     require_integer,
 )
@@ -273,7 +274,9 @@ class HostKV:
             )
         given: tuple[Any, Any] = (k, v)
         counted = [
-            len(x) if isinstance(x, Sequence | np.ndarray | jax.Array) else type(x).__name__
+            len(x)
+            if isinstance(x, Sequence | np.ndarray | jax.Array) and is_iterable(x)
+            else type(x).__name__
             for x in given
         ]
         if counted != [layout.num_layers] * 2:
@@ -493,7 +496,8 @@ class HostKV:
     def check(self) -> None:
         """Raises if a step reported an error or copied the cache.
 
-        The cache itself stays usable: nothing that it holds is lost.
+        The cache itself stays usable: nothing that it holds is lost, if a chunk of a prompt was
+        followed by `undo_if_failed`.
 
         Raises:
           CacheFullError: a row reached `max_tokens`.
@@ -513,6 +517,33 @@ class HostKV:
             )
         if status:
             raise FluxionError(describe_status(status))
+
+    def undo_if_failed(self, before: HostKV) -> HostKV:
+        """This cache, or after an error one that holds what it held before a chunk of a prompt.
+
+        A chunk overwrites resident tokens, unlike a decode step, which writes into a free slot; so
+        a chunk that does not count must be undone. `generate` and `prefill` do it; a compiled
+        function of one's own that prefills calls this after `advance`.
+
+        Args:
+          before: the cache as it was before the chunk's first layer.
+
+        Returns:
+          A cache with the lengths and the status of this one. After an error bounds in it may be
+          looser than they could be, never wrong.
+        """
+        failed = self.status[0] != 0
+        names = ("window_k", "window_v", "sliding_k", "sliding_v", "sketch")
+        return self.replace(
+            **{
+                name: jax.tree.map(
+                    lambda old, new: jnp.where(failed, old, new),
+                    getattr(before, name),
+                    getattr(self, name),
+                )
+                for name in names
+            }
+        )
 
     def clear_status(self) -> HostKV:
         """Returns this cache with the pending error acknowledged."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.errors import ConfigError
 from fluxion_jax.status import STATUS_LAYER
 from pallas_kernels.compat import target_platform
 
@@ -45,7 +46,7 @@ def on_layer(
       The result, and the stacked cache with the layer as the function left it.
 
     Raises:
-      ConfigError: a Python int that is no layer of the kind.
+      ConfigError: a Python int that is no layer of the kind, or there is no layer of it at all.
     """
     index, known = _position(cache, layer, sliding)
     first = jnp.asarray(index * cache.batch, jnp.int32)
@@ -84,5 +85,11 @@ def _position(cache: HostKV, layer: int | jax.Array, sliding: bool) -> tuple[Any
         find = layout.sliding_index if sliding else layout.global_index
         return find(int(layer)), True
     layers = layout.sliding_layers if sliding else layout.global_layers
+    if not layers:
+        kind = "sliding" if sliding else "global"
+        raise ConfigError(
+            f"expected a cache with {kind} layers, got one of {layout.num_layers} layers of the "
+            "other kind; name the sliding layers in KVLayout(sliding_layers=...)"
+        )
     found = jnp.asarray(layers) == layer
     return jnp.argmax(found), found.any()

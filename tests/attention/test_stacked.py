@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import fluxion_jax as fx
+import host_ops
 from fluxion_jax.cache.rebuild import rebuild_summaries
 from fluxion_jax.chunk_attention import prefill_attention
 from fluxion_jax.modules import Attention
@@ -333,6 +334,59 @@ def test_nnx_scan_of_global_and_sliding_layers(split, exact_products):
     for row, tokens in enumerate(rows):
         wanted = dense_pair(*stacks, tokens[None])[0, -1]
         np.testing.assert_allclose(out[row, 0], wanted, rtol=0, atol=1e-4)
+
+
+def test_a_layer_of_a_kind_that_the_cache_has_not_is_refused():
+    layers, cache = stacked_layers(2, 40), filled(stacked=True, layers=2, size=16)
+
+    def run(cache, x):
+        @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=nnx.Carry)
+        def one(layer, carry, index):
+            x, cache = carry
+            out, cache = layer.attention.prefill(x, jnp.asarray([3, 3]), cache, index)
+            return out, cache
+
+        return one(layers, (x, cache), jnp.arange(2))[1]
+
+    x = jnp.ones((2, 3, 24))
+    with pytest.raises(fx.ConfigError, match=r"sliding layers keep 40 tokens.*sliding_window=None"):
+        run(cache, x)
+    layers = stacked_layers(2)
+    layout = fx.KVLayout(2, 2, 16, "float32", sliding_window=40, sliding_layers=(0, 1))
+    with pytest.raises(fx.ConfigError, match="expected a cache with global layers"):
+        run(fx.HostKV.allocate(layout, 2, 1024, stacked=True), x)
+
+
+@pytest.mark.native
+def test_a_chunk_that_failed_is_undone_in_every_layer():
+    cache = filled(stacked=True)
+    before = held(cache)
+    rng = np.random.default_rng(6)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((2, 100, n, SIZE)), jnp.float32)
+        for n in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    count = jnp.full((2,), 100, jnp.int32)
+
+    @fx.jit
+    def read(cache, q, k, v):
+        def body(cache, layer):
+            _, cache = prefill_attention(q, k, v, count, cache, layer, scale=SCALE)
+            return cache, None
+
+        after, _ = jax.lax.scan(body, cache, jnp.arange(LAYERS))
+        return after.advance(count).undo_if_failed(cache)
+
+    host_ops.inject_fault(host_ops.STATUS_INTERNAL, 1, operation="append")
+    try:
+        cache = jax.block_until_ready(read(cache, q, k, v))
+    finally:
+        host_ops.inject_fault(host_ops.STATUS_OK, operation="append")
+    with pytest.raises(fx.FluxionError, match="native operation failed"):
+        cache.check()
+    after = held(cache)
+    for name in ("window_k", "window_v", "lengths"):
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
 
 
 def test_rows_are_reset_and_forked_in_every_layer(query):

@@ -39,6 +39,7 @@ VALUES: dict[str, Any] = {
     "texts": np.asarray(["a"]),
     "huge": 10**30,
     "JAX array": jnp.zeros(3),
+    "JAX scalar": jnp.asarray(0),
     "set": set(),
 }
 MODEL = Decoder.random(ModelConfig.tiny_llama())
@@ -72,14 +73,14 @@ ENTRIES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = 
         consumed,
         {"model": MODEL, "prompts": [1, 2], "max_new_tokens": 1},
         {
-            "prompts": "ragged",
+            "prompts": "ragged JAX scalar",
             "max_new_tokens": "",
             "model": "",
             "policy": "None",
             "sampling": "None",
             "stop_tokens": "None list set",
             "cache": "None",
-            "split": "None 0 True",
+            "split": "None 0 True JAX scalar",
             "execution": "None",
             "seed": "-1 0",
             "chunk_tokens": "",
@@ -88,7 +89,7 @@ ENTRIES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = 
     "prefill": (
         fx.prefill,
         {"model": MODEL, "prompts": [1, 2], "cache": None, "progress": False},
-        {"model": "", "prompts": "", "cache": "", "chunk_tokens": ""},
+        {"model": "", "prompts": "JAX scalar", "cache": "", "chunk_tokens": ""},
     ),
     "score": (
         fx.score,
@@ -114,17 +115,17 @@ ENTRIES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = 
     "HostKV.reset": (
         lambda rows: fx.HostKV.allocate(LAYOUT, 1, 64).reset(rows),
         {"rows": None},
-        {"rows": "None 0 list"},
+        {"rows": "None 0 list JAX scalar"},
     ),
     "HostKV.fork": (
         lambda rows: fx.HostKV.allocate(LAYOUT, 1, 64).fork(rows),
         {"rows": None},
-        {"rows": "None 0"},
+        {"rows": "None 0 JAX scalar"},
     ),
     "HostKV.advance": (
         lambda count: fx.HostKV.allocate(LAYOUT, 1, 64).advance(count),
         {"count": 1},
-        {"count": "0"},
+        {"count": "0 JAX scalar"},
     ),
     "KVLayout": (
         fx.KVLayout,
@@ -149,7 +150,7 @@ ENTRIES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = 
         {"granularity_tokens": "", "budget_fraction": "True"},
     ),
     "parse_policy": (fx.parse_policy, {"policy": "full"}, {"policy": ""}),
-    "parse_split": (parse_split, {"split": "host"}, {"split": "None 0 True"}),
+    "parse_split": (parse_split, {"split": "host"}, {"split": "None 0 True JAX scalar"}),
     "top_p": (
         fx.top_p,
         {"p": 0.9},
@@ -210,7 +211,7 @@ ENTRIES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = 
             "qkv": "",
             "finish": "",
             "logits": "",
-            "scale": "None -1 0 1.5 True huge",
+            "scale": "None -1 0 1.5 True huge JAX scalar",
             "sliding_window": "None",
             "sliding_layers": "list",
         },
@@ -225,9 +226,9 @@ ENTRIES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = 
             "head_dim": "",
             "rngs": "",
             "rope": "None",
-            "scale": "None -1 0 1.5 True huge",
+            "scale": "None -1 0 1.5 True huge JAX scalar",
             "sliding_window": "None",
-            "qk_norm_eps": "None -1 0 1.5 True huge",
+            "qk_norm_eps": "None -1 0 1.5 True huge JAX scalar",
         },
     ),
     "decode_attention": (
@@ -247,9 +248,9 @@ ENTRIES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = 
             "k_new": "",
             "v_new": "",
             "cache": "",
-            "layer": "0",
+            "layer": "0 JAX scalar",
             "policy": "",
-            "scale": "-1 0 1.5 True huge",
+            "scale": "-1 0 1.5 True huge JAX scalar",
             "split": "",
             "execution": "None",
         },

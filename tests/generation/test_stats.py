@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fluxion_jax as fx
+import host_ops
 from fluxion_jax.decode import LayerTotals
 from fluxion_jax.policy import split_at
 from fluxion_jax.stats import DecodeStats
@@ -134,6 +135,24 @@ def test_measures_are_means_over_all_steps():
         )
         stats.add(totals, num_steps=steps)
     np.testing.assert_allclose(stats.recall, 0.6)
+
+
+@pytest.mark.native
+def test_a_step_that_failed_is_in_no_sum():
+    rows = tiny.prompts()
+    options = {"max_new_tokens": STEPS, "execution": fx.Execution(measure=True)}
+    host_ops.inject_fault(host_ops.STATUS_INTERNAL, after_calls=10 * LAYERS + 1)
+    try:
+        with pytest.raises(fx.FluxionError) as failure:
+            tiny.generate(tiny.llama(), rows, policy="full", **options)
+    finally:
+        host_ops.inject_fault(host_ops.STATUS_OK)
+    stats = failure.value.partial.stats
+    steps = stats.num_steps
+    assert 0 < steps < STEPS
+    np.testing.assert_allclose(stats.recall, 1.0, atol=1e-5)
+    assert stats.cached_blocks == BLOCKS[:steps].sum() * KV_HEADS
+    np.testing.assert_array_equal(stats.host_blocks, [stats.cached_blocks] * LAYERS)
 
 
 def score(policy):

@@ -8,7 +8,7 @@
 #   make dist      the source distribution and a wheel for Linux machines, into dist/
 #
 # Variables: PYTHON (the interpreter, 3.11 or newer), VENV (where the environment goes),
-# ARGS (passed on, as in `make demo ARGS="--model gemma3-270m"`).
+# ARGS (passed on, as in `make demo ARGS="--context-tokens 3000"`).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -120,6 +121,12 @@ def _text(key: str, value: object) -> str:
     return str(value)
 
 
+def _numbers(text: str) -> str:
+    """The version that a text begins with; what builders append says nothing about the machine."""
+    found = re.match(r"[0-9.]*[0-9]", text)
+    return found[0] if found else text
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -131,7 +138,14 @@ def _versions() -> Section:
     return {
         "fluxion-jax": _version("fluxion-jax"),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": "-".join(
+            (
+                platform.system(),
+                _numbers(platform.release()),
+                platform.machine(),
+                *platform.libc_ver(),
+            )
+        ),
         **{package: _version(package) for package in PACKAGES},
     }
 
@@ -153,7 +167,8 @@ def _devices() -> Section:
             found[f"{name}_in_use_bytes"] = int(used["bytes_in_use"])
     driver = Path("/proc/driver/nvidia/version")
     if driver.is_file():
-        found["nvidia_driver"] = driver.read_text().splitlines()[0].strip()
+        # The line goes on with who built it, and when.
+        found["nvidia_driver"] = _numbers(driver.read_text().partition("x86_64")[2].strip())
     return found
 
 

@@ -106,7 +106,8 @@ def generate(
       cache: a cache to continue in; its rows keep their tokens and the prompts come behind them.
         None allocates one of the size needed, rounded up, in the model's dtype.
       split: which part of the work the host does: `"host"`, `"device"`, `"model"` (both end
-        together by a cost model) or a share; None for the host.
+        together by a cost model), `"adaptive"` (the same, corrected by the times of every layer),
+        either with `:FILE` of `fluxion bench machine`, or a share; None for the host.
       execution: how a step runs.
       seed: of the sampling.
       chunk_tokens: tokens that one compiled call prefills; shorter prompts are padded to it.

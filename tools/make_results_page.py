@@ -25,9 +25,10 @@ INTRODUCTION = """# Measured results
 
 <!-- Written by tools/make_results_page.py; do not edit. -->
 
-Limits first: what is not on this page was not measured on a machine that can be named, and is not
-claimed. Speed of whole decode steps belongs to the machine it was measured on; a small model on
-a CPU shows fidelity, not speed. How each figure is measured is in [Benchmarks](benchmarks.md), and
+Limits first: this page shows the reports under `benchmarks/results`. Other pages name a few
+figures of single runs, each with how it was got; speed of large models is claimed from this page
+only. Speed of whole decode steps belongs to the machine it was measured on; a small model on a
+CPU shows fidelity, not speed. How each figure is measured is in [Benchmarks](benchmarks.md), and
 what each column of an evaluation means in [Evaluation](evaluation.md). Every number below is read
 from a report under `benchmarks/results`.
 """
@@ -55,7 +56,8 @@ def machine(stamp: dict[str, Any]) -> str:
         *devices,
         f"{cpu['allowed']} of {cpu['present']} CPUs, {cpu['model']}",
         f"{memory['total_bytes'] / 2**30:.0f} GiB of memory",
-        f"Python {stamp['versions']['python']}, JAX {stamp['versions']['jax']}",
+        f"Python {stamp['versions']['python']}, JAX {stamp['versions']['jax']}, "
+        f"Flax {stamp['versions']['flax']}",
         f"load {stamp['load']:.1f}",
         f"commit {stamp['commit'][:7]}{' with changes' if stamp['dirty'] else ''}",
         stamp["date"][:10],

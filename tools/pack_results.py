@@ -3,9 +3,9 @@
     python tools/pack_results.py pack FOLDER NAME
     python tools/pack_results.py unpack FOLDER PIECE...
 
-The first leaves nothing in the folder but FOLDER/NAME.tar.xz.0, .1 and so on. For machines from
-which only a few files come back. What a finished run does not need to go on is left out: float32
-weights and moments of a training run, whose exported model is in.
+The first leaves nothing in the folder but FOLDER/NAME.tar.xz.0, .1 and so on. For moving
+results where the number and size of files are limited. What a finished run does not need to go on
+is left out: float32 weights and moments of a training run, whose exported model is in.
 """
 
 from __future__ import annotations

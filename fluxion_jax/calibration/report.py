@@ -47,7 +47,7 @@ def render(report: dict[str, Any]) -> str:
         "class: streaming or retrieval told right; short: budgets below the smallest that keeps to",
         "the tolerance; missed: the same of heads that need more than the window; left: error",
         "beyond the tolerance, norm over a step's heads; given, needed: host bytes of the plans,",
-        "and of plans that know what is needed, as a share of all K/V",
+        "and of plans that know what is needed, summaries included, as a share of all K/V",
     ]
     return "\n".join(lines)
 

@@ -25,9 +25,10 @@ MIN_RANGE_BYTES = 64 * 1024
 class CostModel:
     """Rates and fixed costs of one layer's sparse attention.
 
-    The defaults are of one machine (H100 80GB on PCIe 5.0 x16, 16 CPUs with AVX-512): three
-    quarters of its streaming read, nine tenths of its pinned copies, a hand-over without work; the
-    device's fixed costs are an estimate. `fluxion bench machine` measures those of another.
+    The defaults are of one kind of machine (H100 80GB, 16 CPUs with AVX-512), rounded from runs in
+    which its CPUs streamed 76 to 100 GB/s, copies of pinned memory took 54 GB/s and a hand-over
+    without work 15 to 59 us; the device's fixed costs are an estimate. `fluxion bench machine`
+    measures those of another.
 
     Attributes:
       host_bytes_per_s: at which the host's threads attend to selected blocks.

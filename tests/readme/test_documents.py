@@ -106,6 +106,13 @@ def test_notebooks_lead_somewhere_and_show_what_they_do(path: Path) -> None:
     assert not re.search(r"/(?:tmp|home|root|work)/", shown)
 
 
+def test_reports_name_no_folder_of_the_machine_that_made_them() -> None:
+    recorded = [*ROOT.glob("benchmarks/results/*.json"), *ROOT.glob("fluxion_jax/**/*.json")]
+    assert len(recorded) > 10
+    private = re.compile(r"(?<![\w.])/(?:tmp|home|root|work)/")
+    assert not [path.name for path in recorded if private.search(path.read_text())]
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 def test_named_make_targets_exist(path: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()

@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fluxion_jax as fx
 from fluxion_jax.bench import cells
 from fluxion_jax.calibration import samples
 
 
 def part(value: int) -> samples._Part:
     return samples._Part(*(np.full(2, value, x) for x in ("f4", "i4", "f4", "i4")))
+
+
+def plans(value: int) -> fx.policy.ReplayPolicy:
+    return fx.policy.ReplayPolicy(
+        np.asarray([value], np.int32),
+        np.full((1, 1, 1, 1), 16, np.int32),
+        np.zeros((1, 1, 1, 1), np.int32),
+    )
 
 
 WRITERS: dict[str, tuple[Callable[[Path, int], None], Callable[[Path], Any]]] = {
@@ -27,6 +36,10 @@ WRITERS: dict[str, tuple[Callable[[Path, int], None], Callable[[Path], Any]]] = 
     "samples": (
         lambda path, value: samples._keep(path.parent, path.stem, part(value)),
         lambda path: samples._kept(path.parent, path.stem).host_tokens[0],
+    ),
+    "plans": (
+        lambda path, value: plans(value).save(path),
+        lambda path: fx.parse_policy(f"replay:{path}").first_position[0],
     ),
 }
 

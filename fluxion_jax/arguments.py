@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.host_kv import HostKV, require_buffers
 from fluxion_jax.decode import NO_TOKEN
 from fluxion_jax.errors import ConfigError, FluxionError, require
 
@@ -98,11 +98,7 @@ def check_cache(cache: HostKV, model: Any, new_tokens: np.ndarray) -> None:
                 f"expected a cache with {name}={of_model} like the model, got {of_cache}; "
                 "allocate it with model.config.kv_layout()"
             )
-    if any(array.is_deleted() for array in jax.tree.leaves(cache)):
-        raise FluxionError(
-            "expected a cache with its buffers, got one that a compiled program consumed; go on "
-            "with the cache that the program returned"
-        )
+    require_buffers(cache)
     try:
         cache.check()
     except FluxionError as error:

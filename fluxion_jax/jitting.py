@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fluxion_jax.cache.host_kv import HostKV, cache_shardings
+from fluxion_jax.cache.host_kv import CONSUMED, HostKV, cache_shardings
 from fluxion_jax.cache.placement import Placement, array_sharding
 from fluxion_jax.compilations import compilations
 from fluxion_jax.errors import ConfigError, FluxionError
@@ -258,10 +258,7 @@ class _Program:
             # Not by a look at the buffers: a program that fails has consumed them, too.
             if "has been deleted" not in str(error):
                 raise
-            raise FluxionError(
-                "expected arguments with their buffers, got one that a compiled program consumed; "
-                "go on with the cache that the program returned"
-            ) from error
+            raise FluxionError(f"expected arguments with their buffers, {CONSUMED}") from error
         self.compilations += compilations() - before
         return results
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import host_ops
-from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.host_kv import HostKV, require_buffers
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, KVLayout, host_tokens
 from fluxion_jax.cache.placement import BY_HEAD
 from fluxion_jax.cache.sketch import Sketch, empty_sketch
@@ -39,12 +39,8 @@ _SKETCH_FIELDS = tuple(f"sketch.{name}" for name in Sketch._fields)
 
 def save(cache: HostKV, path: str | Path) -> None:
     """See `HostKV.save`."""
+    require_buffers(cache)
     leaves = jax.tree.leaves(cache)
-    if any(x.is_deleted() for x in leaves):
-        raise ConfigError(
-            "expected a cache that holds its buffers, got one that a program has consumed; save "
-            "the cache which that program returned"
-        )
     if not all(x.is_fully_addressable for x in leaves):
         raise UnsupportedError(
             "expected a cache whose devices all belong to this process, got one of several "

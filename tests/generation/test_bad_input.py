@@ -284,7 +284,7 @@ def test_a_sequence_of_implementations_can_be_part_of_a_program():
     assert hash(fx.Execution(host=["native", "xla"])) == hash(fx.Execution(host=("native", "xla")))
 
 
-def test_a_consumed_cache_is_refused(model, intact):
+def test_a_consumed_cache_is_refused(model, intact, tmp_path):
     consumed = intact.fork()
     decode(consumed, (3, 6, 64), (3, 2, 64), (3, 2, 64))
     for call in (
@@ -292,6 +292,17 @@ def test_a_consumed_cache_is_refused(model, intact):
         lambda: fx.prefill(model, REST, consumed),
         lambda: fx.score(model, consumed, [[1, 2]] * 3),
         lambda: fx.jit(lambda cache: cache.advance())(consumed),
+        lambda: consumed.save(tmp_path / "consumed"),
+        lambda: consumed.require_room(1),
+        lambda: consumed.host_len,
+        lambda: consumed.has_room(1),
+        lambda: consumed.advance(),
+        lambda: consumed.note_non_finite(jnp.zeros((3, 1)), jnp.ones(3, bool)),
+        lambda: consumed.reset([0]),
+        lambda: consumed.fork(),
+        lambda: consumed.check(),
+        lambda: consumed.clear_status(),
+        lambda: consumed.at_home(),
     ):
         refused(fx.FluxionError, "one that a compiled program consumed; go on with", call)
 

@@ -260,16 +260,21 @@ def adapt(
             f"{q.shape}, {k.shape} and {v.shape} for B=1, T=13; put heads before the head size"
         )
 
-    def one_layer(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one_layer(tokens: jax.Array) -> tuple[Any, Any, Any]:
         x = embed(model, tokens, tokens)
         layer = layers(model)[0]
-        return finish(layer, x, qkv(layer, x, tokens)[0]), logits(model, x)
+        return x, finish(layer, x, qkv(layer, x, tokens)[0]), logits(model, x)
 
-    after, behind = nnx.eval_shape(one_layer, tokens)
-    if len(after.shape) != 3 or len(behind.shape) != 3:
+    x, after, behind = nnx.eval_shape(one_layer, tokens)
+    embedded, finished, predicted = (
+        getattr(y, "shape", type(y).__name__) for y in (x, after, behind)
+    )
+    if len(embedded) != 3 or embedded[:2] != rows:
+        raise ConfigError(f"expected embed to return [B, T, D], got {embedded} for B=1, T=13")
+    if finished != embedded or len(predicted) != 3 or predicted[:2] != rows:
         raise ConfigError(
             "expected finish to return [B, T, D] and logits [B, T, V], got "
-            f"{after.shape} and {behind.shape}"
+            f"{finished} and {predicted} for B=1, T=13, D={embedded[2]}"
         )
     if sliding_window is not None and not sliding_layers:
         raise ConfigError(

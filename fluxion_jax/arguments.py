@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.host_kv import HostKV, require_buffers
 from fluxion_jax.decode import NO_TOKEN
 from fluxion_jax.errors import ConfigError, FluxionError, require
 
@@ -81,19 +81,24 @@ def check_cache(cache: HostKV, model: Any, new_tokens: np.ndarray) -> None:
     if len(new_tokens) != cache.batch:
         raise ConfigError(f"expected {cache.batch} prompts for this cache, got {len(new_tokens)}")
     config, layout = model.config, cache.layout
-    for name in ("num_layers", "num_kv_heads", "head_dim", "sliding_window", "sliding_layers"):
+    for name in (
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "sliding_window",
+        "sliding_layers",
+    ):
         of_cache = getattr(layout, name)
         of_model = getattr(config, name, of_cache)
-        if of_model != of_cache:
+        # A layout need not name its query heads.
+        unnamed = name == "num_heads" and of_cache is None
+        if of_model != of_cache and not unnamed:
             raise ConfigError(
                 f"expected a cache with {name}={of_model} like the model, got {of_cache}; "
                 "allocate it with model.config.kv_layout()"
             )
-    if any(array.is_deleted() for array in jax.tree.leaves(cache)):
-        raise FluxionError(
-            "expected a cache with its buffers, got one that a compiled program consumed; go on "
-            "with the cache that the program returned"
-        )
+    require_buffers(cache)
     try:
         cache.check()
     except FluxionError as error:
@@ -113,6 +118,11 @@ def check_cache(cache: HostKV, model: Any, new_tokens: np.ndarray) -> None:
 
 def check_recorded(cache: HostKV, policy: Any) -> None:
     """Raises ConfigError if the plans for this cache cannot be recorded and replayed."""
+    if not cache.layout.global_layers:
+        raise ConfigError(
+            "expected a model with a layer that attends to everything for Execution(record=True), "
+            "got sliding windows in all layers; nothing is planned for them"
+        )
     if cache.layout.num_heads is None:
         raise ConfigError(
             "expected a cache whose layout names its query heads for Execution(record=True), got "
@@ -136,6 +146,12 @@ def stop_slots(stop_tokens: Sequence[int]) -> np.ndarray:
             f"expected integer token ids as stop_tokens, got {stop_tokens!r}; encode text with the "
             "model's tokenizer"
         ) from None
+    beyond = [token for token in ids if abs(token) > np.iinfo(np.int32).max]
+    if beyond:
+        raise ConfigError(
+            f"expected token ids below 2**31 as stop_tokens, got {beyond}; are these the model's "
+            "own tokens?"
+        )
     free = _STOP_SLOTS if not ids else -len(ids) % _STOP_SLOTS
     return np.asarray([*ids, *[NO_TOKEN] * free], np.int32)
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fluxion_jax.cache.host_kv import HostKV, cache_shardings
+from fluxion_jax.cache.host_kv import CONSUMED, HostKV, cache_shardings
 from fluxion_jax.cache.placement import Placement, array_sharding
 from fluxion_jax.compilations import compilations
 from fluxion_jax.errors import ConfigError, FluxionError, is_iterable
@@ -203,6 +203,20 @@ def _shardings(tree: Any, placement: Placement | None) -> Any:
     return jax.tree.map(place, tree, is_leaf=_is_cache)
 
 
+def _put_on_mesh(x: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Puts an array that is on no mesh on that of the program.
+
+    An array's mesh is part of its type, whatever shardings are stated: without this, a program
+    would be compiled again as soon as its arguments are results, which are on the mesh.
+    """
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+        return x
+    # Where devices belong to other processes, putting would first compare the values of them all.
+    if isinstance(x.sharding, NamedSharding) or not sharding.is_fully_addressable:
+        return x
+    return jax.device_put(x, sharding)
+
+
 def _placement(dynamic: dict[str, Any]) -> Placement | None:
     caches = [x for x in jax.tree.leaves(dynamic, is_leaf=_is_cache) if _is_cache(x)]
     placements = {cache.placement for cache in caches}
@@ -238,10 +252,12 @@ class _Program:
 
         # Stated shardings also make an argument's origin irrelevant: without them the first call,
         # with fresh arrays, and the second, with results of the first, would compile twice.
+        in_shardings = self._divide(_shardings(arguments, placement))
+        self._kept_on_mesh = None if placement is None else in_shardings[1]
         self._compiled = jax.jit(
             split_call,
             donate_argnums=0,
-            in_shardings=self._divide(_shardings(arguments, placement)),
+            in_shardings=in_shardings,
             out_shardings=_shardings(results, placement),
         )
 
@@ -253,15 +269,15 @@ class _Program:
     def __call__(self, dynamic: dict[str, Any]) -> Any:
         before = compilations()
         try:
-            results = self._compiled(*self._divide(dynamic))
+            donated, kept = self._divide(dynamic)
+            if self._kept_on_mesh is not None:
+                kept = jax.tree.map(_put_on_mesh, kept, self._kept_on_mesh)
+            results = self._compiled(donated, kept)
         except RuntimeError as error:
             # Not by a look at the buffers: a program that fails has consumed them, too.
             if "has been deleted" not in str(error):
                 raise
-            raise FluxionError(
-                "expected arguments with their buffers, got one that a compiled program consumed; "
-                "go on with the cache that the program returned"
-            ) from error
+            raise FluxionError(f"expected arguments with their buffers, {CONSUMED}") from error
         self.compilations += compilations() - before
         return results
 

@@ -23,7 +23,7 @@ def test_pieces_hold_everything_but_what_can_be_done_without(tool, tmp_path, mon
     (source / "evaluate" / "cells").mkdir(parents=True)
     noise = random.Random(0).randbytes(11_500)
     (source / "evaluate" / "cells" / "a.json").write_bytes(noise)
-    (source / "evaluate" / "cells" / "b.part").write_text("half a cell")
+    (source / "evaluate" / "cells" / ".b.json.0a1b2c3d.partial").write_text("half a cell")
     (source / "train.txt").write_text("step 1")
     (source / "weights_0.f32").write_bytes(noise)
     pieces = tool.pack(source, "all")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PIECE_BYTES = 15 << 20
-_LEFT_OUT = ("weights_*.f32", "moments.npz", "*.part")
+_LEFT_OUT = ("weights_*.f32", "moments.npz", "*.partial")
 
 
 def pack(folder: Path, name: str) -> list[Path]:

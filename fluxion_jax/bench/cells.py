@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fluxion_jax.whole_files import replaced
+
 
 def cell(folder: Path | None, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `measure` returns, or what it returned when the cell was last measured.
@@ -122,6 +124,5 @@ class _OutOfTimeError(Exception):
 def _keep(path: Path, result: dict[str, Any]) -> None:
     """Writes a file that is either whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(path)
+    with replaced(path) as file:
+        file.write((json.dumps(result, indent=2) + "\n").encode())

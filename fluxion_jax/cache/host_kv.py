@@ -47,6 +47,10 @@ from fluxion_jax.status import STATUS_FULL, STATUS_NAN, describe_status
 
 Arrays = tuple[jax.Array, ...]
 _STATIC: dict[str, Any] = {"static": True}
+CONSUMED = (
+    "got one that a compiled program consumed; go on with the cache that the program returned"
+)
+"""The end of every message about buffers that are gone."""
 
 
 @jax.tree_util.register_dataclass
@@ -319,7 +323,8 @@ class HostKV:
           path: the file; its folder must exist.
 
         Raises:
-          ConfigError: a program has consumed this object, or `path` is a folder.
+          ConfigError: `path` is a folder.
+          FluxionError: a program has consumed this object.
           UnsupportedError: devices of the cache belong to other processes.
           OSError: the file cannot be written.
         """
@@ -361,7 +366,9 @@ class HostKV:
 
         Raises:
           CacheFullError: a row would grow beyond `max_tokens`.
+          FluxionError: a program has consumed this object.
         """
+        require_buffers(self)
         after = np.asarray(self.lengths) + np.where(np.asarray(self.active), count, 0)
         if (after > self.max_tokens).any():
             row = int(np.argmax(after))
@@ -384,7 +391,12 @@ class HostKV:
 
     @property
     def host_len(self) -> jax.Array:
-        """int32 `[B]`, tokens of each row that are selectable on the host."""
+        """int32 `[B]`, tokens of each row that are selectable on the host.
+
+        Raises:
+          FluxionError: a program has consumed this object.
+        """
+        require_buffers(self)
         return host_tokens(self.layout, self.lengths)  # type: ignore[no-any-return]
 
     def advance(self, count: jax.Array | int = 1) -> HostKV:
@@ -400,7 +412,9 @@ class HostKV:
 
         Raises:
           ConfigError: `count` is not integers of a fitting shape, or one of them is negative.
+          FluxionError: a program has consumed this object.
         """
+        require_buffers(self)
         if not isinstance(count, jax.core.Tracer):
             given = _integers(count, "count")
             if given.shape not in ((), (self.batch,)) or (given < 0).any():
@@ -421,7 +435,11 @@ class HostKV:
 
         Returns:
           bool `[B]`.
+
+        Raises:
+          FluxionError: a program has consumed this object.
         """
+        require_buffers(self)
         fits = self.lengths + count <= self.max_tokens
         return self.active & (self.status[0] == 0) & fits
 
@@ -434,7 +452,11 @@ class HostKV:
 
         Returns:
           The cache, with the status bit set where a value was not finite.
+
+        Raises:
+          FluxionError: a program has consumed this object.
         """
+        require_buffers(self)
         finite = jnp.isfinite(values).reshape(self.batch, -1).all(axis=1)
         bad = (rows & ~finite).any()
         return self.replace(status=self.status | jnp.where(bad, STATUS_NAN, 0))
@@ -450,7 +472,9 @@ class HostKV:
 
         Raises:
           ConfigError: there is no such row.
+          FluxionError: a program has consumed this object.
         """
+        require_buffers(self)
         chosen = jnp.asarray(np.isin(np.arange(self.batch), self._row_index(rows)))
         return self.replace(
             lengths=jnp.where(chosen, 0, self.lengths),
@@ -475,7 +499,9 @@ class HostKV:
         Raises:
           ConfigError: there is no such row, or none was named.
           UnsupportedError: devices of the cache belong to other processes.
+          FluxionError: a program has consumed this object.
         """
+        require_buffers(self)
         index = self._row_index(rows)
         if not index.size:
             raise ConfigError("expected at least one row to fork, got none; name rows to copy")
@@ -501,8 +527,10 @@ class HostKV:
 
         Raises:
           CacheFullError: a row reached `max_tokens`.
-          FluxionError: another error; the text names it and the remedy.
+          FluxionError: another error, or a program has consumed this object; the text names it and
+            the remedy.
         """
+        require_buffers(self)
         status = int(self.status[0])
         homes = {
             shard.device: np.asarray(shard.data).tolist() for shard in self.home.addressable_shards
@@ -546,11 +574,21 @@ class HostKV:
         )
 
     def clear_status(self) -> HostKV:
-        """Returns this cache with the pending error acknowledged."""
+        """Returns this cache with the pending error acknowledged.
+
+        Raises:
+          FluxionError: a program has consumed this object.
+        """
+        require_buffers(self)
         return self.replace(status=jnp.zeros_like(self.status)).at_home()
 
     def at_home(self) -> HostKV:
-        """Returns this cache with its present place as the one where it must stay."""
+        """Returns this cache with its present place as the one where it must stay.
+
+        Raises:
+          FluxionError: a program has consumed this object.
+        """
+        require_buffers(self)
         places = self._addresses()
         if self.placement is None:
             words = next(iter(places.values()), [0, 0])
@@ -672,7 +710,7 @@ class HostKV:
         stacked = ", stacked" if self.stacked else ""
         if not hasattr(self.lengths, "shape"):
             return f"HostKV of {_leaf_kinds(self)}"
-        if any(getattr(x, "is_deleted", bool)() for x in jax.tree.leaves(self)):
+        if _is_consumed(self):
             return "HostKV that a program has consumed; go on with the one that it returned"
         if isinstance(self.lengths, jax.core.Tracer):
             lengths = "traced"
@@ -687,6 +725,16 @@ class HostKV:
             f"  host {_mib(self.host_bytes)}: {_places(self._parts('host'))}\n"
             f"  device {_mib(self.device_bytes)}: {_places(self._parts('device'))}"
         )
+
+
+def require_buffers(cache: HostKV) -> None:
+    """Raises FluxionError if a program has consumed a cache; a traced one has none to lose."""
+    if not isinstance(cache.lengths, jax.core.Tracer) and _is_consumed(cache):
+        raise FluxionError(f"expected a cache with its buffers, {CONSUMED}")
+
+
+def _is_consumed(cache: HostKV) -> bool:
+    return any(getattr(x, "is_deleted", bool)() for x in jax.tree.leaves(cache))
 
 
 def cache_shardings(cache: HostKV) -> HostKV:

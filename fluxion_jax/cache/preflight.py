@@ -43,6 +43,9 @@ def require_memory(layout: KVLayout, batch: int, max_tokens: int) -> None:
       ConfigError: it does not fit; the text says what to do.
     """
     wanted = host_bytes(layout, batch, max_tokens)
+    # What fits into the window asks nothing of the host, however little is left there.
+    if not wanted:
+        return
     cache = (
         f"a cache of {batch} x {max_tokens} tokens, {wanted / _GIB:.1f} GiB in host memory "
         f"({wanted / (batch * max_tokens) / 1024:.1f} KiB a token)"

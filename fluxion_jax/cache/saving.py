@@ -9,12 +9,9 @@ blocks, U summary units.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import host_ops
-from fluxion_jax.cache.host_kv import HostKV
+from fluxion_jax.cache.host_kv import HostKV, require_buffers
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, KVLayout, host_tokens
 from fluxion_jax.cache.placement import BY_HEAD
 from fluxion_jax.cache.sketch import Sketch, empty_sketch
 from fluxion_jax.errors import ConfigError, IntegrityError, UnsupportedError, require_path
+from fluxion_jax.whole_files import replaced
 
 _MAGIC = b"fluxion kv cache"
 _FORMAT = 1
@@ -41,12 +39,8 @@ _SKETCH_FIELDS = tuple(f"sketch.{name}" for name in Sketch._fields)
 
 def save(cache: HostKV, path: str | Path) -> None:
     """See `HostKV.save`."""
+    require_buffers(cache)
     leaves = jax.tree.leaves(cache)
-    if any(x.is_deleted() for x in leaves):
-        raise ConfigError(
-            "expected a cache that holds its buffers, got one that a program has consumed; save "
-            "the cache which that program returned"
-        )
     if not all(x.is_fully_addressable for x in leaves):
         raise UnsupportedError(
             "expected a cache whose devices all belong to this process, got one of several "
@@ -73,7 +67,7 @@ def save(cache: HostKV, path: str | Path) -> None:
     }
     sections = list(_sections(cache.layout, cache.max_tokens, lengths, bool(cache.sketch)))
     manifest["content_bytes"] = sum(section.content_bytes for section in sections)
-    with _replaced(target) as file:
+    with replaced(target) as file:
         text = json.dumps(manifest).encode()
         file.write(_MAGIC + len(text).to_bytes(_SIZE_BYTES, "little"))
         file.write(text + hashlib.sha256(b"manifest" + text).digest())
@@ -287,24 +281,3 @@ def _read_manifest(file: BinaryIO, source: Path) -> dict[str, Any]:
             "load it with the version of fluxion_jax that saved it"
         )
     return manifest
-
-
-@contextlib.contextmanager
-def _replaced(target: Path) -> Iterator[BinaryIO]:
-    """Yields a new file that takes the place of `target` once it is complete and on the disk."""
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with open(partial, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        # Only now does the new name outlive a power cut, too.
-        os.fsync(folder)
-    finally:
-        os.close(folder)

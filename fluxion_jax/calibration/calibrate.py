@@ -128,7 +128,8 @@ def calibrate(
       The policy, and the JSON-ready report that was written beside the weights.
 
     Raises:
-      ConfigError: a setting does not fit, or there is too little text.
+      ConfigError: a setting does not fit, there is too little text, or no layer of the model has a
+        host cache.
 
     Example:
       >>> import fluxion_jax as fx
@@ -140,6 +141,11 @@ def calibrate(
     if not isinstance(model, LoadedModel):
         say(f"loading {model}")
         model = load_model(model)
+    if not model.config.kv_layout().global_layers:
+        raise ConfigError(
+            "expected a model with a layer that attends to everything, got sliding windows in all "
+            f"layers of {model.name}; there is nothing to calibrate, use it with the policy full"
+        )
     texts = calibration_texts(
         model,
         length_tokens=settings.length_tokens,

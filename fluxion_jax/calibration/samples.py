@@ -28,6 +28,7 @@ from fluxion_jax.models.load import LoadedModel
 from fluxion_jax.policy.features import NAMES
 from fluxion_jax.progress import bar_options
 from fluxion_jax.session import cache_dtype
+from fluxion_jax.whole_files import replaced
 
 SAMPLES = "samples"
 """Folder of the samples, beside the weights."""
@@ -183,6 +184,5 @@ def _keep(folder: Path | None, name: str, part: _Part) -> None:
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{name}.part.npz"
-    np.savez(partial, **part._asdict())
-    partial.replace(folder / f"{name}.npz")
+    with replaced(folder / f"{name}.npz") as file:
+        np.savez(file, **part._asdict())

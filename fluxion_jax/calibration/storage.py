@@ -157,7 +157,8 @@ def load_calibration(folder: Path, identity: str, tolerance: float | None = None
     Args:
       folder: what `save_calibration` wrote.
       identity: of the model they must belong to.
-      tolerance: of the output error; None takes 0.2, or what is nearest in the calibrated range.
+      tolerance: of the output error; None takes `DEFAULT_TOLERANCE` of `policy.fluxion_policy`, or
+        what is nearest in the calibrated range.
 
     Raises:
       ConfigError: nothing there, they belong to another model, or the tolerance is out of range.

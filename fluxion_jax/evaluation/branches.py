@@ -5,7 +5,8 @@ table of dozens of policies that reads the same prompt dozens of times. Here all
 decode together on the device, whose matrix units read the prompt once for all of them. Selections
 are the product's, bit for bit for the same queries; bytes are counted as the product counts them.
 
-Axes: B batch, V branches, T steps, N query heads, K KV heads, S prompt tokens, H head size.
+Axes: B batch, V branches, T steps, L layers, N query heads, K KV heads, S prompt tokens, H head
+size.
 """
 
 from __future__ import annotations
@@ -37,13 +38,16 @@ _LEAST_SLOTS = 32
 
 
 class Counts(NamedTuple):
-    """Exact counts per branch, int32 `[V]`, summed over layers, steps, rows and KV heads.
+    """Exact counts per step and branch, int32, summed over rows and KV heads.
+
+    Sums over layers and steps are made on the host, in integers of 64 bits: here 32 must do, which
+    hold what one layer reads in one step of any cache that fits into a machine.
 
     Attributes:
-      blocks: host blocks read, once for a whole group.
-      units: summaries scored.
-      cached_blocks: host blocks that could have been read.
-      tokens: that came out, over all rows.
+      blocks: `[T, L, V]`, host blocks read by the L global layers, once for a whole group.
+      units: `[T, L, V]`, summaries scored.
+      cached_blocks: `[T, V]`, host blocks of one layer that could have been read.
+      tokens: `[T, V]`, that came out, over all rows.
     """
 
     blocks: jax.Array
@@ -162,7 +166,10 @@ def run_branches(
         capacity_blocks,
     )
     found = np.asarray(tokens)
-    blocks, units, cached, answered = (np.asarray(c, np.int64) for c in counts)
+    blocks, units, cached, answered = (
+        np.asarray(c, np.int64).sum(axis=tuple(range(c.ndim - 1))) for c in counts
+    )
+    cached *= len(layout.global_layers)
     read = blocks * layout.block_bytes + units * layout.unit_summary_bytes
     return Branched(
         [[row[row != NO_TOKEN].tolist() for row in found[:, v]] for v in range(len(policies))],
@@ -284,14 +291,15 @@ def _decode(
     batch, branches = lengths.shape[0], sum(len(kind.branches) for kind in policies)
     kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
     empty = jnp.zeros((batch, branches, kv_heads, slots, head_dim), layout.jax_dtype)
-    none = jnp.zeros((branches,), jnp.int32)
+    by_step = jnp.zeros((slots, branches), jnp.int32)
+    by_layer = jnp.zeros((slots, len(layout.global_layers), branches), jnp.int32)
 
     def step(carry: _Carry) -> _Carry:
         t, running = carry.step, ~carry.finished
         positions = jnp.broadcast_to((lengths + t)[:, None], (batch, branches))
         x = model._embed(carry.next_tokens)
         keys, values, before = list(carry.k), list(carry.v), list(carry.before)
-        blocks = units = none
+        counts = carry.counts
         for index, layer in enumerate(model.layers):
             q, k, v = layer.attention._project(layer.attention_norm(x), positions)
             keys[index], values[index] = (
@@ -309,8 +317,14 @@ def _decode(
             )
             if before[index] is not None:
                 before[index] = seen
-            blocks += jnp.where(running[..., None], read.blocks, 0).sum(axis=(0, 2))
-            units += jnp.where(running[..., None], read.units, 0).sum(axis=(0, 2))
+            at = t, layout.global_index(index)
+            blocks, units = (
+                jnp.where(running[..., None], x, 0).sum(axis=(0, 2), dtype=jnp.int32)
+                for x in (read.blocks, read.units)
+            )
+            counts = counts._replace(
+                blocks=counts.blocks.at[at].set(blocks), units=counts.units.at[at].set(units)
+            )
             x = layer.finish(x, layer.attention.o(out.astype(x.dtype).reshape(*x.shape[:2], -1)))
         logits = model._logits(x)
         likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -322,8 +336,7 @@ def _decode(
         token = jnp.where(running, token, NO_TOKEN)
         stopped = (token[..., None] == stop_tokens).any(axis=-1)
         held = host_tokens(layout, lengths + t) // BLOCK_TOKENS * kv_heads
-        held *= len(layout.global_layers)
-        cached = jnp.where(running, held[:, None], 0).sum(axis=0)
+        cached = jnp.where(running, held[:, None], 0).sum(axis=0, dtype=jnp.int32)
         return _Carry(
             step=t + 1,
             k=tuple(keys),
@@ -332,11 +345,9 @@ def _decode(
             next_tokens=jnp.where(running, token, carry.next_tokens),
             finished=carry.finished | stopped,
             tokens=carry.tokens.at[:, :, t].set(token),
-            counts=Counts(
-                carry.counts.blocks + blocks,
-                carry.counts.units + units,
-                carry.counts.cached_blocks + cached,
-                carry.counts.tokens + running.sum(axis=0, dtype=jnp.int32),
+            counts=counts._replace(
+                cached_blocks=counts.cached_blocks.at[t].set(cached),
+                tokens=counts.tokens.at[t].set(running.sum(axis=0, dtype=jnp.int32)),
             ),
             fidelity=fidelity,
         )
@@ -355,7 +366,7 @@ def _decode(
         next_tokens=jnp.broadcast_to(first[:, None], (batch, branches)),
         finished=jnp.zeros((batch, branches), bool),
         tokens=jnp.full((batch, branches, slots), NO_TOKEN, jnp.int32),
-        counts=Counts(none, none, none, none),
+        counts=Counts(by_layer, by_layer, by_step, by_step),
         fidelity=None
         if forced is None
         else Fidelity(

@@ -16,7 +16,7 @@ from fluxion_jax.bench.stamp import stamp
 from fluxion_jax.demo import long_text
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.evaluation.answers import answer, answer_together
-from fluxion_jax.evaluation.fingerprints import model_fingerprint
+from fluxion_jax.evaluation.fingerprints import model_fingerprint, policy_fingerprint
 from fluxion_jax.evaluation.making import Key, made_groups, one_sample
 from fluxion_jax.evaluation.real_text import compare, compare_together, stretches
 from fluxion_jax.evaluation.report import answer_rows, text_rows
@@ -132,7 +132,8 @@ def evaluate(
       row has the `difference` from the reference and its paired 95 % bootstrap `interval`.
 
     Raises:
-      ConfigError: a setting does not fit the model, or the model has no tokenizer.
+      ConfigError: a setting does not fit the model, the model has no tokenizer, or two different
+        policies print alike.
     """
     settings, execution = settings or Settings(), execution or Execution()
     for name in settings.policies:
@@ -225,8 +226,20 @@ def prompts_sha256(samples: Sequence[Sample]) -> str:
 
 
 def _with_reference(policies: Sequence[str | Policy], model: LoadedModel) -> list[Policy]:
-    parsed = {str(p): p for p in (parse_policy(name, model) for name in ("full", *policies))}
-    return list(parsed.values())
+    """Full attention and then the others, each once.
+
+    Raises:
+      ConfigError: different ones have one name, by which a report's rows could not be told apart.
+    """
+    named: dict[str, Policy] = {}
+    for policy in (parse_policy(name, model) for name in ("full", *policies)):
+        first = named.setdefault(str(policy), policy)
+        if first is not policy and policy_fingerprint(first) != policy_fingerprint(policy):
+            raise ConfigError(
+                f"expected policies that differ in what they print, which names them in a report, "
+                f"got two different ones that print {policy}; evaluate one of them at a time"
+            )
+    return list(named.values())
 
 
 def _groups(

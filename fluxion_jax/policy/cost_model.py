@@ -102,12 +102,12 @@ class CostModel:
         """Reads the `cost_model` of a report of `fluxion bench machine --output`.
 
         Raises:
-          ConfigError: the file has no such section, or it has other fields.
+          ConfigError: the file cannot be read, has no such section, or it has other fields.
         """
         try:
-            document: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            document: Any = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             return cls.from_dict(document["cost_model"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             names = [field.name for field in dataclasses.fields(cls)]
             raise ConfigError(
                 f"expected a JSON report with a cost_model of {names} in {path}, got none "

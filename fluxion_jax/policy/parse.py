@@ -8,6 +8,7 @@ import jax
 
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.fixed_policy import fixed, full
+from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE
 from fluxion_jax.policy.oracle_policy import oracle
 from fluxion_jax.policy.protocol import Policy
 from fluxion_jax.policy.replay_policy import replay
@@ -121,5 +122,7 @@ def _fluxion_name(policy: str) -> _FluxionName | None:
     except ValueError:
         raise ConfigError(f"expected {GRAMMAR}; got {policy!r}") from None
     if tolerance is not None and not tolerance > 0.0:
-        raise ConfigError(f"expected a tolerance above 0, got {tolerance}; 0.2 is the default")
+        raise ConfigError(
+            f"expected a tolerance above 0, got {tolerance}; {DEFAULT_TOLERANCE} is the default"
+        )
     return _FluxionName(tolerance, folder or None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import zlib
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, KVLayout
-from fluxion_jax.errors import ConfigError, IntegrityError
+from fluxion_jax.errors import ConfigError, IntegrityError, require_path
 from fluxion_jax.policy.protocol import Features, Plan
+from fluxion_jax.whole_files import replaced
 
 _NAMES = ("first_position", "granularity", "budget_tokens")
 
@@ -25,7 +27,8 @@ _NAMES = ("first_position", "granularity", "budget_tokens")
 class ReplayPolicy:
     """Plans by row, position and layer; build it with `replay`.
 
-    Axes: R rows (1 serves any batch), S recorded steps, L layers, K KV heads, N query heads.
+    Axes: R rows (1 serves any batch), S recorded steps, L layers of the model (what stands for a
+    sliding one is not looked at), K KV heads, N query heads.
 
     Attributes:
       first_position: int32 `[R]`, position of the token of the first recorded step; tokens before
@@ -39,9 +42,21 @@ class ReplayPolicy:
     budget_tokens: jax.Array | np.ndarray
 
     def plan(self, features: Features, lengths: jax.Array) -> Plan:
-        """Plans as recorded; see `Policy.plan`."""
-        batch = features.q.shape[0]
-        rows, steps = self.granularity.shape[:2]
+        """Plans as recorded; see `Policy.plan`.
+
+        Raises:
+          ConfigError: the recording is of another model or of another batch.
+        """
+        batch, num_heads, _ = features.q.shape
+        rows, steps, *groups = self.granularity.shape
+        model = features.layout.num_layers, features.num_kv_heads, num_heads
+        recorded = (*groups, self.budget_tokens.shape[-1])
+        # A gather would replay the last layer for those behind it, and say nothing.
+        if recorded != model:
+            raise ConfigError(
+                "expected a recording of a model with {} layers, {} KV heads and {} query heads, "
+                "got one with {}, {} and {}; record this model".format(*model, *recorded)
+            )
         if rows not in (1, batch):
             raise ConfigError(
                 f"expected a recording of 1 row or of {batch}, got {rows}; record this batch"
@@ -56,13 +71,22 @@ class ReplayPolicy:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes a `.npz` file that `replay:FILE` reads."""
-        np.savez_compressed(
-            path,
-            first_position=np.asarray(self.first_position),
-            granularity=np.asarray(self.granularity),
-            budget_tokens=np.asarray(self.budget_tokens),
-        )
+        """Writes a file that `replay:FILE` reads, in NumPy's format `.npz` whatever its name is.
+
+        Args:
+          path: exactly the file that is written; its folder must exist.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        require_path(path, "the file to write")
+        with replaced(Path(path).expanduser()) as file:
+            np.savez_compressed(
+                file,
+                first_position=np.asarray(self.first_position),
+                granularity=np.asarray(self.granularity),
+                budget_tokens=np.asarray(self.budget_tokens),
+            )
 
     def __str__(self) -> str:
         digest = hashlib.sha256()
@@ -110,19 +134,26 @@ def replay(path: str | Path) -> ReplayPolicy:
     if not path.is_file():
         raise ConfigError(f"expected a file of recorded plans, got {path}; check the path")
     try:
-        with np.load(path) as file:
+        loaded = np.load(path)
+        if isinstance(loaded, np.ndarray):
+            raise IntegrityError(
+                f"expected recorded plans in {path}, got one array of shape {loaded.shape}; name a "
+                "file that ReplayPolicy.save wrote"
+            )
+        with loaded as file:
             first, granularity, budget = (file[name] for name in _NAMES)
-    except (BadZipFile, KeyError, ValueError, EOFError) as error:
+    except (BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
         raise IntegrityError(f"expected recorded plans in {path}, got: {error}") from error
     shapes = first.shape, granularity.shape[:3], budget.shape[:3]
     fits = len(granularity.shape) == len(budget.shape) == 4 and shapes[1] == shapes[2]
     if (
         not fits
+        or any(not np.issubdtype(x.dtype, np.integer) for x in (first, granularity, budget))
         or shapes[0] != shapes[1][:1]
         or not np.isin(granularity, GRANULARITIES_TOKENS).all()
     ):
         raise IntegrityError(
-            f"expected arrays [R], [R, S, L, K] of granularities and [R, S, L, N] in {path}, got "
-            f"{first.shape}, {granularity.shape} and {budget.shape}; record it again"
+            "expected integer arrays [R], [R, S, L, K] of granularities and [R, S, L, N] in "
+            f"{path}, got {first.shape}, {granularity.shape} and {budget.shape}; record it again"
         )
     return ReplayPolicy(*(x.astype(np.int32) for x in (first, granularity, budget)))

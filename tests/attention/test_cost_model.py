@@ -108,18 +108,23 @@ def test_rates_are_data_and_outputs_do_not_depend_on_them():
     assert compiled.compilations() == programs
 
 
-def test_names_of_splits(tmp_path):
+def test_names_of_splits(tmp_path, monkeypatch):
     assert parse_split("model").cost == CostModel()
     path = tmp_path / "bench-machine.json"
     own = CostModel(host_bytes_per_s=5e9, host_fixed_s=0.0)
     path.write_text(json.dumps({"cost_model": dataclasses.asdict(own)}))
     assert parse_split(f"model:{path}").cost == own
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_split("adaptive:~/bench-machine.json").cost == own
     with pytest.raises(fx.ConfigError, match="'adaptive:FILE' or a host fraction"):
         parse_split("models")
     for numbers in ({"speed": 3}, {"host_bytes_per_s": 5e9}, {}):
         path.write_text(json.dumps({"cost_model": numbers}))
         with pytest.raises(fx.ConfigError, match="write one with fluxion bench machine"):
             parse_split(f"model:{path}")
+    for missing in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(fx.ConfigError, match=f"cost_model of .* in {missing}, got none"):
+            parse_split(f"model:{missing}")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,15 @@ def test_free_memory_is_checked(monkeypatch):
     preflight.require_memory(LAYOUT, 1, 2**20)
 
 
+def test_a_cache_without_a_host_part_is_never_refused(monkeypatch):
+    monkeypatch.setattr(preflight, "free_bytes", lambda: 0)
+    assert fx.HostKV.allocate(LAYOUT, 1, 300).host_bytes == 0
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(preflight, "pinned_limit_bytes", lambda: 0)
+    monkeypatch.setattr(preflight, "_pinned_in_use", lambda: 1)
+    preflight.require_memory(LAYOUT, 1, 300)
+
+
 def test_the_pinned_pool_is_checked_on_a_gpu(monkeypatch):
     tokens = 64 * 2**20
     wanted = preflight.host_bytes(LAYOUT, 1, tokens)

@@ -208,7 +208,3 @@ def test_what_cannot_be_saved_or_loaded(tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"something else entirely, and long enough")
     with pytest.raises(fx.IntegrityError, match="something else"):
         fx.HostKV.load(tmp_path / "other")
-    consumed = small_cache()
-    fx.jit(lambda cache: cache.advance(0))(consumed)
-    with pytest.raises(fx.ConfigError, match="a program has consumed"):
-        consumed.save(tmp_path / "consumed")

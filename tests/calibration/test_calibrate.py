@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -15,6 +16,7 @@ from fluxion_jax.calibration.samples import ERRORS, HeadSamples, collect_samples
 from fluxion_jax.calibration.storage import save_calibration
 from fluxion_jax.calibration.texts import CalibrationText
 from fluxion_jax.calibration.training import error_left, flatten
+from fluxion_jax.models import Decoder
 from fluxion_jax.models.load import LoadedModel
 from fluxion_jax.policy.features import FAMILIES, NAMES, NUM_FEATURES
 from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE
@@ -169,6 +171,13 @@ def test_samples_are_kept_and_a_calibration_goes_on(tmp_path, monkeypatch):
         model, tiny.prompts(), policy=f"fluxion:tolerance=0.4:weights={tmp_path}", max_new_tokens=5
     )
     assert all(len(row) == 5 for row in result.tokens)
+
+
+def test_a_model_without_a_host_cache_is_refused_before_it_runs():
+    config = dataclasses.replace(tiny.gemma3().config, num_layers=1, sliding_layers=(0,))
+    model = Decoder.random(config)
+    with pytest.raises(fx.ConfigError, match="got sliding windows in all layers of slides; there"):
+        fx.calibrate(LoadedModel(model, None, config, "slides"), progress=False)
 
 
 def test_a_cache_is_as_large_as_the_texts_length(monkeypatch):

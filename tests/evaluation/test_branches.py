@@ -15,7 +15,7 @@ from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import run_blocks
 from fluxion_jax.compilations import compilations
 from fluxion_jax.errors import ConfigError, UnsupportedError
-from fluxion_jax.evaluation import branch_attention, branch_sketch
+from fluxion_jax.evaluation import branch_attention, branch_sketch, branches
 from fluxion_jax.evaluation.branch_attention import Past
 from fluxion_jax.evaluation.branches import read_prefix, run_branches
 from fluxion_jax.evaluation.oracle import ladder, oracle_plan
@@ -63,6 +63,25 @@ def test_branches_answer_and_count_as_the_product_does(forked):
         assert found.host_bytes_per_token[v] == result.stats.host_bytes_per_token, name
         assert found.read_fraction[v] == pytest.approx(result.stats.read_fraction), name
     assert len({tuple(rows[0]) for rows in found.tokens}) > 1
+
+
+def test_counts_beyond_32_bits_are_exact(monkeypatch):
+    """As of a large model: no layer reads that much in a step, all of them together do."""
+    # About 2,900 blocks in all, and 40 of a layer in a step.
+    policies, factor = [parse_policy("full")], 1 << 20
+    attend = branches._attend
+
+    def larger(*args):
+        out, read, seen = attend(*args)
+        return out, read._replace(blocks=read.blocks * factor, units=read.units * factor), seen
+
+    # Limits of their own, so that no other test takes a program of this one.
+    found = branched(policies, tiny.prompts(LENGTHS), dense_below_tokens=1)
+    monkeypatch.setattr(branches, "_attend", larger)
+    large = branched(policies, tiny.prompts(LENGTHS), dense_below_tokens=2)
+    assert large.tokens == found.tokens
+    np.testing.assert_array_equal(large.read_fraction, factor * found.read_fraction)
+    np.testing.assert_array_equal(large.host_bytes_per_token, factor * found.host_bytes_per_token)
 
 
 def test_a_branch_ends_at_its_own_stop_token(forked):

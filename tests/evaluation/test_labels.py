@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -78,7 +80,10 @@ def test_recorded_plans_are_kept_and_looked_up(tmp_path):
     recorded.save(tmp_path / "plans.npz")
     policy = parse_policy(f"replay:{tmp_path}/plans.npz")
     assert str(policy) == str(recorded)
-    features = fx.policy.Features(np.zeros((2, 4, 8), np.float32), *[None] * 2, 1, 2, *[None] * 7)
+    layout = fx.KVLayout(2, 2, 8)
+    features = fx.policy.Features(
+        np.zeros((2, 4, 8), np.float32), None, None, 1, 2, layout, *[None] * 6
+    )
     for lengths, steps in (([11, 21], (0, 0)), ([13, 22], (2, 1)), ([1, 99], (0, 2))):
         plan = policy.plan(features, np.asarray(lengths))
         for row, step in enumerate(steps):
@@ -88,14 +93,35 @@ def test_recorded_plans_are_kept_and_looked_up(tmp_path):
             np.testing.assert_array_equal(plan.granularity[row], recorded.granularity[row, step, 1])
     with pytest.raises(ConfigError, match="expected a recording of 1 row or of 3, got 2"):
         policy.plan(features._replace(q=np.zeros((3, 4, 8))), np.ones(3, int))
+    sizes = "a model with {} layers, {} KV heads and {} query heads, got one with 2, 2 and 4; rec"
+    for other, change in (
+        ((3, 2, 4), {"layout": fx.KVLayout(3, 2, 8)}),
+        ((1, 2, 4), {"layout": fx.KVLayout(1, 2, 8), "layer": 0}),
+        ((2, 1, 4), {"num_kv_heads": 1}),
+        ((2, 2, 6), {"q": np.zeros((2, 6, 8))}),
+    ):
+        with pytest.raises(ConfigError, match=sizes.format(*other)):
+            policy.plan(features._replace(**change), np.ones(2, int))
     with pytest.raises(ConfigError, match="expected a file of recorded plans"):
         parse_policy("replay:none.npz")
     (tmp_path / "text.npz").write_text("text")
     with pytest.raises(IntegrityError, match="expected recorded plans in"):
         parse_policy(f"replay:{tmp_path}/text.npz")
     np.savez(tmp_path / "other.npz", first_position=[1], granularity=[1], budget_tokens=[1])
-    with pytest.raises(IntegrityError, match=r"expected arrays \[R\]"):
+    with pytest.raises(IntegrityError, match=r"expected integer arrays \[R\]"):
         parse_policy(f"replay:{tmp_path}/other.npz")
+    halves = dataclasses.replace(recorded, budget_tokens=recorded.budget_tokens / 2)
+    halves.save(tmp_path / "halves.npz")
+    with pytest.raises(IntegrityError, match=r"expected integer arrays \[R\]"):
+        parse_policy(f"replay:{tmp_path}/halves.npz")
+    np.save(tmp_path / "one.npy", recorded.granularity)
+    with pytest.raises(IntegrityError, match=r"got one array of shape \(2, 3, 2, 2\); name a file"):
+        parse_policy(f"replay:{tmp_path}/one.npy")
+    # The file has exactly the name that was given.
+    recorded.save(tmp_path / "plans")
+    assert str(parse_policy(f"replay:{tmp_path}/plans")) == str(recorded)
+    with pytest.raises(ConfigError, match="expected the path of the file to write, got int"):
+        recorded.save(3)
 
 
 def test_the_oracle_keeps_to_its_tolerance_in_real_steps():

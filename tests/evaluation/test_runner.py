@@ -19,6 +19,7 @@ from fluxion_jax.evaluation.real_text import spread, stretches
 from fluxion_jax.fidelity import divergence
 from fluxion_jax.models import load_model
 from tests.cli.conftest import model as model
+from tests.policy.test_fluxion_policy import random_policy
 
 # Beyond the length up to which everything is read.
 LENGTH = 1280
@@ -174,6 +175,17 @@ def test_what_does_not_fit_is_refused(loaded, model, tmp_path):
     (tmp_path / "mute" / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="expected a model with a tokenizer"):
         evaluate(str(tmp_path / "mute"))
+
+
+def test_policies_that_print_alike_must_be_the_same(loaded):
+    """As weights of two folders do at one tolerance: one of them must not vanish."""
+    alike = random_policy(seed=1), random_policy(seed=2)
+    assert str(alike[0]) == str(alike[1])
+    with pytest.raises(ConfigError, match=r"got two different ones that print fluxion:tol.*=0\.1;"):
+        evaluate(loaded, dataclasses.replace(SETTINGS, policies=alike), progress=False)
+    given = ("fixed:16:0.05", "full", fx.fixed(16, 0.05), random_policy(seed=1), alike[0])
+    policies = runner._with_reference(given, loaded)
+    assert [str(p) for p in policies] == ["full", "fixed:16:0.05", "fluxion:tolerance=0.1"]
 
 
 def test_the_command(capsys, monkeypatch, tmp_path, found):

@@ -147,6 +147,8 @@ def test_tokens_that_cannot_be_scored(model, intact, tokens, message):
             r"'adaptive', 'adaptive:FILE' or a host fraction in \[0, 1\], got 'cpu'",
         ),
         ({"policy": 5}, "policy name or an object with a plan method, got int"),
+        ({"stop_tokens": [1, 2**40]}, r"below 2\*\*31 as stop_tokens, got \[1099511627776\]; are"),
+        ({"stop_tokens": [-(2**31) - 1]}, r"as stop_tokens, got \[-2147483649\]"),
     ],
 )
 def test_options_out_of_range(model, intact, options, message):
@@ -203,6 +205,17 @@ def test_a_cache_of_another_model(model):
         "num_layers=2 like the model, got 4",
         lambda: fx.prefill(model, REST, fx.HostKV.allocate(layout, 3, 640)),
     )
+
+
+@pytest.mark.parametrize(("num_heads", "fits"), [(None, True), (6, True), (4, False)])
+def test_a_cache_of_a_model_with_other_query_heads(model, num_heads, fits):
+    layout = fx.KVLayout(2, 2, 64, dtype="float32", num_heads=num_heads)
+    new = fx.HostKV.allocate(layout, 3, tiny.CAPACITY_TOKENS)
+    if fits:
+        fx.prefill(model, REST, new, progress=False)
+        return
+    message = "num_heads=6 like the model, got 4; allocate it with model.config.kv_layout"
+    refused(fx.ConfigError, message, lambda: fx.prefill(model, REST, new))
 
 
 def decode(cache, q, k_new, v_new, layer=0):
@@ -271,7 +284,7 @@ def test_a_sequence_of_implementations_can_be_part_of_a_program():
     assert hash(fx.Execution(host=["native", "xla"])) == hash(fx.Execution(host=("native", "xla")))
 
 
-def test_a_consumed_cache_is_refused(model, intact):
+def test_a_consumed_cache_is_refused(model, intact, tmp_path):
     consumed = intact.fork()
     decode(consumed, (3, 6, 64), (3, 2, 64), (3, 2, 64))
     for call in (
@@ -279,6 +292,17 @@ def test_a_consumed_cache_is_refused(model, intact):
         lambda: fx.prefill(model, REST, consumed),
         lambda: fx.score(model, consumed, [[1, 2]] * 3),
         lambda: fx.jit(lambda cache: cache.advance())(consumed),
+        lambda: consumed.save(tmp_path / "consumed"),
+        lambda: consumed.require_room(1),
+        lambda: consumed.host_len,
+        lambda: consumed.has_room(1),
+        lambda: consumed.advance(),
+        lambda: consumed.note_non_finite(jnp.zeros((3, 1)), jnp.ones(3, bool)),
+        lambda: consumed.reset([0]),
+        lambda: consumed.fork(),
+        lambda: consumed.check(),
+        lambda: consumed.clear_status(),
+        lambda: consumed.at_home(),
     ):
         refused(fx.FluxionError, "one that a compiled program consumed; go on with", call)
 

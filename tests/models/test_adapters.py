@@ -134,7 +134,20 @@ def test_any_decoder_from_its_five_parts() -> None:
             {"qkv": lambda layer, x, p: tuple(y.swapaxes(1, 2) for y in _split(layer, x, p))},
             "expected qkv to return q",
         ),
-        ({"logits": lambda m, x: m.tokens.attend(x)[:, 0]}, r"expected finish to return \[B, T, D"),
+        ({"logits": lambda m, x: m.tokens.attend(x)[:, 0]}, r"and \(1, 50\) for B=1, T=13, D=12"),
+        ({"logits": lambda m, x: m.tokens.attend(x).swapaxes(0, 1)}, r"and \(13, 1, 50\) for"),
+        ({"logits": lambda m, x: m.tokens.attend(x).swapaxes(1, 2)}, r"and \(1, 50, 13\) for"),
+        ({"logits": lambda m, x: (m.tokens.attend(x), 0)}, r"\(1, 13, 12\) and tuple for"),
+        ({"finish": lambda layer, x, attended: x[:, -1:]}, r"\[B, T, D\] .* got \(1, 1, 12\) and"),
+        ({"finish": lambda layer, x, attended: x[..., :8]}, r"got \(1, 13, 8\) and"),
+        ({"finish": lambda layer, x, attended: (x, None)}, r"got tuple and \(1, 13, 50\)"),
+        (
+            {
+                "embed": lambda m, tokens, p: m.tokens(tokens)[:, :, None],
+                "qkv": lambda layer, x, p: _split(layer, x[:, :, 0], p),
+            },
+            r"expected embed to return \[B, T, D\], got \(1, 13, 1, 12\)",
+        ),
         ({"sliding_layers": (7,)}, "sliding_layers"),
     ],
 )

@@ -13,9 +13,10 @@ from flax import nnx
 import fluxion_jax as fx
 from fluxion_jax.calibration.storage import make_policy
 from fluxion_jax.decode import decode_chunk
+from fluxion_jax.models import Decoder, ModelConfig
 from fluxion_jax.policy import FluxionPolicy, parse_policy
 from fluxion_jax.policy.features import head_features
-from fluxion_jax.policy.fluxion_policy import Safety
+from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE, Safety
 from fluxion_jax.policy.head_predictor import HeadPredictor
 from fluxion_jax.policy.protocol import Features
 from tests.generation import tiny
@@ -169,6 +170,14 @@ def test_recording_needs_the_query_heads_and_own_rankings():
         tiny.generate(model, rows, cache=cache, execution=execution)
     with pytest.raises(fx.ConfigError, match="ranks each head by itself"):
         tiny.generate(model, rows, policy="fixed:16:0.1:group", execution=execution)
+    config = dataclasses.replace(
+        ModelConfig.tiny_gemma3(), num_layers=1, sliding_layers=(0,), sliding_window=16
+    )
+    slides = Decoder.random(config)
+    cache = tiny.new_cache(slides)
+    with pytest.raises(fx.ConfigError, match=r"record=True\), got sliding windows in all layers"):
+        tiny.generate(slides, rows, cache=cache, execution=execution)
+    assert not np.asarray(cache.lengths).any()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +192,8 @@ def test_names_need_a_model_with_calibrated_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(fx.ConfigError, match="expected a model for the policy 'fluxion'"):
         parse_policy("fluxion")
-    with pytest.raises(fx.ConfigError, match="tolerance above 0, got -1"):
+    default = re.escape(f"tolerance above 0, got -1.0; {DEFAULT_TOLERANCE} is the default")
+    with pytest.raises(fx.ConfigError, match=default):
         parse_policy("fluxion:tolerance=-1")
     with pytest.raises(fx.ConfigError, match="run: fluxion calibrate --model"):
         tiny.generate(tiny.llama(), tiny.prompts(), policy="fluxion")

@@ -76,6 +76,13 @@ def test_generate_is_the_same_on_a_mesh(found: Any) -> None:
     assert found["generation"]["log_probs"] < 1e-5
 
 
+def test_generation_on_a_mesh_compiles_once(found: Any) -> None:
+    """All chunks of prompt and answer share a program, and a second generation compiles nothing."""
+    first, again = found["generation"]["compilations"]
+    assert first[:2] == [1, 1]
+    assert again == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("index", "text"),
     [

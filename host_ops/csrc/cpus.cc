@@ -1,7 +1,10 @@
 #include "cpus.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <fstream>
+#include <limits>
 #include <thread>
 
 #if defined(__linux__)
@@ -76,6 +79,36 @@ std::vector<int> wanted_cpus() {
   const bool possible =
       std::includes(allowed.begin(), allowed.end(), wanted.begin(), wanted.end());
   return possible ? wanted : std::vector<int>{};
+}
+
+long cpu_quota(const char* folder, const char* membership) {
+  long quota = std::numeric_limits<long>::max();
+  const auto apply = [&](double limit, double period) {
+    if (limit <= 0 || period <= 0) return;
+    quota = std::min(quota, std::max(1L, static_cast<long>(std::ceil(limit / period))));
+  };
+  std::ifstream groups(membership);
+  std::string line;
+  std::string own;
+  while (std::getline(groups, line)) {
+    if (line.rfind("0::", 0) == 0) own = line.substr(3);
+  }
+  // A group above may have a tighter limit.
+  while (true) {
+    std::ifstream file(folder + own + "/cpu.max");
+    double limit = 0;
+    double period = 0;
+    if (file >> limit >> period) apply(limit, period);
+    if (own.empty()) break;
+    own.erase(own.rfind('/'));
+  }
+  // The first version of control groups.
+  double limit = 0;
+  double period = 0;
+  std::ifstream(folder + std::string("/cpu/cpu.cfs_quota_us")) >> limit;
+  std::ifstream(folder + std::string("/cpu/cpu.cfs_period_us")) >> period;
+  apply(limit, period);
+  return quota;
 }
 
 void run_on(const std::vector<int>& cpus) {

@@ -20,6 +20,11 @@ std::string format_cpus(const std::vector<int>& cpus);
 // Those of FLUXION_CPUS if it names nothing but allowed CPUs, otherwise none.
 std::vector<int> wanted_cpus();
 
+// How many CPUs the limits of control groups let the process keep busy, rounded up; the largest
+// number there is without a limit. `folder` is where the groups are found and `membership` tells
+// which is the process's own.
+long cpu_quota(const char* folder = "/sys/fs/cgroup", const char* membership = "/proc/self/cgroup");
+
 // Confines the calling thread; does nothing without a CPU or where the system refuses.
 void run_on(const std::vector<int>& cpus);
 

@@ -278,9 +278,10 @@ int enqueue_copies(const CudaDriver& driver, CudaDriver::Function kernel,
 
 int enqueue_exchange(const CudaDriver& driver, CudaDriver::Function kernel,
                      CudaDriver::Stream stream, const CudaCopies& operands,
-                     const CudaCopies& results, const CudaSignal& signal) {
+                     const CudaCopies& results, const CudaSignal& signal, bool* launched) {
   int error = copy_by_driver(driver, stream, operands, false);
   if (error == 0) error = launch(driver, kernel, stream, operands, results, signal);
+  *launched = error == 0;
   return error != 0 ? error : copy_by_driver(driver, stream, results, false);
 }
 

@@ -61,10 +61,11 @@ struct CudaSignal {
 };
 
 // Copies operands, signals, waits, and copies results, all by one kernel, which must not be null and
-// keeps a few thousand threads of the device waiting.
+// keeps a few thousand threads of the device waiting. `launched` says whether the kernel will run,
+// also after an error.
 int enqueue_exchange(const CudaDriver& driver, CudaDriver::Function kernel,
                      CudaDriver::Stream stream, const CudaCopies& operands,
-                     const CudaCopies& results, const CudaSignal& signal);
+                     const CudaCopies& results, const CudaSignal& signal, bool* launched);
 
 }  // namespace fluxion
 

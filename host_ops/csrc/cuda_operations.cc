@@ -199,7 +199,7 @@ std::string enqueue_collect(CudaStream& stream, CollectCall call) {
   if (staged.exchange == nullptr) return staged.problem;
   const auto work = [c = staged.call]() mutable {
     const bool found = choose_rows(c.g, c.rows, &c.cache);
-    collect(c.tick, c.g, c.cache, c.flush, found, c.out, true);
+    collect(c.tick, c.g, c.cache, c.flush, found ? kOk : kInvalid, c.out, true);
   };
   return stream.enqueue(staged.exchange, staged.operands, work, true, staged.results);
 }

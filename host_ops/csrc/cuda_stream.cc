@@ -3,9 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpus.h"
 #include "relax.h"
 #include "runtime.h"
 #include "signals.h"
+
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
 
 namespace fluxion {
 namespace {
@@ -174,13 +179,14 @@ void CudaStream::announce(Exchange* exchange) {
   bool asleep = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    queue_.push_back(exchange);
-    queued_.fetch_add(1, std::memory_order_release);
-    asleep = asleep_;
+    // Before it is queued: if there is no courier, nobody may ever wait for this exchange.
     if (sync_ != CudaSync::kHostFunctions && !courier_.joinable()) {
       const SignalsBlocked blocked;
       courier_ = std::thread([this] { serve(); });
     }
+    queue_.push_back(exchange);
+    queued_.fetch_add(1, std::memory_order_release);
+    asleep = asleep_;
   }
   if (asleep) wake_.notify_one();
 }
@@ -192,9 +198,11 @@ int CudaStream::exchange_by_kernel(Exchange* exchange, const CudaCopies& operand
   signal.signalled = address(exchange->go);
   signal.awaited = exchange->waits ? address(exchange->done) : 0;
   signal.value = exchange->generation;
+  bool launched = false;
   const int error =
-      enqueue_exchange(*driver_, copy_kernel_, stream_, operands, results, signal);
-  if (error != 0) exchange->refused.store(true, std::memory_order_release);
+      enqueue_exchange(*driver_, copy_kernel_, stream_, operands, results, signal, &launched);
+  // A kernel that waits must be answered, whatever failed behind it.
+  if (!launched) exchange->refused.store(true, std::memory_order_release);
   return error;
 }
 
@@ -286,6 +294,11 @@ void CudaStream::await_exchange() const {
 }
 
 void CudaStream::serve() {
+  run_on(runtime().pool.cpus());
+#if defined(__linux__)
+  // Naps of microseconds would be rounded up to more than twice their length.
+  prctl(PR_SET_TIMERSLACK, 1000UL, 0UL, 0UL, 0UL);
+#endif
   while (true) {
     Exchange* exchange = nullptr;
     await_exchange();

@@ -99,7 +99,8 @@ ffi::Error collect_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, boo
     if (!in.ok()) return in.error();
     const bool in_place = settle(call.g, call.rows, &call.cache, call.result);
     const bool found = choose_rows(call.g, call.rows, &call.cache);
-    collect(call.tick, call.g, call.cache, call.flush, in_place && found, call.out);
+    const uint32_t status = !in_place ? kNotInPlace : found ? kOk : kInvalid;
+    collect(call.tick, call.g, call.cache, call.flush, status, call.out);
     return ffi::Error::Success();
   });
 }

@@ -149,17 +149,21 @@ bool start(const int32_t tick[2], std::function<void()> action) noexcept {
     // Queued parts that no worker takes would be run by the collect of some other program, at a
     // time when this one may have failed and given its memory back.
     if (run.pool.threads() < 2) return false;
-    return run.slots.start(tick[0], tick[1], &run.pool, std::move(action));
+    const bool started = run.slots.start(tick[0], tick[1], &run.pool, std::move(action));
+    // The workers begin with the first push, and the system may have refused all of them; or they
+    // have been sent home meanwhile. The program waits for `action` before it collects.
+    while (started && run.pool.threads() < 2 && run.pool.run_some()) {
+    }
+    return started;
   } catch (...) {
     return false;
   }
 }
 
 void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& cache,
-             const FlushView& flush, bool in_place, const CollectOut& out,
+             const FlushView& flush, uint32_t status, const CollectOut& out,
              bool may_leave) noexcept {
   const Clock::time_point start = Clock::now();
-  uint32_t status = in_place ? kOk : kNotInPlace;
   float times[kTimes] = {};
   try {
     Runtime& run = runtime();

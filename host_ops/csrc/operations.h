@@ -70,14 +70,15 @@ struct CollectOut {
 // `flush` into the cache.
 //
 // With any status but kOk the flush is not written and the attention state is that of an empty
-// set. `in_place` is false if the framework has copied the cache; a cache that lies elsewhere than
-// at submit counts as copied as well, because the tasks may have read memory that was reused.
+// set. `status` is what the caller has found, kNotInPlace if the framework has copied the cache; a
+// cache that lies elsewhere than at submit counts as copied as well, because the tasks may have read
+// memory that was reused.
 //
 // A task past its time is cut off at its next part and waited for, unless `may_leave`: then a
 // thread that is stuck is left behind with its slot. It may still read the cache until `drain` has
 // waited for it, so this is for callers that would otherwise hold up a device.
 void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& cache,
-             const FlushView& flush, bool in_place, const CollectOut& out,
+             const FlushView& flush, uint32_t status, const CollectOut& out,
              bool may_leave = false) noexcept;
 
 }  // namespace fluxion

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <stdexcept>
 
 #include "cpus.h"
 #include "fetch.h"
@@ -16,6 +17,11 @@ constexpr auto kNap = std::chrono::milliseconds(20);
 
 // About as long as a lock is held by the threads that come before.
 constexpr int kMostPauses = 8;
+
+// Of the next job, what a thread touches first; a task is no larger.
+constexpr int64_t kFetchedJob = 320;
+
+thread_local const Pool* working_for = nullptr;
 
 // The number in an environment variable if it lies within bounds, otherwise `fallback`.
 long environment_number(const char* name, long low, long high, long fallback) {
@@ -59,8 +65,8 @@ Pool::Pool(int threads, std::vector<int> cpus, Clock::duration spin)
 
 Pool::~Pool() { set_threads(1); }
 
-void Pool::push(Job* job, int64_t parts, Turn turn) {
-  push_all(1, [&](int64_t) { return std::pair(job, parts); }, turn);
+void Pool::push(Job* job, int64_t parts, Turn turn, bool one_of_many) {
+  push_all(1, [&](int64_t) { return std::pair(job, parts); }, turn, one_of_many);
 }
 
 void Pool::push_chain(Job* first, Job* last, int64_t parts, Turn turn) {
@@ -140,7 +146,7 @@ void Pool::fetch_queue() {
   const char* const first = reinterpret_cast<const char*>(&maybe_work_);
   fetch(first, reinterpret_cast<const char*>(&done_) - first);
   std::lock_guard<SpinLock> lock(queue_lock_);
-  if (head_ != nullptr) fetch(head_, 256);
+  if (head_ != nullptr) fetch(head_, kFetchedJob);
 }
 
 bool Pool::run_some() {
@@ -180,6 +186,7 @@ void Pool::work(uint64_t epoch) {
   const auto retired = [&] { return epoch_.load(std::memory_order_acquire) != epoch; };
   const auto ready = [&] { return retired() || maybe_work_.load(std::memory_order_acquire); };
   run_on(cpus_);
+  working_for = this;
   bool woken = false;
   while (!retired()) {
     Parts parts;
@@ -228,6 +235,7 @@ void Pool::stop_workers() {
 }
 
 void Pool::set_threads(int threads) {
+  if (working_for == this) throw std::logic_error("a worker cannot replace the workers");
   {
     std::lock_guard<std::mutex> lock(start_mutex_);
     stop_workers();
@@ -240,8 +248,8 @@ void Pool::set_threads(int threads) {
 int default_threads() {
   const std::vector<int> wanted = wanted_cpus();
   const size_t cpus = wanted.empty() ? allowed_cpus().size() : wanted.size();
-  return static_cast<int>(
-      environment_number("FLUXION_NUM_THREADS", 1, 1024, static_cast<long>(cpus)));
+  const long useful = std::min(static_cast<long>(cpus), cpu_quota());
+  return static_cast<int>(environment_number("FLUXION_NUM_THREADS", 1, 1024, useful));
 }
 
 Clock::duration default_spin() {

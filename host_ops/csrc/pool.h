@@ -39,12 +39,13 @@ class SpinLock {
 
 // The gap between two layers of a decode step is shorter than a wake-up through the kernel; longer
 // spinning would take the core from the framework's own threads.
-constexpr Clock::duration kDefaultSpin = std::chrono::microseconds(50);
+// The nanosecond tells it from any time that FLUXION_SPIN_US can choose.
+constexpr Clock::duration kDefaultSpin = std::chrono::microseconds(50) + std::chrono::nanoseconds(1);
 
 // Where a device calls, workers would sleep between two steps unless they spin for as long as the
 // device needs for the last layer, the logits and the start of the next step, about 0.7 ms of an 8B
 // model; waking them costs a layer 0.1 ms and more. There the framework needs few CPUs.
-constexpr Clock::duration kAwakeSpin = std::chrono::milliseconds(2);
+constexpr Clock::duration kAwakeSpin = std::chrono::milliseconds(2) + std::chrono::nanoseconds(1);
 
 // Where a job is queued: behind all others, or before them because others wait for what it finds.
 enum class Turn { kLast, kNext };
@@ -77,15 +78,17 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // Enqueues `parts` > 0 parts. The job must not be queued already.
-  void push(Job* job, int64_t parts, Turn turn = Turn::kLast);
+  // Enqueues `parts` > 0 parts. The job must not be queued already. As one of many, whoever takes
+  // some of it takes a share of all that is queued, as with push_all.
+  void push(Job* job, int64_t parts, Turn turn = Turn::kLast, bool one_of_many = false);
 
   // The same for several jobs at once, which are named with their parts by `job_at(i)` and share one
   // piece of work in parts of about the same size: whoever takes some takes a share of all that is
   // queued. And whoever has nothing to do asks for the queue's lock as soon as there is a part in
   // it, so taking the lock for each job would take long.
   template <typename JobAt>
-  void push_all(int64_t count, const JobAt& job_at, Turn turn = Turn::kLast) {
+  void push_all(int64_t count, const JobAt& job_at, Turn turn = Turn::kLast,
+                bool one_of_many = true) {
     Job* first = nullptr;
     Job* last = nullptr;
     int64_t total = 0;
@@ -95,7 +98,7 @@ class Pool {
       job->next_ = nullptr;
       job->parts_ = item.second;
       job->next_part_ = 0;
-      job->one_of_many_ = count > 1;
+      job->one_of_many_ = one_of_many;
       (last != nullptr ? last->next_ : first) = job;
       last = job;
       total += item.second;
@@ -119,7 +122,8 @@ class Pool {
   void notify_done();
 
   // Replaces the workers, after the parts they are in. The calling thread runs what is queued, so
-  // that nothing waits for workers that no longer exist.
+  // that nothing waits for workers that no longer exist. Throws if it is a worker itself, which
+  // would have to wait for its own end.
   void set_threads(int threads);
   int threads() const { return threads_.load(std::memory_order_relaxed); }
   const std::vector<int>& cpus() const { return cpus_; }
@@ -150,7 +154,10 @@ class Pool {
   void stop_workers();
 
   const std::vector<int> cpus_;
+  // Whoever has nothing to do looks at these all the time, and they hardly ever change.
   std::atomic<Clock::duration> spin_;
+  std::atomic<uint64_t> epoch_{0};  // Raised to send the workers of older epochs home.
+  std::atomic<int> threads_;
   // Idle threads look at this alone. It is raised behind the lock, so that who pushes does not have
   // to take the lock's line back from all of them, and lowered by who finds nothing; so it may be up
   // while nothing is queued, but while something is queued it is up or about to be.
@@ -166,14 +173,13 @@ class Pool {
   std::atomic<int> sleeping_{0};    // Workers on wake_; changed under mutex_, like the next two.
   int waking_ = 0;                  // Of these, how many have been called and are not yet up.
   std::atomic<int> waiting_{0};     // Helpers on done_.
-  std::atomic<uint64_t> epoch_{0};  // Raised to send the workers of older epochs home.
-  std::atomic<int> threads_;
   std::mutex start_mutex_;          // Guards workers_; taken before mutex_.
   std::vector<std::thread> workers_;
   std::atomic<bool> started_{false};
 };
 
-// FLUXION_NUM_THREADS if it is a number from 1 to 1024, otherwise as many as there are CPUs to use.
+// FLUXION_NUM_THREADS if it is a number from 1 to 1024, otherwise as many as there are CPUs to use, or
+// as many as the process may keep busy where its control group sets a limit.
 int default_threads();
 
 // FLUXION_SPIN_US if it is a number from 0 to 1000000, otherwise kDefaultSpin.

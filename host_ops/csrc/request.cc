@@ -91,7 +91,9 @@ void Request::fetch_operands(const Geometry& g, const WorkView& work) {
     fetch(work.shared, 4 * tasks);
   }
   if (static_cast<int64_t>(q_.size()) < rows * g.head_dim) return;
-  for (auto& task : tasks_) fetch_to_write(task.get(), sizeof(Task));
+  // There may be many more, of a larger batch that came before.
+  const int64_t made = std::min(tasks, static_cast<int64_t>(tasks_.size()));
+  for (int64_t i = 0; i < made; ++i) fetch_to_write(tasks_[i].get(), sizeof(Task));
   if (work.bitmap == nullptr) fetch(work.q8, std::min(rows * g.head_dim, kFetchedBytes));
   fetch_copies();
 }
@@ -162,7 +164,7 @@ void Request::fetch_state() const {
   pool_->fetch_queue();
   // Whoever ends a layer most likely begins the next one, in the same memory.
   if (left_.load(std::memory_order_relaxed) > 1) return;
-  for (const auto& task : tasks_) fetch(task.get(), sizeof(Task));
+  for (int64_t i = 0; i < task_count_; ++i) fetch(tasks_[i].get(), sizeof(Task));
   fetch_copies();
 }
 

@@ -160,8 +160,10 @@ int64_t Task::selecting_parts() const {
 }
 
 void Task::queue_parts() {
-  // Others wait for what a selection leads to.
-  request_->pool_->push(this, parts_, stage_ == Stage::kSelect ? Turn::kNext : Turn::kLast);
+  // Others wait for what a selection leads to. Chunks of all tasks are one piece of work: only those
+  // that end the layer need to be taken one by one.
+  const bool selects = stage_ == Stage::kSelect;
+  request_->pool_->push(this, parts_, selects ? Turn::kNext : Turn::kLast, !selects);
 }
 
 // Consecutive parts are scored as one.

@@ -126,7 +126,7 @@ void check_collect(Case& c, const Tick& tick, bool in_place) {
   std::vector<int32_t> units_scanned(g.batch * g.kv_heads, -1);
   std::vector<uint32_t> selection(g.batch * g.heads * g.words(), 0xdeadbeef);
   int32_t status = -1;
-  collect(tick.words, g, c.cache(), c.flush(), in_place,
+  collect(tick.words, g, c.cache(), c.flush(), in_place ? kOk : kNotInPlace,
           {out.data(), lse.data(), &status, times.data(), blocks_read.data(),
            units_scanned.data(), selection.data()});
   const uint32_t refused = tick.valid && flush_is_valid(c) ? kOk : kInvalid;

@@ -21,7 +21,7 @@ struct Result {
   std::vector<uint32_t> selection;
 };
 
-inline Result collect_tick(Case& c, const int32_t tick[2], bool in_place = true,
+inline Result collect_tick(Case& c, const int32_t tick[2], uint32_t status = kOk,
                            bool may_leave = false) {
   const Geometry& g = c.g;
   Result r;
@@ -31,7 +31,7 @@ inline Result collect_tick(Case& c, const int32_t tick[2], bool in_place = true,
   r.blocks_read.assign(g.batch * g.kv_heads, -1);
   r.units_scanned.assign(g.batch * g.kv_heads, -1);
   r.selection.assign(g.batch * g.heads * g.words(), 0xdeadbeef);
-  collect(tick, g, c.cache(), c.flush(), in_place,
+  collect(tick, g, c.cache(), c.flush(), status,
           {r.out.data(), r.lse.data(), &r.status, r.times, r.blocks_read.data(),
            r.units_scanned.data(), r.selection.data()},
           may_leave);

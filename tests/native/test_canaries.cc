@@ -56,7 +56,7 @@ class GuardedCase {
       while (!finished) std::this_thread::yield();
     }
     for (size_t i = 0; i < 3; ++i) buffers_[i]->thaw();
-    collect(tick_, g_, cache_, flush_, true, out_);
+    collect(tick_, g_, cache_, flush_, kOk, out_);
     return *out_.status;
   }
 

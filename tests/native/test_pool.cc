@@ -1,9 +1,15 @@
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <csignal>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "check.h"
@@ -245,6 +251,64 @@ TEST(pool_workers_keep_to_their_cpus_and_leave_signals_alone) {
   CHECK(sigismember(&mine, SIGINT) == 0);
 }
 
+TEST(a_worker_cannot_replace_the_workers) {
+  class Replacing : public Job {
+   public:
+    explicit Replacing(Pool* pool) : pool_(pool) {}
+    void run(int64_t, int64_t) noexcept override {
+      try {
+        pool_->set_threads(3);
+      } catch (const std::logic_error&) {
+        refused = true;
+      }
+      left = 0;
+    }
+    std::atomic<bool> refused{false};
+    std::atomic<int64_t> left{1};
+
+   private:
+    Pool* const pool_;
+  };
+  Pool pool(2);
+  Replacing job(&pool);
+  pool.push(&job, 1);
+  while (job.left > 0) std::this_thread::yield();
+  CHECK(job.refused);
+  CHECK_EQ(pool.threads(), 2);
+  pool.set_threads(3);
+  CHECK_EQ(pool.threads(), 3);
+}
+
+TEST(no_more_threads_than_a_control_group_keeps_busy) {
+  char folder[] = "/tmp/fluxion-quota-XXXXXX";
+  CHECK(mkdtemp(folder) != nullptr);
+  const std::string root = folder;
+  const auto write = [&](const std::string& name, const char* text) {
+    std::ofstream(root + name) << text;
+  };
+  const auto quota = [&] { return cpu_quota(folder, (root + "/membership").c_str()); };
+  const long none = std::numeric_limits<long>::max();
+  CHECK_EQ(quota(), none);
+  write("/membership", "1:name=systemd:/x\n0::/above/own\n");
+  CHECK_EQ(mkdir((root + "/above").c_str(), 0700), 0);
+  CHECK_EQ(mkdir((root + "/above/own").c_str(), 0700), 0);
+  CHECK_EQ(mkdir((root + "/cpu").c_str(), 0700), 0);
+  write("/above/own/cpu.max", "max 100000\n");
+  CHECK_EQ(quota(), none);
+  write("/above/cpu.max", "350000 100000\n");
+  CHECK_EQ(quota(), 4L);
+  write("/above/own/cpu.max", "50000 100000\n");
+  CHECK_EQ(quota(), 1L);
+  write("/membership", "0::/\n");
+  CHECK_EQ(quota(), none);
+  write("/cpu/cpu.cfs_quota_us", "-1\n");
+  write("/cpu/cpu.cfs_period_us", "100000\n");
+  CHECK_EQ(quota(), none);
+  write("/cpu/cpu.cfs_quota_us", "200000\n");
+  CHECK_EQ(quota(), 2L);
+  std::filesystem::remove_all(root);
+}
+
 TEST(cpu_lists_are_read_and_written) {
   const std::vector<int> some = {0, 1, 2, 5, 8, 9};
   CHECK(parse_cpus("8-9,0-2,5,1") == some);
@@ -339,6 +403,13 @@ TEST(pool_takes_shares_of_a_job_and_of_jobs_that_were_pushed_together) {
   while (pool.run_some()) {
   }
   CHECK_EQ(pool.queued(), 0);
+  // The same for jobs that are pushed one after the other, if they are parts of one piece of work.
+  of_many.clear();
+  for (Noting& job : many) pool.push(&job, 24, Turn::kLast, true);
+  CHECK(pool.run_some());
+  CHECK(of_many == (Runs{{0, 12}}));
+  while (pool.run_some()) {
+  }
   gate.open = true;
   CHECK(pool.help(gate.left, kNever));
 }

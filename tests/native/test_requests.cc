@@ -185,7 +185,7 @@ TEST(a_failed_collect_writes_no_flush) {
   const Stored before = c.k;
   int32_t tick[2];
   submit(c.g, c.work(), c.cache(), c.scale, tick);
-  const Result copied = collect_tick(c, tick, false);
+  const Result copied = collect_tick(c, tick, kNotInPlace);
   CHECK_EQ(copied.status, static_cast<int32_t>(kNotInPlace));
   CHECK(is_empty(copied));
   CHECK(c.k == before);
@@ -242,7 +242,7 @@ TEST(a_thread_that_is_stuck_is_left_behind_with_its_slot) {
   Stuck::await();
   const Result left = [&] {
     const ShortTimeout now;
-    return collect_tick(c, tick, true, true);
+    return collect_tick(c, tick, kOk, true);
   }();
   CHECK_EQ(left.status, static_cast<int32_t>(kTimeout));
   CHECK(is_empty(left));
@@ -309,6 +309,33 @@ TEST(work_runs_between_start_and_collect) {
   CHECK_EQ(r.status, 0);
   CHECK(r.times[kBusy] > 0.0f && r.times[kSpan] > 0.0f);
   check_result(r, c);
+}
+
+TEST(a_program_is_told_of_its_end_where_the_system_refuses_threads) {
+  Pool& pool = runtime().pool;
+  pool.set_threads(4);
+  Case c = large_case();
+  int32_t tick[2];
+  submit(c.g, c.work(), c.cache(), c.scale, tick);
+  // No address space has room for such a stack.
+  pthread_attr_t usual;
+  pthread_attr_t huge;
+  pthread_getattr_default_np(&usual);
+  pthread_attr_init(&huge);
+  pthread_attr_setstacksize(&huge, size_t{1} << 47);
+  pthread_setattr_default_np(&huge);
+  std::atomic<bool> finished{false};
+  const bool held = start(tick, [&] { finished = true; });
+  pthread_setattr_default_np(&usual);
+  CHECK(held);
+  CHECK(finished);
+  CHECK_EQ(pool.threads(), 1);
+  const Result r = collect_tick(c, tick);
+  CHECK_EQ(r.status, 0);
+  check_result(r, c);
+  pthread_attr_destroy(&huge);
+  pthread_attr_destroy(&usual);
+  pool.set_threads(2);
 }
 
 TEST(drain_waits_and_gives_up_what_nobody_collects) {

@@ -95,18 +95,26 @@ void Request::fetch_operands(const Geometry& g, const WorkView& work) {
   const int64_t made = std::min(tasks, static_cast<int64_t>(tasks_.size()));
   for (int64_t i = 0; i < made; ++i) fetch_to_write(tasks_[i].get(), sizeof(Task));
   if (work.bitmap == nullptr) fetch(work.q8, std::min(rows * g.head_dim, kFetchedBytes));
-  fetch_copies();
+  fetch_copies(rows, rows);
 }
 
-// Asks for what the next submit will write over.
-void Request::fetch_copies() const {
+// Asks for what the next submit will write over. Threads that still read rows [first_kept, end_kept)
+// of the queries keep those.
+void Request::fetch_copies(int64_t first_kept, int64_t end_kept) {
   for (const auto* numbers : {&granularity_, &k_units_, &shared_, &host_blocks_, &boundary_,
                               &blocks_read_, &units_scanned_}) {
     fetch(numbers->data(), 4 * static_cast<int64_t>(numbers->size()));
   }
+  const auto fetch_rows = [&](void* data, int64_t size, int64_t row_bytes) {
+    char* const bytes = static_cast<char*>(data);
+    const int64_t end = std::min(size, kFetchedBytes);
+    fetch_to_write(bytes, std::min(first_kept * row_bytes, end));
+    const int64_t behind = end_kept * row_bytes;
+    if (behind < end) fetch_to_write(bytes + behind, end - behind);
+  };
   const int64_t elements = static_cast<int64_t>(q_.size());
-  fetch(q8_.data(), std::min(static_cast<int64_t>(q8_.size()), kFetchedBytes));
-  fetch(q_.data(), std::min(4 * elements, kFetchedBytes));
+  fetch_rows(q8_.data(), static_cast<int64_t>(q8_.size()), geometry_.head_dim);
+  fetch_rows(q_.data(), 4 * elements, 4 * geometry_.head_dim);
 }
 
 uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
@@ -159,13 +167,14 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   return kOk;
 }
 
-void Request::fetch_state() const {
+// `first_row` is the first of the task that asks, of which other threads may still read the queries.
+void Request::fetch_state(int64_t first_row) {
   fetch(this, sizeof(Request));
   pool_->fetch_queue();
   // Whoever ends a layer most likely begins the next one, in the same memory.
   if (left_.load(std::memory_order_relaxed) > 1) return;
   for (int64_t i = 0; i < task_count_; ++i) fetch(tasks_[i].get(), sizeof(Task));
-  fetch_copies();
+  fetch_copies(first_row, first_row + geometry_.group());
 }
 
 void Request::write_to(float* out, float* lse) {

@@ -268,7 +268,7 @@ void Task::fetch_what_follows() {
   const int64_t row = batch_ * g.heads + kv_head_ * g.group();
   fetch_to_write(request_->out_ + row * g.head_dim, 4 * g.group() * g.head_dim);
   fetch_to_write(request_->lse_ + row, 4 * g.group());
-  request_->fetch_state();
+  request_->fetch_state(row);
 }
 
 void Task::attend_chunk(int64_t chunk, const ChunkList& listed, int32_t next) {

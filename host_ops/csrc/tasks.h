@@ -196,13 +196,13 @@ class Request {
 
   uint32_t validate(const WorkView& work) const;
   void fetch_operands(const Geometry& g, const WorkView& work);
-  void fetch_copies() const;
+  void fetch_copies(int64_t first_kept, int64_t end_kept);
   void copy_queries(const WorkView& work);
   void copy_numbers(const WorkView& work);
   void copy_bitmap(const uint32_t* bitmap, int64_t batch, int64_t kv_head);
   void write_nothing(int64_t batch, int64_t kv_head);
   bool stopped();
-  void fetch_state() const;
+  void fetch_state(int64_t first_row);
   void fail(uint32_t status) { status_.fetch_or(status, std::memory_order_acq_rel); }
   void task_finished(const std::atomic<int64_t> (&stage_ns)[kStages]);
 

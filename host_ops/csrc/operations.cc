@@ -117,21 +117,29 @@ void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const Cach
   const Clock::time_point start = Clock::now();
   Runtime& run = runtime();
   try {
+    Request& request = run.slots.lend(slot);
     CancelWord cancel = work.cancel == 0 ? nullptr : run.cancels.find(work.cancel);
     const bool cancel_known = work.cancel == 0 || cancel != nullptr;
-    slot->request.prepare(geometry, work, cache, scale, std::move(cancel), cancel_known);
+    request.prepare(geometry, work, cache, scale, std::move(cancel), cancel_known);
   } catch (...) {
-    slot->request.refuse(kInternal);
+    // Without a request at all, collect says the same.
+    if (slot->request != nullptr) slot->request->refuse(kInternal);
   }
-  slot->request.submit_s = seconds(Clock::now() - start);
+  if (slot->request != nullptr) slot->request->submit_s = seconds(Clock::now() - start);
   run.slots.publish(slot);
 }
 
 void refuse(Slot* slot, uint32_t status) noexcept {
   if (slot == nullptr) return;
-  slot->request.refuse(status);
-  slot->request.submit_s = 0.0;
-  runtime().slots.publish(slot);
+  Runtime& run = runtime();
+  try {
+    Request& request = run.slots.lend(slot);
+    request.refuse(status);
+    request.submit_s = 0.0;
+  } catch (...) {
+    // As above.
+  }
+  run.slots.publish(slot);
 }
 
 void give_back(Slot* slot) noexcept {
@@ -171,8 +179,11 @@ void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& c
     Slot* slot = tick[0] < 0 ? nullptr : run.slots.claim(tick[0], tick[1]);
     if (slot == nullptr) {
       status |= tick[0] == kFailedSlot && tick[1] == kInternal ? kInternal : kInvalid;
+    } else if (slot->request == nullptr) {
+      status |= kInternal;
+      run.slots.release(slot);
     } else {
-      Request& request = slot->request;
+      Request& request = *slot->request;
       // Nobody may write there who could be left behind, or whose results are not wanted.
       if (!may_leave && request.geometry() == geometry) request.write_to(out.out, out.lse);
       const Clock::time_point claimed = Clock::now();

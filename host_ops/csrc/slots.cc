@@ -17,8 +17,8 @@ Slot* SlotTable::acquire() {
   const Clock::time_point now = Clock::now();
   for (const auto& slot : slots_) {
     const bool expired = slot->state == Slot::State::kInFlight && slot->abandoned &&
-                         slot->request.at_rest() && now - slot->abandoned_at > kGrace;
-    const bool left = slot->state == Slot::State::kRetired && slot->request.at_rest();
+                         slot->at_rest() && now - slot->abandoned_at > kGrace;
+    const bool left = slot->state == Slot::State::kRetired && slot->at_rest();
     if (slot->state == Slot::State::kFree || expired || left) {
       taken = slot.get();
       break;
@@ -35,6 +35,20 @@ Slot* SlotTable::acquire() {
   taken->state = Slot::State::kClaimed;
   taken->abandoned = false;
   return taken;
+}
+
+Request& SlotTable::lend(Slot* slot) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (slot->request != nullptr) return *slot->request;
+  if (idle_.empty()) {
+    requests_.push_back(std::make_unique<Request>());
+    idle_.push_back(requests_.back().get());
+    // So that nothing allocates when one is given back.
+    idle_.reserve(requests_.size());
+  }
+  slot->request = idle_.back();
+  idle_.pop_back();
+  return *slot->request;
 }
 
 void SlotTable::publish(Slot* slot) {
@@ -58,15 +72,18 @@ bool SlotTable::start(int32_t index, int32_t generation, Pool* pool,
   if (index < 0 || index >= static_cast<int64_t>(slots_.size())) return false;
   Slot* slot = slots_[index].get();
   if (slot->state != Slot::State::kInFlight || slot->generation != generation) return false;
+  if (slot->request == nullptr) return false;
   // Held together, so that no collect can come between and give the slot to another request.
-  const bool waits = slot->request.when_finished(std::move(action));
-  slot->request.start(pool);
+  const bool waits = slot->request->when_finished(std::move(action));
+  slot->request->start(pool);
   return waits;
 }
 
 void SlotTable::release(Slot* slot) {
   std::lock_guard<std::mutex> lock(mutex_);
   slot->state = Slot::State::kFree;
+  if (slot->request != nullptr) idle_.push_back(slot->request);
+  slot->request = nullptr;
 }
 
 void SlotTable::retire(Slot* slot) {
@@ -75,20 +92,25 @@ void SlotTable::retire(Slot* slot) {
 }
 
 int SlotTable::drain(Pool* pool, Clock::time_point deadline) {
-  // Slots are never destroyed, so their pointers outlive the lock.
-  std::vector<std::pair<Slot*, int32_t>> pending;
+  // Neither slots nor requests are ever destroyed, so their pointers outlive the lock.
+  struct Pending {
+    Slot* slot;
+    int32_t generation;
+    Request* request;
+  };
+  std::vector<Pending> pending;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& slot : slots_) {
       const bool submitted = slot->state == Slot::State::kInFlight && !slot->abandoned;
-      if (submitted || !slot->request.at_rest()) {
-        pending.emplace_back(slot.get(), slot->generation);
+      if (submitted || !slot->at_rest()) {
+        pending.push_back({slot.get(), slot->generation, slot->request});
       }
     }
   }
   int marked = 0;
-  for (const auto& [slot, generation] : pending) {
-    if (!slot->request.at_rest()) pool->help(slot->request.left(), deadline);
+  for (const auto& [slot, generation, request] : pending) {
+    if (request != nullptr && !request->at_rest()) pool->help(request->left(), deadline);
     std::lock_guard<std::mutex> lock(mutex_);
     if (slot->state != Slot::State::kInFlight || slot->generation != generation) continue;
     slot->abandoned = true;
@@ -105,6 +127,11 @@ int SlotTable::in_flight() const {
     count += slot->state == Slot::State::kInFlight && !slot->abandoned;
   }
   return count;
+}
+
+int SlotTable::requests() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return static_cast<int>(requests_.size());
 }
 
 }  // namespace fluxion

@@ -3,6 +3,11 @@
 // A tick is (slot, generation): the slot's place in a list that grows and is reused, and how often
 // it has been taken. A stale or invented tick is told from a live one by the generation.
 // Any thread may call anything; a claimed slot belongs to the claiming thread until released.
+//
+// A slot is reserved as soon as a program is enqueued, perhaps many layers ahead of its data. The
+// request that does the work, with all of its memory, is lent to it only from submit to collect: so a
+// program has one however far it runs ahead, and finds it as the layer before has left it, in the
+// caches.
 
 #ifndef FLUXION_SLOTS_H_
 #define FLUXION_SLOTS_H_
@@ -24,13 +29,19 @@ struct Slot {
   State state = State::kFree;
   bool abandoned = false;
   Clock::time_point abandoned_at;
-  Request request;
+  Request* request = nullptr;  // Of the table's; null until one is lent.
+
+  // Whether no thread works for it.
+  bool at_rest() const { return request == nullptr || request->at_rest(); }
 };
 
 class SlotTable {
  public:
   // A slot of the caller's own, claimed, under a new generation. Throws std::bad_alloc.
   Slot* acquire();
+
+  // Lends a claimed slot the request that was given back last. Throws std::bad_alloc.
+  Request& lend(Slot* slot);
 
   // Hands a slot over to whoever collects it.
   void publish(Slot* slot);
@@ -56,9 +67,14 @@ class SlotTable {
   // Slots submitted, neither collected nor abandoned.
   int in_flight() const;
 
+  // Requests that were ever needed at once.
+  int requests() const;
+
  private:
   mutable std::mutex mutex_;
   std::vector<std::unique_ptr<Slot>> slots_;
+  std::vector<std::unique_ptr<Request>> requests_;  // Never destroyed, like slots.
+  std::vector<Request*> idle_;                      // The last one is the warmest.
 };
 
 }  // namespace fluxion

@@ -276,12 +276,23 @@ TEST(a_reserved_slot_is_collected_once_it_is_filled) {
   CHECK_EQ(collect_tick(c, tick).status, static_cast<int32_t>(kInvalid));
 }
 
+TEST(a_slot_to_which_nothing_was_lent_ends_in_an_error) {
+  Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
+  int32_t tick[2];
+  runtime().slots.publish(reserve(tick));
+  CHECK(!start(tick, [] {}));
+  const Result r = collect_tick(c, tick);
+  CHECK_EQ(r.status, static_cast<int32_t>(kInternal));
+  CHECK(is_empty(r));
+  CHECK_EQ(run(c).status, 0);
+}
+
 TEST(a_refused_request_says_why) {
   Case c = make_case({1, 2, 1, 16, 16, DType::kFloat32});
   CHECK_EQ(run(c).status, 0);
   int32_t tick[2];
   Slot* slot = reserve(tick);
-  slot->request.refuse(kInternal);
+  runtime().slots.lend(slot).refuse(kInternal);
   runtime().slots.publish(slot);
   const Result r = collect_tick(c, tick);
   CHECK_EQ(r.status, static_cast<int32_t>(kInternal));

@@ -67,9 +67,8 @@ constexpr uint64_t kUnitWords = 4;
 // One exchange with the host: copies the operands; the last block to have done so writes `value` to
 // the word at `signalled`; every block with results to copy waits until the word at `awaited` has
 // reached `value`, by difference, and copies its own. Either address may be 0. The tables are
-// CudaCopies::items. Operands behind the first `open_units` are cut into as many rows as there are
-// words at `gate`, and a row is copied if its word is not 0; if all are 0, blocks without other
-// units have no part in the signal. Each stream loads a module of its own, so the kernels that share
+// CudaCopies::items. Operands behind the first `open_units` are copied if any of the words at `gate`
+// is not 0; if all are, blocks without other units have no part in the signal. Each stream loads a module of its own, so the kernels that share
 // `finished` run one after another. The driver compiles this for the device at hand.
 //
 // One fence of the system makes all blocks' copies visible to the host: releases are cumulative. A
@@ -97,7 +96,7 @@ constexpr char kKernel[] =
 {
   .reg .pred %skip, %second, %third, %fourth, %open, %alone;
   .reg .b32 %block, %blocks, %thread, %threads, %own, %first, %step, %unit, %units, %left, %inside;
-  .reg .b32 %open_units, %rows, %row, %a, %b, %c, %d, %value, %word, %last, %before;
+  .reg .b32 %open_units, %rows, %a, %b, %c, %d, %value, %word, %last, %before;
   .reg .b64 %entry, %to, %from, %words, %rest, %offset, %gate, %signalled, %awaited;
 
   mov.u32 %block, %ctaid.x;

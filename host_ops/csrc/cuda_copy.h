@@ -36,9 +36,8 @@ struct CudaCopies {
                       static_cast<uint64_t>(bytes) / 4};
   }
 
-  // What is added from here on has as many rows as there are words, of a multiple of 16 bytes each,
-  // and need not be copied where a row's word is 0 when the stream gets there: the kernel leaves it
-  // out, the driver does not.
+  // What is added from here on need not be copied if all of these words are 0 when the stream gets
+  // there: the kernel leaves it out then, the driver does not.
   void add_gate(const void* words, int64_t count_of_words) {
     open = count;
     gate = reinterpret_cast<uint64_t>(words);

@@ -80,8 +80,8 @@ void each_result(CollectCall& call, Each&& each) {
   each(call.out.selection, rows * g.words() * 4);
 }
 
-// Whether the operands behind this one are looked at only in the rows where it is not 0. In a step a
-// block leaves few rows, while prefill writes to nearly all.
+// Whether the operands behind this one are looked at only in the rows where it is not 0. In most steps
+// no block leaves any row, while prefill writes to nearly all.
 template <typename Call>
 bool is_gate(const Call&, const void*) {
   return false;

@@ -1,5 +1,6 @@
 #include "fake_cuda.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -63,16 +64,13 @@ int launch_kernel(CudaDriver::Function, unsigned, unsigned, unsigned, unsigned, 
   auto* fake = static_cast<FakeStream*>(stream);
   return push(stream, [=] {
     const auto* words = reinterpret_cast<const uint32_t*>(gate);
+    const bool closed = gate != 0 && std::all_of(words, words + gate_words, [](uint32_t word) {
+      return word == 0;
+    });
     uint64_t units = 0;
     for (const CudaCopy& entry : operands.items) {
-      const bool gated = gate != 0 && units >= open_units;
+      if (!closed || units < open_units) copy_bytes(entry.to, entry.from, 4 * entry.words);
       units += (entry.words + 3) / 4;
-      const uint32_t rows = gated ? gate_words : 1;
-      const uint64_t bytes = 4 * entry.words / rows;
-      for (uint32_t row = 0; row < rows; ++row) {
-        if (gated && words[row] == 0) continue;
-        copy_bytes(entry.to + row * bytes, entry.from + row * bytes, bytes);
-      }
     }
     if (fake->before_signal) fake->before_signal();
     if (signalled != 0) {

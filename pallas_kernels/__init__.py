@@ -4,7 +4,6 @@ Plain arrays in, plain arrays out; nothing here knows of caches or policies.
 """
 
 from pallas_kernels.bitmaps import at_or_above as at_or_above
-from pallas_kernels.bitmaps import below as below
 from pallas_kernels.bitmaps import group_union as group_union
 from pallas_kernels.bitmaps import num_words as num_words
 from pallas_kernels.bitmaps import pack as pack

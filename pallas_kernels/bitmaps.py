@@ -105,19 +105,6 @@ def fold_last(op: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> 
     return functools.reduce(op, [x[..., i] for i in range(x.shape[-1])])
 
 
-def below(bitmap: jax.Array, boundary: jax.Array) -> jax.Array:
-    """Keeps the blocks with an id below the boundary of their task: the host's share.
-
-    Args:
-      bitmap: uint32 `[B, N, W]`.
-      boundary: int32 `[B, K]`; K divides N.
-
-    Returns:
-      uint32 `[B, N, W]`.
-    """
-    return bitmap & _words_below(bitmap, boundary)
-
-
 def at_or_above(bitmap: jax.Array, boundary: jax.Array) -> jax.Array:
     """Keeps the blocks with an id at or above the boundary: the device's share.
 
@@ -128,17 +115,13 @@ def at_or_above(bitmap: jax.Array, boundary: jax.Array) -> jax.Array:
     Returns:
       uint32 `[B, N, W]`.
     """
-    return bitmap & ~_words_below(bitmap, boundary)
-
-
-def _words_below(bitmap: jax.Array, boundary: jax.Array) -> jax.Array:
     words = bitmap.shape[-1]
     first_block = jnp.arange(words, dtype=jnp.int32) * WORD_BITS
     count = jnp.clip(boundary[..., None] - first_block, 0, WORD_BITS)
     # A shift by the full word width is undefined, hence the separate case.
     end = jnp.uint32(1) << jnp.minimum(count, WORD_BITS - 1).astype(jnp.uint32)
-    mask = jnp.where(count == WORD_BITS, jnp.uint32(0xFFFFFFFF), end - jnp.uint32(1))
-    return jnp.repeat(mask, bitmap.shape[1] // boundary.shape[1], axis=1)
+    below = jnp.where(count == WORD_BITS, jnp.uint32(0xFFFFFFFF), end - jnp.uint32(1))
+    return bitmap & ~jnp.repeat(below, bitmap.shape[1] // boundary.shape[1], axis=1)
 
 
 def nth_block(bitmap: jax.Array, n: jax.Array) -> jax.Array:

@@ -208,12 +208,6 @@ def _restored(version: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def read_report(folder: Path) -> dict[str, Any]:
-    """The report of the calibration in a folder."""
-    report: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))["report"]
-    return report
-
-
 def file_checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a version, by its path in the folder."""
     return {

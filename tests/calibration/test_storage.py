@@ -22,7 +22,6 @@ from fluxion_jax.calibration.storage import (
     load_calibration,
     make_policy,
     model_identity,
-    read_report,
     save_calibration,
 )
 from fluxion_jax.models.decoder import Decoder
@@ -51,7 +50,8 @@ def test_what_is_saved_is_loaded(tmp_path):
     loaded = load_calibration(tmp_path / "new", "model", 0.4)
     assert_equal(loaded, policy_of(3))
     assert jax.tree.structure(loaded) == jax.tree.structure(policy_of(3))
-    assert read_report(tmp_path / "new") == {"rows": [1]}
+    kept = json.loads((tmp_path / "new" / storage.RECORD).read_text())
+    assert kept["report"] == {"rows": [1]}
     # The default lies beyond what was calibrated.
     assert float(load_calibration(tmp_path / "new", "model").tolerance) == np.float32(0.4)
 

@@ -4,7 +4,8 @@ One shared library of plain C functions and XLA FFI handlers, loaded with ctypes
 does not depend on the Python version. It is looked for at `FLUXION_HOST_LIBRARY`, else next to this
 file, where CMake installs it. The process's environment is read when it is loaded:
 `FLUXION_CPU_VARIANT` (scalar, avx2, avx512, avx512_vnni) forces the kernels, `FLUXION_NUM_THREADS`
-sets how many threads work including the one that collects (by default one for each CPU),
+sets how many threads work including the one that collects (by default one for each CPU, or as many
+as a control group's limit keeps busy),
 `FLUXION_CPUS` confines the library's own threads to a list of CPUs such as `0-7,16` (the thread
 that collects is the framework's and stays where it is), `FLUXION_SPIN_US` sets for how many
 microseconds an idle thread spins before it sleeps, `FLUXION_TIMEOUT_S` bounds how long a collect
@@ -251,7 +252,7 @@ def _declare(library: ctypes.CDLL) -> None:
 def _environment_problem() -> str | None:
     """What is wrong with the environment variables; the library itself would use its defaults."""
     return (
-        _number_problem("FLUXION_NUM_THREADS", 1, MAX_THREADS, "use all allowed CPUs")
+        _number_problem("FLUXION_NUM_THREADS", 1, MAX_THREADS, "use what the process may use")
         or _number_problem("FLUXION_SPIN_US", 0, MAX_SPIN_US, "spin for the default of 50")
         or _cpus_problem(os.environ.get("FLUXION_CPUS", ""))
         or _timeout_problem(os.environ.get("FLUXION_TIMEOUT_S", ""))

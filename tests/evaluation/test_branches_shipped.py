@@ -33,8 +33,8 @@ def test_the_shipped_model_answers_in_bfloat16_as_in_the_product():
     together = answer_together(model, "", samples, [*policies, oracle], None, Execution())
     compared = dict.fromkeys([*FIXED, "fluxion"], 0)
     for name, product, branch in zip(compared, alone, together, strict=False):
-        print(name, product["read_fraction"], branch["read_fraction"], product["score"])
-        assert branch["read_fraction"] == pytest.approx(product["read_fraction"], rel=2e-2), name
+        assert branch["read_fraction"] == pytest.approx(product["read_fraction"], rel=5e-3), name
+        assert branch["score"] == product["score"], name
         # A model that has lost the thread chooses between near ties, which rounding decides.
         for own, other, score in zip(
             product["tokens"], branch["tokens"], product["score"], strict=True

@@ -14,6 +14,9 @@ from pallas_kernels.block_sparse_attention import share_attention as share_atten
 from pallas_kernels.copy_blocks import copy_blocks as copy_blocks
 from pallas_kernels.finish_layer import SummaryUpdate as SummaryUpdate
 from pallas_kernels.finish_layer import finish_layer as finish_layer
+from pallas_kernels.head_statistics import LARGEST_ODDS as LARGEST_ODDS
+from pallas_kernels.head_statistics import HeadStatistics as HeadStatistics
+from pallas_kernels.head_statistics import head_statistics as head_statistics
 from pallas_kernels.merge_states import merge_states as merge_states
 from pallas_kernels.query_triton import quantise_query as quantise_query
 from pallas_kernels.registry import Implementation as Implementation

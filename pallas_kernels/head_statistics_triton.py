@@ -1,0 +1,417 @@
+"""The statistics of `head_statistics` in two Pallas kernels, for a GPU.
+
+XLA takes about thirty for them, each of which takes longer to start than to run. The first reads
+keys and values, a tile of runs or of window slots in each program, for all heads of the group; the
+second has a program for each head and only numbers to read.
+
+Axes: B batch, N query heads, K KV heads, G = N // K, M runs, W window slots, H head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from pallas_kernels.compat import silence_triton_deprecation, target_platform
+from pallas_kernels.registry import UnsupportedImplementationError
+
+LARGEST_ODDS = 30.0
+"""Odds of a part that is empty, and of one that is everything, must stay numbers."""
+
+TILE = 32
+"""Runs or window slots of a program."""
+
+_LOG_1_PERCENT = math.log(0.01)
+_LOG_10_PERCENT = math.log(0.1)
+_MINUS_INFINITY = float("-inf")
+
+
+def head_statistics_triton(
+    names: Sequence[str],
+    q: jax.Array,
+    window_out: jax.Array,
+    window_lse: jax.Array,
+    window_k: jax.Array,
+    window_positions: jax.Array,
+    newest: jax.Array,
+    runs: jax.Array,
+    host_tokens: jax.Array,
+    previous_q: jax.Array,
+    previous_slot: jax.Array,
+    probe_q: jax.Array,
+    *,
+    scale: float,
+    run_tokens: int,
+    sink_tokens: int,
+    newest_tokens: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """Computes the statistics; the arguments are those of `head_statistics`.
+
+    Args:
+      names: of the statistics wanted, in their order.
+      interpret: run on any platform, slowly; for tests.
+
+    Returns:
+      float32 `[B, N, len(names)]`.
+
+    Raises:
+      UnsupportedImplementationError: not on a GPU.
+    """
+    if not interpret and target_platform() != "gpu":
+        raise UnsupportedImplementationError(
+            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
+        )
+    batch, heads, head_dim = q.shape
+    kv_heads, num_runs = runs.shape[1:3]
+    slots = window_k.shape[2]
+    tasks, group = batch * kv_heads, heads // kv_heads
+    run_tiles, window_tiles = pl.cdiv(num_runs, TILE), pl.cdiv(slots, TILE)
+    q = q.astype(jnp.float32).reshape(tasks, group, head_dim)
+    silence_triton_deprecation()
+
+    def row(program: Any, *_: Any) -> tuple[Any]:
+        return (program // kv_heads,)
+
+    def task(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda t, *_: (t,) + (0,) * len(shape))
+
+    number = pl.BlockSpec((1,), row)
+
+    def tile_of_runs(*shape: int) -> pl.BlockSpec:
+        """Part of an array with an axis of tiles; programs of window slots have none of it."""
+        return pl.BlockSpec(
+            (None, None, *shape),
+            lambda t, tile: (t, jnp.minimum(tile, run_tiles - 1)) + (0,) * len(shape),
+        )
+
+    floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    # By tile: scores and bounds of its runs, norms of its keys and values, the state of attention
+    # over it without its division, the sums of its keys and values.
+    partials = (
+        floats((tasks, run_tiles, group, 2, TILE)),
+        floats((tasks, run_tiles, 2, TILE)),
+        floats((tasks, run_tiles, group)),
+        floats((tasks, run_tiles, group, head_dim)),
+        floats((tasks, run_tiles, 2, head_dim)),
+        floats((tasks, window_tiles, group, 3)),
+    )
+    found = pl.pallas_call(
+        functools.partial(
+            _read_tile,
+            run_tiles=run_tiles,
+            scale=scale,
+            run_tokens=run_tokens,
+            sink_tokens=sink_tokens,
+            newest_tokens=newest_tokens,
+        ),
+        grid=(tasks, run_tiles + window_tiles),
+        in_specs=[
+            task(group, head_dim),
+            task(num_runs, 4, head_dim),
+            number,
+            task(slots, head_dim),
+            pl.BlockSpec((None, slots), lambda t, *_: (t // kv_heads, 0)),
+            number,
+        ],
+        out_specs=[
+            *(tile_of_runs(*x.shape[2:]) for x in partials[:-1]),
+            pl.BlockSpec(
+                (None, None, group, 3),
+                lambda t, tile: (t, jnp.maximum(tile - run_tiles, 0), 0, 0),
+            ),
+        ],
+        out_shape=partials,
+        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="read_sketch",
+    )(
+        q,
+        runs.reshape(tasks, num_runs, 4, head_dim),
+        host_tokens.astype(jnp.int32),
+        window_k.reshape(tasks, slots, head_dim),
+        window_positions.astype(jnp.int32),
+        newest.astype(jnp.int32),
+    )
+
+    def of_head(*shape: int) -> pl.BlockSpec:
+        """Part of an array `[tasks, G, ...]`."""
+        return pl.BlockSpec((None, None, *shape), lambda t, g: (t, g) + (0,) * len(shape))
+
+    lse = pl.BlockSpec((None, 1), lambda t, g: (t, g))
+    previous = pl.BlockSpec(
+        (None, 2, None, None, head_dim), lambda t, g: (t // kv_heads, 0, t % kv_heads, g, 0)
+    )
+    statistics: jax.Array = pl.pallas_call(
+        functools.partial(
+            _conclude, names=tuple(names), num_runs=num_runs, run_tokens=run_tokens
+        ),
+        grid=(tasks, group),
+        in_specs=[
+            of_head(head_dim),
+            of_head(head_dim),
+            lse,
+            number,
+            previous,
+            number,
+            of_head(head_dim),
+            pl.BlockSpec(
+                (None, run_tiles, None, 2, TILE), lambda t, g: (t, 0, g, 0, 0)
+            ),
+            task(run_tiles, 2, TILE),
+            pl.BlockSpec((None, run_tiles, None), lambda t, g: (t, 0, g)),
+            pl.BlockSpec((None, run_tiles, None, head_dim), lambda t, g: (t, 0, g, 0)),
+            task(run_tiles, 2, head_dim),
+            pl.BlockSpec((None, window_tiles, None, 3), lambda t, g: (t, 0, g, 0)),
+        ],
+        out_specs=of_head(len(names)),
+        out_shape=floats((tasks, group, len(names))),
+        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="head_statistics",
+    )(
+        q,
+        window_out.astype(jnp.float32).reshape(tasks, group, head_dim),
+        window_lse.reshape(tasks, group),
+        host_tokens.astype(jnp.int32),
+        previous_q.reshape(batch, 2, kv_heads, group, head_dim),
+        previous_slot.astype(jnp.int32),
+        probe_q.reshape(tasks, group, head_dim),
+        *found,
+    )
+    return statistics.reshape(batch, heads, len(names))
+
+
+def _channels(head_dim: int) -> tuple[jax.Array, jax.Array]:
+    channel = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
+    return channel, channel < head_dim
+
+
+def _grid_of(rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shape = (rows.size, columns.size)
+    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
+
+
+def _log_sum_exp(x: jax.Array) -> jax.Array:
+    largest = jnp.max(x)
+    finite = jnp.where(largest == _MINUS_INFINITY, jnp.float32(0.0), largest)
+    return finite + jnp.log(jnp.sum(jnp.exp(x - finite)))
+
+
+def _read_tile(
+    q_ref: Any,
+    runs_ref: Any,
+    host_tokens_ref: Any,
+    window_k_ref: Any,
+    positions_ref: Any,
+    newest_ref: Any,
+    scores_ref: Any,
+    norms_ref: Any,
+    largest_ref: Any,
+    out_ref: Any,
+    sums_ref: Any,
+    window_ref: Any,
+    *,
+    run_tiles: int,
+    scale: float,
+    run_tokens: int,
+    sink_tokens: int,
+    newest_tokens: int,
+) -> None:
+    """Scores of a tile for all heads of the group, and sums over it."""
+    group, head_dim = q_ref.shape
+    num_runs, slots = runs_ref.shape[0], window_k_ref.shape[0]
+    channel, in_head = _channels(head_dim)
+    lane = jnp.arange(TILE, dtype=jnp.int32)
+    tile = pl.program_id(1)
+
+    def query(head: int) -> jax.Array:
+        return pltriton.load(q_ref.at[head, channel], mask=in_head, other=0.0)
+
+    @pl.when(tile < run_tiles)
+    def _() -> None:
+        run = tile * TILE + lane
+        tokens = jnp.clip(host_tokens_ref[0] - run * run_tokens, 0, run_tokens)
+        exists = (tokens > 0) & (run < num_runs)
+        log_weight = jnp.where(
+            exists, jnp.log(jnp.maximum(tokens, 1).astype(jnp.float32)), _MINUS_INFINITY
+        )
+        at = _grid_of(run, channel)
+        mask = exists[:, None] & in_head[None, :]
+        k, v, negated_low, high = (
+            pltriton.load(runs_ref.at[at[0], jnp.full_like(at[0], i), at[1]], mask=mask, other=0.0)
+            .astype(jnp.float32)
+            for i in range(4)
+        )
+        for i, rows in enumerate((k, v)):
+            pltriton.store(norms_ref.at[i, lane], jnp.sqrt(jnp.sum(rows * rows, axis=1)))
+            pltriton.store(sums_ref.at[i, channel], jnp.sum(rows, axis=0), mask=in_head)
+        for head in range(group):
+            q = query(head)[None, :]
+            scores = jnp.sum(q * k, axis=1) * scale
+            bound = jnp.maximum(q, 0.0) * high + jnp.maximum(-q, 0.0) * negated_low
+            pltriton.store(scores_ref.at[head, 0, lane], scores)
+            pltriton.store(scores_ref.at[head, 1, lane], jnp.sum(bound, axis=1) * scale)
+            weighted = scores + log_weight
+            largest = jnp.max(weighted)
+            finite = jnp.where(largest == _MINUS_INFINITY, jnp.float32(0.0), largest)
+            largest_ref[head] = largest
+            weighed = jnp.sum(jnp.exp(weighted - finite)[:, None] * v, axis=0)
+            pltriton.store(out_ref.at[head, channel], weighed, mask=in_head)
+
+    @pl.when(tile >= run_tiles)
+    def _() -> None:
+        slot = (tile - run_tiles) * TILE + lane
+        position = pltriton.load(positions_ref.at[slot], mask=slot < slots, other=-1)
+        resident = position >= 0
+        mask = resident[:, None] & in_head[None, :]
+        keys = pltriton.load(window_k_ref.at[_grid_of(slot, channel)], mask=mask, other=0.0)
+        keys = keys.astype(jnp.float32)
+        for head in range(group):
+            scores = jnp.sum(query(head)[None, :] * keys, axis=1) * scale
+            scores = jnp.where(resident, scores, _MINUS_INFINITY)
+            sinks = jnp.where(position < sink_tokens, scores, _MINUS_INFINITY)
+            recent = jnp.where(position > newest_ref[0] - newest_tokens, scores, _MINUS_INFINITY)
+            window_ref[head, 0] = jnp.max(scores)
+            window_ref[head, 1] = _log_sum_exp(sinks)
+            window_ref[head, 2] = _log_sum_exp(recent)
+
+
+def _conclude(
+    q_ref: Any,
+    window_out_ref: Any,
+    window_lse_ref: Any,
+    host_tokens_ref: Any,
+    previous_ref: Any,
+    previous_slot_ref: Any,
+    probe_ref: Any,
+    scores_ref: Any,
+    norms_ref: Any,
+    largest_ref: Any,
+    out_ref: Any,
+    sums_ref: Any,
+    window_ref: Any,
+    statistics_ref: Any,
+    *,
+    names: tuple[str, ...],
+    num_runs: int,
+    run_tokens: int,
+) -> None:
+    """What the tiles say together, for one head."""
+    run_tiles, head_dim = out_ref.shape
+    window_tiles = window_ref.shape[0]
+    channel, in_head = _channels(head_dim)
+    tile = jnp.arange(pl.next_power_of_2(run_tiles), dtype=jnp.int32)
+    run = jnp.arange(tile.size * TILE, dtype=jnp.int32)
+    tokens = jnp.clip(host_tokens_ref[0] - run * run_tokens, 0, run_tokens)
+    exists = (tokens > 0) & (run < num_runs)
+    log_weight = jnp.where(
+        exists, jnp.log(jnp.maximum(tokens, 1).astype(jnp.float32)), _MINUS_INFINITY
+    )
+    held = jnp.maximum(jnp.sum(exists.astype(jnp.float32)), 1.0)
+
+    def of_runs(ref: Any, *index: Any) -> jax.Array:
+        """A number of each run, 0 for those that do not exist."""
+        where = (run // TILE, *(jnp.full_like(run, i) for i in index), run % TILE)
+        return pltriton.load(ref.at[where], mask=exists, other=0.0)
+
+    def of_tiles(ref: Any, *index: int) -> jax.Array:
+        """The sum over tiles of vectors of channels."""
+        at = _grid_of(tile, channel)
+        where = (at[0], *(jnp.full_like(at[0], i) for i in index), at[1])
+        return pltriton.load(ref.at[where], mask=(at[0] < run_tiles) & in_head[None, :], other=0.0)
+
+    def vector(ref: Any) -> jax.Array:
+        return pltriton.load(ref, mask=in_head, other=0.0)
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(exists, x, 0.0)) / held
+
+    def peak(x: jax.Array) -> jax.Array:
+        largest = jnp.max(jnp.where(exists, x, _MINUS_INFINITY))
+        return jnp.where(largest == _MINUS_INFINITY, jnp.float32(0.0), largest)
+
+    def deviation(x: jax.Array, around: jax.Array) -> jax.Array:
+        return jnp.sqrt(mean((x - around) * (x - around)))
+
+    def above(x: jax.Array, limit: jax.Array) -> jax.Array:
+        return jnp.sum((exists & (x > limit)).astype(jnp.float32))
+
+    def norm(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.sum(x * x))
+
+    scores, bounds = of_runs(scores_ref, 0), of_runs(scores_ref, 1)
+    weighted = scores + log_weight
+    host_lse = _log_sum_exp(weighted)
+    nothing = host_lse == _MINUS_INFINITY
+    finite_lse = jnp.where(nothing, jnp.float32(0.0), host_lse)
+    share = jnp.exp(weighted - finite_lse)
+    # A run's logarithm of tokens less that of its share, which is exact where the share underflows.
+    surprise = jnp.where(exists, finite_lse - scores, 0.0)
+
+    tile_largest = pltriton.load(largest_ref.at[tile], mask=tile < run_tiles, other=_MINUS_INFINITY)
+    weight = jnp.exp(tile_largest - finite_lse)
+    host_out = jnp.sum(weight[:, None] * of_tiles(out_ref), axis=0)
+
+    window_tile = jnp.arange(pl.next_power_of_2(window_tiles), dtype=jnp.int32)
+
+    def of_window(column: int) -> jax.Array:
+        where = (window_tile, jnp.full_like(window_tile, column))
+        mask = window_tile < window_tiles
+        return pltriton.load(window_ref.at[where], mask=mask, other=_MINUS_INFINITY)
+
+    q, window_out, probe = (vector(ref.at[channel]) for ref in (q_ref, window_out_ref, probe_ref))
+    previous = vector(previous_ref.at[previous_slot_ref[0], channel])
+    window_lse, window_peak = window_lse_ref[0], jnp.max(of_window(0))
+    odds = jnp.clip(host_lse - window_lse, -LARGEST_ODDS, LARGEST_ODDS)
+    mass = 1.0 / (1.0 + jnp.exp(-odds))
+    change = host_out - window_out
+    score_mean, bound_mean, bound_peak = mean(scores), mean(bounds), peak(bounds)
+    key_norms, value_norms = of_runs(norms_ref, 0), of_runs(norms_ref, 1)
+    key_norm = mean(key_norms)
+    found = {
+        "score_peak": peak(scores),
+        "score_mean": score_mean,
+        "score_deviation": deviation(scores, score_mean),
+        "host_lse": host_lse,
+        "bound_peak": bound_peak,
+        "bound_mean": bound_mean,
+        "bound_deviation": deviation(bounds, bound_mean),
+        "entropy_bits": jnp.sum(share * surprise) / math.log(2.0),
+        "share_squares": jnp.sum(share * share),
+        "share_peak": jnp.max(share),
+        "above_1_percent": above(bounds + log_weight, window_lse + _LOG_1_PERCENT),
+        "above_10_percent": above(bounds + log_weight, window_lse + _LOG_10_PERCENT),
+        "above_window": above(bounds, window_lse),
+        "above_window_peak": above(bounds, window_peak),
+        "within_1_of_peak": above(bounds, bound_peak - 1.0),
+        "within_4_of_peak": above(bounds, bound_peak - 4.0),
+        "out_product": jnp.sum(host_out * window_out),
+        "host_out_norm": norm(host_out),
+        "window_out_norm": norm(window_out),
+        "change_norm": norm(change),
+        "whole_norm": norm(window_out + mass * change),
+        "window_peak": window_peak,
+        "sink_lse": _log_sum_exp(of_window(1)),
+        "newest_lse": _log_sum_exp(of_window(2)),
+        "query_norm": norm(q),
+        "previous_product": jnp.sum(q * previous),
+        "previous_norm": norm(previous),
+        "probe_product": jnp.sum(q * probe),
+        "probe_norm": norm(probe),
+        "key_norm": key_norm,
+        "key_norm_deviation": deviation(key_norms, key_norm),
+        "mean_key_norm": norm(jnp.sum(of_tiles(sums_ref, 0), axis=0) / held),
+        "value_norm": mean(value_norms),
+        "value_norm_peak": jnp.max(value_norms),
+        "mean_value_norm": norm(jnp.sum(of_tiles(sums_ref, 1), axis=0) / held),
+    }
+    for i, name in enumerate(names):
+        statistics_ref[i] = found[name]

@@ -1,0 +1,208 @@
+"""Statistics of heads: the kernels against XLA, and both against plain NumPy."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import HeadStatistics, UnsupportedImplementationError, head_statistics
+from pallas_kernels.head_statistics_triton import head_statistics_triton
+
+EXECUTIONS = [
+    pytest.param("interpreted", id="interpreted"),
+    pytest.param("triton", id="gpu", marks=pytest.mark.gpu),
+]
+CONSTANTS = {"scale": 0.11, "run_tokens": 48, "sink_tokens": 5, "newest_tokens": 16}
+NAMES = HeadStatistics._fields
+BATCH, KV_HEADS = 3, 2
+
+
+def operands(head_dim=64, group=3, num_runs=37, slots=45, dtype="float32", seed=0, size=1.5):
+    """Rows with all runs, with some and with none; slots without a token and slots in disorder."""
+    rng = np.random.default_rng(seed)
+    heads = KV_HEADS * group
+
+    def normal(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    runs = normal(BATCH, KV_HEADS, num_runs, 4, head_dim) + normal(head_dim)
+    runs[..., 2:, :] = np.abs(runs[..., 2:, :]) + 0.5
+    host_tokens = np.asarray([48 * num_runs, 48 * (num_runs // 2) + 1, 0], np.int32)
+    # What no token has reached may hold anything.
+    runs[1, :, num_runs // 2 + 1 :] = np.nan
+    runs[2] = np.inf
+    positions = np.stack([rng.permutation(slots) + offset for offset in (0, 900, 7)])
+    positions[:, rng.permutation(slots)[: slots // 5]] = -1
+    window_k = normal(BATCH, KV_HEADS, slots, head_dim)
+    window_k[np.broadcast_to((positions < 0)[:, None], window_k.shape[:3])] = np.nan
+    return {
+        "q": normal(BATCH, heads, head_dim, scale=size),
+        "window_out": normal(BATCH, heads, head_dim),
+        "window_lse": normal(BATCH, heads, scale=3.0),
+        "window_k": jnp.asarray(window_k, dtype),
+        "window_positions": positions.astype(np.int32),
+        "newest": positions.max(axis=1).astype(np.int32),
+        "runs": jnp.asarray(runs, dtype),
+        "host_tokens": host_tokens,
+        "previous_q": normal(BATCH, 2, heads, head_dim),
+        "previous_slot": np.asarray([0, 1, 1], np.int32),
+        "probe_q": normal(BATCH, heads, head_dim),
+    }
+
+
+def run(execution, given, **constants):
+    constants = {**CONSTANTS, **constants}
+    given = {name: jnp.asarray(x) for name, x in given.items()}
+    if execution == "interpreted":
+        program = functools.partial(head_statistics_triton, interpret=True, **constants)
+        stacked = jax.jit(program, static_argnums=0)(NAMES, *given.values())
+        return HeadStatistics(*np.moveaxis(np.asarray(stacked), -1, 0))
+    program = functools.partial(head_statistics, implementation=execution, **constants)
+    return HeadStatistics(*(np.asarray(x) for x in jax.jit(program)(*given.values())))
+
+
+def log_sum_exp(x):
+    if not x.size or np.max(x) == -np.inf:
+        return -np.inf
+    return np.max(x) + np.log(np.sum(np.exp(x - np.max(x))))
+
+
+def of_one_head(given, row, head, group, scale, run_tokens, sink_tokens, newest_tokens):
+    """The statistics in float64, one head at a time."""
+    task = head // group
+    wide = {name: np.asarray(jnp.asarray(x, jnp.float32), float) for name, x in given.items()}
+    q, out = wide["q"][row, head], wide["window_out"][row, head]
+    lse = wide["window_lse"][row, head]
+    held = int(given["host_tokens"][row])
+    count = -(-held // run_tokens)
+    tokens = np.minimum(held - run_tokens * np.arange(count), run_tokens)
+    k, v, negated_low, high = np.moveaxis(wide["runs"][row, task, :count], 1, 0)
+    s = scale * k @ q
+    u = scale * (np.maximum(q, 0) * high - np.minimum(q, 0) * negated_low).sum(axis=1)
+    w = np.log(tokens)
+    host_lse = log_sum_exp(s + w)
+    p = np.exp(s + w - host_lse)
+    host_out = p @ v if count else np.zeros_like(q)
+    change = host_out - out
+    with np.errstate(over="ignore"):
+        mass = 1 / (1 + np.exp(-np.clip(host_lse - lse, -30, 30)))
+    position = given["window_positions"][row]
+    resident = position >= 0
+    window = scale * wide["window_k"][row, task][resident] @ q
+    position = position[resident]
+    previous = wide["previous_q"][row, given["previous_slot"][row], head]
+    probe = wide["probe_q"][row, head]
+    norm = np.linalg.norm
+    key_norms, value_norms = norm(k, axis=1), norm(v, axis=1)
+    of_sums = [norm(x.sum(axis=0) / max(count, 1)) for x in (k, v)]
+
+    def mean(x):
+        return x.mean() if x.size else 0.0
+
+    def spread(x):
+        return x.std() if x.size else 0.0
+
+    top = u.max() if count else 0.0
+    found = {
+        "score_peak": s.max() if count else 0.0,
+        "score_mean": mean(s),
+        "score_deviation": spread(s),
+        "host_lse": host_lse,
+        "bound_peak": top,
+        "bound_mean": mean(u),
+        "bound_deviation": spread(u),
+        "entropy_bits": (p * (w - np.log(np.maximum(p, 1e-30)))).sum() / np.log(2),
+        "share_squares": (p**2).sum(),
+        "share_peak": p.max() if count else 0.0,
+        "above_1_percent": (u + w > lse + np.log(0.01)).sum(),
+        "above_10_percent": (u + w > lse + np.log(0.1)).sum(),
+        "above_window": (u > lse).sum(),
+        "above_window_peak": (u > window.max()).sum(),
+        "within_1_of_peak": (u > top - 1).sum(),
+        "within_4_of_peak": (u > top - 4).sum(),
+        "out_product": host_out @ out,
+        "host_out_norm": norm(host_out),
+        "window_out_norm": norm(out),
+        "change_norm": norm(change),
+        "whole_norm": norm(out + mass * change),
+        "window_peak": window.max(),
+        "sink_lse": log_sum_exp(window[position < sink_tokens]),
+        "newest_lse": log_sum_exp(window[position > given["newest"][row] - newest_tokens]),
+        "query_norm": norm(q),
+        "previous_product": q @ previous,
+        "previous_norm": norm(previous),
+        "probe_product": q @ probe,
+        "probe_norm": norm(probe),
+        "key_norm": mean(key_norms),
+        "key_norm_deviation": spread(key_norms),
+        "mean_key_norm": of_sums[0],
+        "value_norm": mean(value_norms),
+        "value_norm_peak": value_norms.max() if count else 0.0,
+        "mean_value_norm": of_sums[1],
+    }
+    return [found[name] for name in NAMES]
+
+
+def expected(given, **constants):
+    heads = given["q"].shape[1]
+    group = heads // KV_HEADS
+    rows = [
+        [of_one_head(given, row, head, group, **{**CONSTANTS, **constants}) for head in range(heads)]
+        for row in range(BATCH)
+    ]
+    return HeadStatistics(*np.moveaxis(np.asarray(rows), -1, 0))
+
+
+def assert_close(got, wanted, close=2e-5):
+    for name in NAMES:
+        np.testing.assert_allclose(
+            getattr(got, name), getattr(wanted, name), rtol=close, atol=close, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("execution", ["xla", *EXECUTIONS])
+@pytest.mark.parametrize(
+    ("head_dim", "group", "num_runs", "slots", "dtype"),
+    [
+        (64, 3, 37, 45, "float32"),
+        (128, 4, 64, 336, "bfloat16"),
+        (96, 7, 31, 33, "float16"),
+        (72, 1, 33, 32, "float32"),
+        (256, 8, 2, 20, "bfloat16"),
+    ],
+)
+def test_equals_numpy(execution, head_dim, group, num_runs, slots, dtype):
+    given = operands(head_dim, group, num_runs, slots, dtype)
+    assert_close(run(execution, given), expected(given))
+
+
+@pytest.mark.parametrize("execution", ["xla", *EXECUTIONS])
+def test_extreme_scores_stay_exact(execution):
+    given = operands(size=300.0)
+    got, wanted = run(execution, given), expected(given)
+    assert_close(got, wanted, 2e-4)
+    assert np.isfinite(got.entropy_bits).all()
+
+
+@pytest.mark.parametrize("execution", ["xla", *EXECUTIONS])
+def test_a_fault_surfaces_in_its_own_head_only(execution):
+    given = operands()
+    sound = run(execution, given)
+    given["q"][0, 2] = np.nan
+    got = run(execution, given)
+    assert not np.isfinite(got.host_lse[0, 2]) and not np.isfinite(got.score_mean[0, 2])
+    others = np.ones(got.host_lse.shape, bool)
+    others[0, 2] = False
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(got, name)[others], getattr(sound, name)[others])
+
+
+def test_no_kernel_without_a_gpu():
+    if jax.default_backend() == "gpu":
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(UnsupportedImplementationError, match="expected a CUDA device"):
+        run("triton", operands())

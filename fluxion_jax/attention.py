@@ -10,6 +10,7 @@ W words of a bitmap over base blocks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -516,7 +517,10 @@ def _plan(policy: Policy, features: Features, lengths: jax.Array) -> tuple[Plan,
                 f"expected {name} of the policy's plan as {kind.__name__}{list(shape)}, got "
                 f"{array.dtype}{list(array.shape)}; see fluxion_jax.Plan"
             )
-    known = jnp.isin(plan.granularity, jnp.asarray(GRANULARITIES_TOKENS))
+    # One by one: a kernel less than membership of an array.
+    known = functools.reduce(
+        jnp.logical_or, [plan.granularity == tokens for tokens in GRANULARITIES_TOKENS]
+    )
     status = jnp.where(known.all(), 0, STATUS_PLAN)
     granularity = jnp.where(known, plan.granularity, BLOCK_TOKENS).astype(jnp.int32)
     return plan._replace(granularity=granularity), status.astype(jnp.int32)[None]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from fluxion_jax.errors import ConfigError
 
@@ -52,18 +51,15 @@ class CostModel:
                     "rates are in bytes per second, costs in seconds"
                 )
 
-    def host_bytes(self, total_bytes: jax.Array) -> jax.Array:
+    def host_part(self) -> tuple[jax.Array | float, jax.Array | float]:
         """The host's part of a layer's bytes, so that both sides end together.
 
-        Args:
-          total_bytes: float32 scalar, what the layer reads.
-
         Returns:
-          float32 scalar in `[0, total_bytes]`.
+          `(share, ahead_bytes)`: of `total` bytes the host reads `(total + ahead_bytes) * share`, at
+          least none and at most all.
         """
         host, pcie = self.host_bytes_per_s, self.pcie_bytes_per_s
-        ahead = (self.device_fixed_s - self.host_fixed_s) * pcie
-        return jnp.clip((total_bytes + ahead) * (host / (host + pcie)), 0.0, total_bytes)
+        return host / (host + pcie), (self.device_fixed_s - self.host_fixed_s) * pcie
 
     def seconds(self, total_bytes: float, split: Literal["model", "host", "device"]) -> float:
         """The modelled time of a layer that reads so many bytes.

@@ -17,6 +17,7 @@ import numpy as np
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.cost_model import MIN_RANGE_BYTES, CostModel
 from fluxion_jax.policy.scheduler import corrected
+from pallas_kernels import UnsupportedImplementationError, cut_tasks
 from pallas_kernels.bitmaps import fold_last
 
 # So many are summed within a kernel of something else; a program of more terms compiles for longer.
@@ -82,15 +83,33 @@ class Split:
         everything = jnp.broadcast_to(host_blocks[:, None], wanted_blocks.shape)
         if self.sides != "both":
             return everything if self.sides == "host" else jnp.zeros_like(everything)
-        size = wanted_blocks.astype(jnp.float32) * block_bytes
+        size = (wanted_blocks.astype(jnp.float32) * block_bytes).reshape(-1)
         if self.cost is None:
-            host, least = jnp.asarray(self.host_fraction) * _total(size.reshape(-1)), 0
+            share, ahead, least = self.host_fraction, 0.0, 0
         else:
-            size = size + scanned_bytes
-            host, least = self.cost.host_bytes(_total(size.reshape(-1))), MIN_RANGE_BYTES
-        share = _host_shares(size.reshape(-1), host, least).reshape(size.shape)
-        cut = jnp.round(share * everything.astype(jnp.float32)).astype(jnp.int32)
-        return jnp.where(share >= 1.0, everything, cut)
+            size = size + jnp.broadcast_to(scanned_bytes, wanted_blocks.shape).reshape(-1)
+            share, ahead, least = *self.cost.host_part(), MIN_RANGE_BYTES
+        operands = (
+            size,
+            everything.reshape(-1),
+            jnp.asarray(share, jnp.float32),
+            jnp.asarray(ahead, jnp.float32),
+        )
+        try:
+            cut = cut_tasks(*operands, least=least)
+        except UnsupportedImplementationError:
+            cut = _cut(*operands, least)
+        return cut.reshape(wanted_blocks.shape)
+
+
+def _cut(
+    size: jax.Array, blocks: jax.Array, share: jax.Array, ahead: jax.Array, least: int
+) -> jax.Array:
+    """As `pallas_kernels.cut_tasks`, anywhere and for any number of tasks."""
+    total = _total(size)
+    of_host = _host_shares(size, jnp.clip((total + ahead) * share, 0.0, total), least)
+    cut = jnp.round(of_host * blocks.astype(jnp.float32)).astype(jnp.int32)
+    return jnp.where(of_host >= 1.0, blocks, cut)
 
 
 def _host_shares(size: jax.Array, host: jax.Array, least: int) -> jax.Array:

@@ -53,6 +53,8 @@ _HEAD_AXES_OF_STATS = (1, 1, 1, 1, None, 1, 1, None, None, 1, 2, None, None)
 _SUMMED_TIMES = ("busy", "scored", "selected", "attended")
 # The native kernels keep the heads that want a block in the bits of one word.
 _MAX_GROUP = 64
+# So many counts are summed within a kernel of something else.
+_FEW_TASKS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -860,8 +862,8 @@ def _adapt(
         return cache
     layout = cache.layout
     host_bytes, device_bytes = (
-        blocks.sum().astype(jnp.float32) * layout.block_bytes
-        + (units.sum() * (layout.summaries == "host")).astype(jnp.float32)
+        _sum_of_tasks(blocks).astype(jnp.float32) * layout.block_bytes
+        + (_sum_of_tasks(units) * (layout.summaries == "host")).astype(jnp.float32)
         * layout.unit_summary_bytes
         for blocks, units in (
             (collected.blocks_read, collected.units_scanned),
@@ -870,6 +872,12 @@ def _adapt(
     )
     pace = observe(cache.pace, split.cost, host_bytes, device_bytes, collected.times)
     return cache.replace(pace=jnp.where(cache.status[0] == 0, pace, cache.pace))
+
+
+def _sum_of_tasks(counts: jax.Array) -> jax.Array:
+    """Of few tasks within a kernel of something else: a reduction is one of its own."""
+    counts = counts.reshape(-1)
+    return fold_last(jnp.add, counts) if counts.size <= _FEW_TASKS else counts.sum()
 
 
 def _selection(collected: host_ops.Collected, device: _DeviceShare) -> jax.Array:

@@ -111,7 +111,6 @@ def head_statistics(
     runs: jax.Array,
     host_tokens: jax.Array,
     previous_q: jax.Array,
-    previous_slot: jax.Array,
     probe_q: jax.Array,
     *,
     scale: float,
@@ -132,8 +131,8 @@ def head_statistics(
       runs: `[B, K, M, 4, H]`: a drawn key, its value, the negated minimum and the maximum of the
         run's keys. Runs that hold no token may hold anything.
       host_tokens: int32 `[B]`, of which the runs take `run_tokens` each, the last one the rest.
-      previous_q: float32 `[B, 2, N, H]`.
-      previous_slot: int32 `[B]`, which of the two counts.
+      previous_q: float32 `[B, 2, N, H]`, by the parity of their position; the one counts that is of
+        the position before the newest.
       probe_q: float32 `[B, N, H]`.
       scale: factor on the scores.
       run_tokens: tokens of a run.
@@ -157,7 +156,6 @@ def head_statistics(
         runs,
         host_tokens,
         previous_q,
-        previous_slot,
         probe_q,
         scale=scale,
         run_tokens=run_tokens,
@@ -183,7 +181,6 @@ def _xla(
     runs: jax.Array,
     host_tokens: jax.Array,
     previous_q: jax.Array,
-    previous_slot: jax.Array,
     probe_q: jax.Array,
     *,
     scale: float,
@@ -236,9 +233,7 @@ def _xla(
     host_lse = jax.nn.logsumexp(weighted, axis=-1)
     share = jnp.exp(weighted - jnp.where(jnp.isneginf(host_lse), 0.0, host_lse)[..., None])
     host_out = by_head(
-        jnp.einsum(
-            "bkgm,bkmh->bkgh", share.reshape(*grouped.shape[:3], -1), v, precision="highest"
-        )
+        jnp.einsum("bkgm,bkmh->bkgh", share.reshape(*grouped.shape[:3], -1), v, precision="highest")
     )
     nats = -(share * jnp.log(jnp.maximum(share, 1e-30))).sum(axis=-1)
     nats += (share * jnp.where(exists, log_weight, 0.0)[:, None]).sum(axis=-1)
@@ -255,7 +250,8 @@ def _xla(
 
     mass = jax.nn.sigmoid(jnp.clip(host_lse - window_lse, -LARGEST_ODDS, LARGEST_ODDS))
     change = host_out - window_out
-    previous = jnp.take_along_axis(previous_q, previous_slot[:, None, None, None], axis=1)[:, 0]
+    parity = (newest + 1) & 1
+    previous = jnp.take_along_axis(previous_q, parity[:, None, None, None], axis=1)[:, 0]
     bound_peak, bound_mean, score_mean = peak(bounds), mean(bounds), mean(scores)
     key_norms, value_norms = _norm(k), _norm(v)
     key_norm, value_norm = mean(key_norms), mean(value_norms)

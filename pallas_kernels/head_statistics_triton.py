@@ -44,7 +44,6 @@ def head_statistics_triton(
     runs: jax.Array,
     host_tokens: jax.Array,
     previous_q: jax.Array,
-    previous_slot: jax.Array,
     probe_q: jax.Array,
     *,
     scale: float,
@@ -53,10 +52,24 @@ def head_statistics_triton(
     newest_tokens: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes the statistics; the arguments are those of `head_statistics`.
+    """Computes the statistics.
 
     Args:
       names: of the statistics wanted, in their order.
+      q: see `head_statistics`, as for all that follow.
+      window_out: float32 `[B, N, H]`.
+      window_lse: float32 `[B, N]`.
+      window_k: `[B, K, W, H]`.
+      window_positions: int32 `[B, W]`.
+      newest: int32 `[B]`.
+      runs: `[B, K, M, 4, H]`.
+      host_tokens: int32 `[B]`.
+      previous_q: float32 `[B, 2, N, H]`.
+      probe_q: float32 `[B, N, H]`.
+      scale: factor on the scores.
+      run_tokens: tokens of a run.
+      sink_tokens: positions below it are sinks.
+      newest_tokens: so many are the newest.
       interpret: run on any platform, slowly; for tests.
 
     Returns:
@@ -150,9 +163,7 @@ def head_statistics_triton(
         (None, 2, None, None, head_dim), lambda t, g: (t // kv_heads, 0, t % kv_heads, g, 0)
     )
     statistics: jax.Array = pl.pallas_call(
-        functools.partial(
-            _conclude, names=tuple(names), num_runs=num_runs, run_tokens=run_tokens
-        ),
+        functools.partial(_conclude, names=tuple(names), num_runs=num_runs, run_tokens=run_tokens),
         grid=(tasks, group),
         in_specs=[
             of_head(head_dim),
@@ -162,9 +173,7 @@ def head_statistics_triton(
             previous,
             number,
             of_head(head_dim),
-            pl.BlockSpec(
-                (None, run_tiles, None, 2, TILE), lambda t, g: (t, 0, g, 0, 0)
-            ),
+            pl.BlockSpec((None, run_tiles, None, 2, TILE), lambda t, g: (t, 0, g, 0, 0)),
             task(run_tiles, 2, TILE),
             pl.BlockSpec((None, run_tiles, None), lambda t, g: (t, 0, g)),
             pl.BlockSpec((None, run_tiles, None, head_dim), lambda t, g: (t, 0, g, 0)),
@@ -182,7 +191,7 @@ def head_statistics_triton(
         window_lse.reshape(tasks, group),
         host_tokens.astype(jnp.int32),
         previous_q.reshape(batch, 2, kv_heads, group, head_dim),
-        previous_slot.astype(jnp.int32),
+        newest.astype(jnp.int32),
         probe_q.reshape(tasks, group, head_dim),
         *found,
     )
@@ -246,8 +255,9 @@ def _read_tile(
         at = _grid_of(run, channel)
         mask = exists[:, None] & in_head[None, :]
         k, v, negated_low, high = (
-            pltriton.load(runs_ref.at[at[0], jnp.full_like(at[0], i), at[1]], mask=mask, other=0.0)
-            .astype(jnp.float32)
+            pltriton.load(
+                runs_ref.at[at[0], jnp.full_like(at[0], i), at[1]], mask=mask, other=0.0
+            ).astype(jnp.float32)
             for i in range(4)
         )
         for i, rows in enumerate((k, v)):
@@ -290,7 +300,7 @@ def _conclude(
     window_lse_ref: Any,
     host_tokens_ref: Any,
     previous_ref: Any,
-    previous_slot_ref: Any,
+    newest_ref: Any,
     probe_ref: Any,
     scores_ref: Any,
     norms_ref: Any,
@@ -368,7 +378,7 @@ def _conclude(
         return pltriton.load(window_ref.at[where], mask=mask, other=_MINUS_INFINITY)
 
     q, window_out, probe = (vector(ref.at[channel]) for ref in (q_ref, window_out_ref, probe_ref))
-    previous = vector(previous_ref.at[previous_slot_ref[0], channel])
+    previous = vector(previous_ref.at[(newest_ref[0] + 1) & 1, channel])
     window_lse, window_peak = window_lse_ref[0], jnp.max(of_window(0))
     odds = jnp.clip(host_lse - window_lse, -LARGEST_ODDS, LARGEST_ODDS)
     mass = 1.0 / (1.0 + jnp.exp(-odds))

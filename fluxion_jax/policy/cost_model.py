@@ -55,8 +55,8 @@ class CostModel:
         """The host's part of a layer's bytes, so that both sides end together.
 
         Returns:
-          `(share, ahead_bytes)`: of `total` bytes the host reads `(total + ahead_bytes) * share`, at
-          least none and at most all.
+          `(share, ahead_bytes)`: of `total` bytes the host reads `(total + ahead_bytes) * share`,
+          at least none and at most all.
         """
         host, pcie = self.host_bytes_per_s, self.pcie_bytes_per_s
         return host / (host + pcie), (self.device_fixed_s - self.host_fixed_s) * pcie

@@ -132,8 +132,6 @@ def head_features(
         sketch.runs,
         features.host_tokens,
         sketch.previous_q,
-        # The parity of the position before.
-        (newest + 1) & 1,
         sketch.probe_q,
         scale=features.scale,
         run_tokens=run_blocks(features.capacity_blocks) * BLOCK_TOKENS,

@@ -51,8 +51,14 @@ class Safety:
 
     def at(self, tolerance: Any) -> tuple[jax.Array, jax.Array]:
         """`(streaming_logit, margin)` at a tolerance."""
-        x, known = jnp.log2(tolerance), jnp.log2(self.tolerances)
-        return jnp.interp(x, known, self.streaming_logit), jnp.interp(x, known, self.margin)
+        known = jnp.log2(self.tolerances)
+        # As jnp.interp, which searches in a loop that a GPU leaves to its host.
+        passed = jnp.clip((jnp.log2(tolerance) - known[:-1]) / jnp.diff(known), 0.0, 1.0)
+        logit, margin = (
+            x[0] + (passed * jnp.diff(x)).sum()
+            for x in map(jnp.asarray, (self.streaming_logit, self.margin))
+        )
+        return logit, margin
 
 
 class FluxionNotes(NamedTuple):

@@ -27,8 +27,8 @@ def in_a_loop(size, blocks, share, ahead, least):
         left -= part
         if part < least or size[task] - part < least:
             part = size[task] if 2 * part >= size[task] else 0.0
-        cut[task] = blocks[task] if part >= size[task] else np.round(
-            part / size[task] * blocks[task]
+        cut[task] = (
+            blocks[task] if part >= size[task] else np.round(part / size[task] * blocks[task])
         )
     return cut
 

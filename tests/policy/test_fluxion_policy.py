@@ -220,3 +220,16 @@ def test_the_documented_policy_plans():
     plan = policy.plan(features._replace(layer=2), jnp.asarray([1400, 500]))
     assert np.asarray(plan.budget_tokens)[:, 5].tolist() == [70, 25]
     assert parse_policy(policy) is policy
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_safety_is_interpolated_over_the_logarithm_and_flat_beyond(count):
+    rng = np.random.default_rng(count)
+    known = np.sort(rng.uniform(0.01, 0.9, count)).astype(np.float32)
+    logit, margin = (rng.standard_normal(count).astype(np.float32) for _ in range(2))
+    safety = Safety(known, logit, margin)
+    for tolerance in (0.005, *known, *np.sqrt(known[1:] * known[:-1]), 0.95):
+        found = safety.at(jnp.float32(tolerance))
+        for got, values in zip(found, (logit, margin), strict=True):
+            wanted = np.interp(np.log2(tolerance), np.log2(known), values)
+            assert float(got) == pytest.approx(wanted, abs=1e-5)

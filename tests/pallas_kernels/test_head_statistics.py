@@ -207,3 +207,23 @@ def test_no_kernel_without_a_gpu():
         pytest.skip("needs a machine without a GPU")
     with pytest.raises(UnsupportedImplementationError, match="expected a CUDA device"):
         run("triton", operands())
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_branches_over_one_sample_equal_each_alone(execution):
+    given = operands(64, 3, 37, 45, "bfloat16")
+    others = operands(64, 3, 37, 45, "bfloat16", seed=1)
+    own = ("q", "window_out", "window_lse", "previous_q", "probe_q")
+    axes = [0 if name in own else None for name in given]
+    stacked = [
+        np.stack([x, others[name]]) if name in own else jnp.asarray(x) for name, x in given.items()
+    ]
+    if execution == "interpreted":
+        program = functools.partial(head_statistics_triton, NAMES, interpret=True, **CONSTANTS)
+        found = jax.jit(jax.vmap(program, axes))(*stacked)
+        both = HeadStatistics(*np.moveaxis(np.asarray(found), -1, 0))
+    else:
+        program = functools.partial(head_statistics, implementation=execution, **CONSTANTS)
+        both = jax.jit(jax.vmap(program, axes))(*stacked)
+    for i, mine in enumerate((given, {**given, **{name: others[name] for name in own}})):
+        assert_close(HeadStatistics(*(np.asarray(x)[i] for x in both)), run(execution, mine), 1e-6)

@@ -13,6 +13,7 @@ from pallas_kernels.block_sparse_attention import block_sparse_attention as bloc
 from pallas_kernels.block_sparse_attention import share_attention as share_attention
 from pallas_kernels.copy_blocks import copy_blocks as copy_blocks
 from pallas_kernels.cut_tasks import cut_tasks as cut_tasks
+from pallas_kernels.dense_layer import dense_layer as dense_layer
 from pallas_kernels.finish_layer import SummaryUpdate as SummaryUpdate
 from pallas_kernels.finish_layer import finish_layer as finish_layer
 from pallas_kernels.head_statistics import LARGEST_ODDS as LARGEST_ODDS

@@ -28,6 +28,9 @@ LARGEST_ODDS = 30.0
 TILE = 32
 """Runs or window slots of a program."""
 
+# Of a matrix on the tensor cores; heads that are missing are zeros.
+_LEAST_ROWS = 16
+
 _LOG_1_PERCENT = math.log(0.01)
 _LOG_10_PERCENT = math.log(0.1)
 _MINUS_INFINITY = float("-inf")
@@ -124,6 +127,7 @@ def head_statistics_triton(
             run_tokens=run_tokens,
             sink_tokens=sink_tokens,
             newest_tokens=newest_tokens,
+            interpret=interpret,
         ),
         grid=(tasks, run_tiles + window_tiles),
         in_specs=[
@@ -208,10 +212,11 @@ def _grid_of(rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
 
 
-def _log_sum_exp(x: jax.Array) -> jax.Array:
-    largest = jnp.max(x)
-    finite = jnp.where(largest == _MINUS_INFINITY, jnp.float32(0.0), largest)
-    return finite + jnp.log(jnp.sum(jnp.exp(x - finite)))
+def _log_sum_exp(x: jax.Array, axis: int = 0) -> jax.Array:
+    largest = jnp.max(x, axis=axis)
+    finite = jnp.where(largest == _MINUS_INFINITY, jnp.zeros_like(largest), largest)
+    subtracted = x - (finite[:, None] if axis else finite)
+    return finite + jnp.log(jnp.sum(jnp.exp(subtracted), axis=axis))
 
 
 def _read_tile(
@@ -233,48 +238,58 @@ def _read_tile(
     run_tokens: int,
     sink_tokens: int,
     newest_tokens: int,
+    interpret: bool,
 ) -> None:
     """Scores of a tile for all heads of the group, and sums over it."""
     group, head_dim = q_ref.shape
     num_runs, slots = runs_ref.shape[0], window_k_ref.shape[0]
     channel, in_head = _channels(head_dim)
     lane = jnp.arange(TILE, dtype=jnp.int32)
+    head = jnp.arange(max(_LEAST_ROWS, pl.next_power_of_2(group)), dtype=jnp.int32)
+    by_channel, by_lane = _grid_of(head, channel), _grid_of(head, lane)
+    exists = head < group
     tile = pl.program_id(1)
-
-    def query(head: int) -> jax.Array:
-        return pltriton.load(q_ref.at[head, channel], mask=in_head, other=0.0)
+    in_group = exists[:, None] & in_head[None, :]
+    q = pltriton.load(q_ref.at[by_channel], mask=in_group, other=0.0)
+    # Not by reductions, which would take longer than everything else.
+    product = functools.partial(_product, interpret=interpret)
 
     @pl.when(tile < run_tiles)
     def _() -> None:
         run = tile * TILE + lane
         tokens = jnp.clip(host_tokens_ref[0] - run * run_tokens, 0, run_tokens)
-        exists = (tokens > 0) & (run < num_runs)
+        held = (tokens > 0) & (run < num_runs)
         log_weight = jnp.where(
-            exists, jnp.log(jnp.maximum(tokens, 1).astype(jnp.float32)), _MINUS_INFINITY
+            held, jnp.log(jnp.maximum(tokens, 1).astype(jnp.float32)), _MINUS_INFINITY
         )
         at = _grid_of(run, channel)
-        mask = exists[:, None] & in_head[None, :]
+        mask = held[:, None] & in_head[None, :]
         k, v, negated_low, high = (
             pltriton.load(
                 runs_ref.at[at[0], jnp.full_like(at[0], i), at[1]], mask=mask, other=0.0
             ).astype(jnp.float32)
             for i in range(4)
         )
+        ones = (jnp.ones(by_channel[0].shape, jnp.float32), jnp.ones(by_lane[0].shape, jnp.float32))
         for i, rows in enumerate((k, v)):
-            pltriton.store(norms_ref.at[i, lane], jnp.sqrt(jnp.sum(rows * rows, axis=1)))
-            pltriton.store(sums_ref.at[i, channel], jnp.sum(rows, axis=0), mask=in_head)
-        for head in range(group):
-            q = query(head)[None, :]
-            scores = jnp.sum(q * k, axis=1) * scale
-            bound = jnp.maximum(q, 0.0) * high + jnp.maximum(-q, 0.0) * negated_low
-            pltriton.store(scores_ref.at[head, 0, lane], scores)
-            pltriton.store(scores_ref.at[head, 1, lane], jnp.sum(bound, axis=1) * scale)
-            weighted = scores + log_weight
-            largest = jnp.max(weighted)
-            finite = jnp.where(largest == _MINUS_INFINITY, jnp.float32(0.0), largest)
-            largest_ref[head] = largest
-            weighed = jnp.sum(jnp.exp(weighted - finite)[:, None] * v, axis=0)
-            pltriton.store(out_ref.at[head, channel], weighed, mask=in_head)
+            # All rows of these products are the same.
+            norms = jnp.max(jnp.sqrt(product(ones[0], rows * rows, 1)), axis=0)
+            pltriton.store(norms_ref.at[i, lane], norms)
+            sums = jnp.max(product(ones[1], rows, 0), axis=0)
+            pltriton.store(sums_ref.at[i, channel], sums, mask=in_head)
+        scores = product(q, k, 1) * scale
+        bounds = product(jnp.maximum(q, 0.0), high, 1) + product(
+            jnp.maximum(-q, 0.0), negated_low, 1
+        )
+        for i, found in enumerate((scores, bounds * scale)):
+            where = (by_lane[0], jnp.full_like(by_lane[0], i), by_lane[1])
+            pltriton.store(scores_ref.at[where], found, mask=by_lane[0] < group)
+        weighted = scores + log_weight[None, :]
+        largest = jnp.max(weighted, axis=1)
+        finite = jnp.where(largest == _MINUS_INFINITY, 0.0, largest)
+        pltriton.store(largest_ref.at[head], largest, mask=exists)
+        out = product(jnp.exp(weighted - finite[:, None]), v, 0)
+        pltriton.store(out_ref.at[by_channel], out, mask=in_group)
 
     @pl.when(tile >= run_tiles)
     def _() -> None:
@@ -283,15 +298,35 @@ def _read_tile(
         resident = position >= 0
         mask = resident[:, None] & in_head[None, :]
         keys = pltriton.load(window_k_ref.at[_grid_of(slot, channel)], mask=mask, other=0.0)
-        keys = keys.astype(jnp.float32)
-        for head in range(group):
-            scores = jnp.sum(query(head)[None, :] * keys, axis=1) * scale
-            scores = jnp.where(resident, scores, _MINUS_INFINITY)
-            sinks = jnp.where(position < sink_tokens, scores, _MINUS_INFINITY)
-            recent = jnp.where(position > newest_ref[0] - newest_tokens, scores, _MINUS_INFINITY)
-            window_ref[head, 0] = jnp.max(scores)
-            window_ref[head, 1] = _log_sum_exp(sinks)
-            window_ref[head, 2] = _log_sum_exp(recent)
+        scores = product(q, keys.astype(jnp.float32), 1) * scale
+        sinks = resident & (position < sink_tokens)
+        recent = resident & (position > newest_ref[0] - newest_tokens)
+
+        def among(slots: jax.Array) -> jax.Array:
+            slots = jnp.broadcast_to(slots[None, :], scores.shape)
+            return jnp.where(slots, scores, _MINUS_INFINITY)
+
+        found = (
+            jnp.max(among(resident), axis=1),
+            _log_sum_exp(among(sinks), 1),
+            _log_sum_exp(among(recent), 1),
+        )
+        for i, of_heads in enumerate(found):
+            pltriton.store(window_ref.at[head, jnp.full_like(head, i)], of_heads, mask=exists)
+
+
+def _product(a: jax.Array, b: jax.Array, axis: int, *, interpret: bool) -> jax.Array:
+    """Matrix product over an axis of `b`, as exact as sums of float32."""
+    exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    product: jax.Array = jax.lax.dot_general(
+        a,
+        b,
+        (((1,), (axis,)), ((), ())),
+        # The interpreter's platform may not know it.
+        precision=jax.lax.Precision.HIGHEST if interpret else exact,
+        preferred_element_type=jnp.float32,
+    )
+    return product
 
 
 def _conclude(

@@ -152,7 +152,9 @@ def head_features(
         **_cross_head(features, mass, error),
     }
     shape = features.window_lse.shape
-    return jnp.stack([jnp.broadcast_to(by_name[name], shape) for name in NAMES], axis=-1)
+    # Features first, as the predictor takes them: see there.
+    stacked = jnp.stack([jnp.broadcast_to(by_name[name], shape) for name in NAMES])
+    return jnp.moveaxis(stacked, 0, -1)
 
 
 def _structural(features: Features) -> dict[str, jax.Array | float]:

@@ -105,7 +105,9 @@ class FluxionPolicy:
                 f"which the predictor was calibrated, got layer {features.layer} with {heads}; "
                 "calibrate for this model"
             )
-        needs = predictor(inputs, predictor.heads[features.layer], self.tolerance)
+        needs = predictor(
+            inputs, predictor.heads[features.layer], self.tolerance, implementation=None
+        )
         threshold, margin = self.safety.at(self.tolerance)
         logit = needs.streaming - threshold
         doublings = jnp.log2(jnp.asarray(GRANULARITIES_TOKENS) / GRANULARITIES_TOKENS[0])

@@ -17,6 +17,7 @@ do no worse than a table of budgets per head. Axes: N query heads, F features.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import pallas_kernels
 from fluxion_jax.policy.features import NUM_FEATURES
 
 HIDDEN = (256, 256, 128)
@@ -76,7 +78,12 @@ class HeadPredictor(nnx.Module):
         self.deviation = Statistics(jnp.ones((NUM_FEATURES,)))
 
     def __call__(
-        self, features: jax.Array, head_vectors: jax.Array, tolerance: jax.Array
+        self,
+        features: jax.Array,
+        head_vectors: jax.Array,
+        tolerance: jax.Array,
+        *,
+        implementation: pallas_kernels.Implementation = "xla",
     ) -> HeadNeeds:
         """Predicts the needs of heads.
 
@@ -84,18 +91,25 @@ class HeadPredictor(nnx.Module):
           features: float32 `[..., F]`.
           head_vectors: float32 `[..., 8]`, rows of `heads`; broadcast against `features`.
           tolerance: float32, of the output error; broadcast against `[...]`.
+          implementation: of `pallas_kernels.dense_layer`; only "xla" can be differentiated.
         """
         standard = (features - self.mean[...]) / self.deviation[...]
         shape = features.shape[:-1]
-        x = jnp.concatenate(
-            [
-                jnp.clip(standard, -_CLIP, _CLIP),
-                jnp.broadcast_to(jnp.log2(tolerance), shape)[..., None],
-                jnp.broadcast_to(head_vectors, (*shape, _HEAD_VECTOR)),
-            ],
-            axis=-1,
+        inputs = (
+            jnp.clip(standard, -_CLIP, _CLIP),
+            jnp.broadcast_to(jnp.log2(tolerance), shape)[..., None],
+            jnp.broadcast_to(head_vectors, (*shape, _HEAD_VECTOR)),
         )
-        for layer in self.hidden:
-            x = jax.nn.silu(layer(x))
-        streaming, base, growth = jnp.moveaxis(self.out(x), -1, 0)
+        # Inputs first: neighbouring threads of a GPU then compute the same one for other heads.
+        x = jnp.concatenate([jnp.moveaxis(y, -1, 0) for y in inputs]).reshape(-1, math.prod(shape))
+        for i, layer in enumerate((*self.hidden, self.out)):
+            x = pallas_kernels.dense_layer(
+                x,
+                layer.kernel[...],
+                layer.bias[...],
+                activated=layer is not self.out,
+                inputs_first=i == 0,
+                implementation=implementation,
+            )
+        streaming, base, growth = jnp.moveaxis(x.reshape(*shape, 3), -1, 0)
         return HeadNeeds(streaming, base, jax.nn.softplus(growth))

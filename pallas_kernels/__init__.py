@@ -16,9 +16,9 @@ from pallas_kernels.cut_tasks import cut_tasks as cut_tasks
 from pallas_kernels.dense_layer import dense_layer as dense_layer
 from pallas_kernels.finish_layer import SummaryUpdate as SummaryUpdate
 from pallas_kernels.finish_layer import finish_layer as finish_layer
-from pallas_kernels.head_statistics import LARGEST_ODDS as LARGEST_ODDS
 from pallas_kernels.head_statistics import HeadStatistics as HeadStatistics
 from pallas_kernels.head_statistics import head_statistics as head_statistics
+from pallas_kernels.head_statistics_triton import LARGEST_ODDS as LARGEST_ODDS
 from pallas_kernels.merge_states import merge_states as merge_states
 from pallas_kernels.query_triton import quantise_query as quantise_query
 from pallas_kernels.registry import Implementation as Implementation

@@ -103,10 +103,11 @@ class HeadPredictor(nnx.Module):
         # Inputs first: neighbouring threads of a GPU then compute the same one for other heads.
         x = jnp.concatenate([jnp.moveaxis(y, -1, 0) for y in inputs]).reshape(-1, math.prod(shape))
         for i, layer in enumerate((*self.hidden, self.out)):
+            bias: Any = layer.bias
             x = pallas_kernels.dense_layer(
                 x,
                 layer.kernel[...],
-                layer.bias[...],
+                bias[...],
                 activated=layer is not self.out,
                 inputs_first=i == 0,
                 implementation=implementation,

@@ -8,7 +8,7 @@ is data: changing it does not recompile. Axes: B batch, K KV heads, N query head
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -83,18 +83,13 @@ class Split:
         everything = jnp.broadcast_to(host_blocks[:, None], wanted_blocks.shape)
         if self.sides != "both":
             return everything if self.sides == "host" else jnp.zeros_like(everything)
-        size = (wanted_blocks.astype(jnp.float32) * block_bytes).reshape(-1)
-        if self.cost is None:
-            share, ahead, least = self.host_fraction, 0.0, 0
-        else:
-            size = size + jnp.broadcast_to(scanned_bytes, wanted_blocks.shape).reshape(-1)
-            share, ahead, least = *self.cost.host_part(), MIN_RANGE_BYTES
-        operands = (
-            size,
-            everything.reshape(-1),
-            jnp.asarray(share, jnp.float32),
-            jnp.asarray(ahead, jnp.float32),
-        )
+        size = wanted_blocks.astype(jnp.float32) * block_bytes
+        part: tuple[Any, Any] = self.host_fraction, 0.0
+        least = 0
+        if self.cost is not None:
+            size, part, least = size + scanned_bytes, self.cost.host_part(), MIN_RANGE_BYTES
+        share, ahead = (jnp.asarray(x, jnp.float32) for x in part)
+        operands = size.reshape(-1), everything.reshape(-1), share, ahead
         try:
             cut = cut_tasks(*operands, least=least)
         except UnsupportedImplementationError:

@@ -129,10 +129,15 @@ def _quality_panel(axes: Any, rows: Sequence[dict[str, Any]], value: str, factor
         axes.plot(x, y, marker=_MARKERS[at], color=colour, label=name, **style)
         if not fixed:
             for place, text in zip(zip(x, y, strict=True), labels, strict=True):
+                # Lines one above the other: the labels of every second one go below it.
                 axes.annotate(
-                    text, place, xytext=(4, 5), textcoords="offset points", fontsize=7,
+                    text,
+                    place,
+                    xytext=(4, 5 if others % 2 else -11),
+                    textcoords="offset points",
+                    fontsize=7,
                     color=colour,
-                )  # fmt: skip
+                )
     # Plain numbers, few enough not to touch.
     axes.set_xscale("log", subs=(2, 5))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -149,4 +154,4 @@ def _kind(policy: str) -> tuple[str, str]:
     if name == "fixed":
         group = ", per group" if fields[-1] == "group" else ""
         return f"fixed:{fields[0]}{group}", fields[1]
-    return name, ":".join(fields)
+    return name, ":".join(field.removeprefix("tolerance=") for field in fields)

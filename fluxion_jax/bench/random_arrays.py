@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import host_ops
 from fluxion_jax.cache.host_kv import memory_sharding
@@ -26,7 +27,12 @@ def random_array(shape: tuple[int, ...], dtype: Any, kind: str, seed: int = 0) -
       kind: `"device"` or `"pinned_host"`.
       seed: arrays of different seeds differ.
     """
-    program = _program(tuple(shape), jnp.dtype(dtype), memory_sharding(kind))
+    sharding = memory_sharding(kind)
+    if not math.prod(shape):
+        # On a GPU a program's result without bytes lies in device memory, whatever its sharding
+        # says, and a compiled program that has met one already refuses the next.
+        return jax.device_put(np.zeros(shape, jnp.dtype(dtype)), sharding)
+    program = _program(tuple(shape), jnp.dtype(dtype), sharding)
     return program(jnp.uint32(seed))  # type: ignore[no-any-return]
 
 

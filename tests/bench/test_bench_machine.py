@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxion_jax.bench.machine import Settings, render, run
+from fluxion_jax.bench import random_arrays
+from fluxion_jax.bench.machine import KERNEL_OF_COPIES, Settings, _cost_model, render, run
 from fluxion_jax.bench.random_arrays import random_array
 from fluxion_jax.cli import main
 from fluxion_jax.policy import CostModel, parse_split
@@ -42,6 +43,22 @@ def test_random_arrays_differ_by_seed_and_cover_their_range():
     assert abs(first.mean()) < 0.05
     bytes_ = np.asarray(random_array((9999,), jnp.int8, "pinned_host"))
     assert len(np.unique(bytes_)) == 256
+
+
+def test_arrays_without_bytes_are_no_programs_results(monkeypatch):
+    monkeypatch.setattr(random_arrays, "_program", lambda *_: pytest.fail("made by a program"))
+    for kind in ("device", "pinned_host"):
+        array = random_array((4, 2, 0, 16, 64), jnp.bfloat16, kind)
+        assert (array.shape, array.dtype) == ((4, 2, 0, 16, 64), jnp.bfloat16)
+        assert array.sharding.memory_kind == kind
+
+
+def test_the_cost_model_promises_the_device_less_than_copies_reach():
+    together = {f"{side}_gb_s": {"median": rate} for side, rate in (("host", 70.0), ("pcie", 50.0))}
+    found = CostModel(**_cost_model(80.0, together, None))
+    assert 0.9 < KERNEL_OF_COPIES < 0.95
+    assert found == CostModel(70e9, KERNEL_OF_COPIES * 50e9)
+    assert CostModel(**_cost_model(80.0, None, None)) == CostModel(80e9)
 
 
 def test_the_command_names_itself(capsys):

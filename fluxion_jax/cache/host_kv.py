@@ -31,7 +31,7 @@ from fluxion_jax.cache.placement import (
     take_rows,
 )
 from fluxion_jax.cache.placement import memory_sharding as memory_sharding
-from fluxion_jax.cache.preflight import require_memory
+from fluxion_jax.cache.preflight import note_pinned, require_memory
 from fluxion_jax.cache.sketch import Sketch, empty_sketch, forget_rows
 from fluxion_jax.cache.summaries import MIN_EXPONENT
 from fluxion_jax.errors import (
@@ -235,6 +235,7 @@ class HostKV:
         for array in cache.host_arrays:
             for shard in array.addressable_shards:
                 host_ops.spread(shard.data)
+        note_pinned()
         return cache.at_home()
 
     @classmethod

@@ -15,6 +15,9 @@ from fluxion_jax.errors import ConfigError
 _GIB = 2**30
 # What everything else of the process may want while a cache is in use.
 _HEADROOM_BYTES = 256 * 2**20
+# The most that arrays have taken of pinned memory at once. The pool that JAX takes it from gives
+# nothing back to the system, but to the next arrays.
+_most_pinned_bytes = 0
 
 
 def host_bytes(layout: KVLayout, batch: int, max_tokens: int) -> int:
@@ -50,8 +53,10 @@ def require_memory(layout: KVLayout, batch: int, max_tokens: int) -> None:
         f"a cache of {batch} x {max_tokens} tokens, {wanted / _GIB:.1f} GiB in host memory "
         f"({wanted / (batch * max_tokens) / 1024:.1f} KiB a token)"
     )
+    in_pool = 0
     if jax.default_backend() == "gpu":
         limit, used = pinned_limit_bytes(), _pinned_in_use()
+        in_pool = max(0, _most_pinned_bytes - used)
         if used + wanted > limit:
             enough = -(-(used + wanted) // _GIB) + 2
             raise ConfigError(
@@ -60,13 +65,21 @@ def require_memory(layout: KVLayout, batch: int, max_tokens: int) -> None:
                 f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB={enough} before JAX starts, or lower max_tokens"
             )
     free = free_bytes()
-    if free is not None and wanted + _HEADROOM_BYTES > free:
+    if free is not None and wanted + _HEADROOM_BYTES > free + in_pool:
+        free += in_pool
         fits = max(0, free - _HEADROOM_BYTES) * max_tokens // wanted
         fits = fits // BLOCK_TOKENS * BLOCK_TOKENS
         raise ConfigError(
             f"expected a cache that fits into the {free / _GIB:.1f} GiB of free memory, got "
             f"{cache}; lower max_tokens to about {fits}, use fewer rows, or free what else is held"
         )
+
+
+def note_pinned() -> None:
+    """Remembers, on a GPU, how large the pool of pinned memory must have become."""
+    global _most_pinned_bytes
+    if jax.default_backend() == "gpu":
+        _most_pinned_bytes = max(_most_pinned_bytes, _pinned_in_use())
 
 
 def _pinned_in_use() -> int:

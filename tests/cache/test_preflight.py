@@ -59,6 +59,32 @@ def test_the_pinned_pool_is_checked_on_a_gpu(monkeypatch):
     preflight.require_memory(LAYOUT, 1, tokens)
 
 
+def test_what_the_pinned_pool_keeps_is_there_for_the_next_cache(monkeypatch):
+    wanted = preflight.host_bytes(LAYOUT, 1, 2**16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(preflight, "_most_pinned_bytes", 0)
+    # The system has little left, but what has been taken from it before is not lost.
+    monkeypatch.setattr(preflight, "free_bytes", lambda: wanted // 4 + preflight._HEADROOM_BYTES)
+    in_use = [2 * wanted]
+    monkeypatch.setattr(preflight, "_pinned_in_use", lambda: in_use[0])
+    preflight.note_pinned()
+    in_use[0] = wanted
+    preflight.require_memory(LAYOUT, 1, 2**16)
+    in_use[0] = 2 * wanted - wanted // 4
+    preflight.note_pinned()
+    with pytest.raises(fx.ConfigError, match="lower max_tokens to about 32768"):
+        preflight.require_memory(LAYOUT, 1, 2**16)
+
+
+def test_a_cache_tells_how_large_the_pinned_pool_is(monkeypatch):
+    monkeypatch.setattr(preflight, "_most_pinned_bytes", 0)
+    fx.HostKV.allocate(LAYOUT, 1, 2000)
+    assert preflight._most_pinned_bytes == 0
+    monkeypatch.setattr(preflight.jax, "default_backend", lambda: "gpu")
+    kept = fx.HostKV.allocate(LAYOUT, 1, 2000)
+    assert preflight._most_pinned_bytes == preflight._pinned_in_use() >= kept.host_bytes
+
+
 def test_pinned_arrays_in_use_are_counted():
     before = preflight._pinned_in_use()
     cache = fx.HostKV.allocate(LAYOUT, 1, 2000)

@@ -88,7 +88,12 @@ class Cells:
         self.failed: dict[str, str] = {}
 
     def cell(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """A cell's figures, or None if it was not measured before and fails or the time is over."""
+        """A cell's figures, or None if it was not measured before and fails or the time is over.
+
+        One that has failed is not tried again.
+        """
+        if name in self.failed:
+            return None
 
         def measured() -> dict[str, Any]:
             if self._end is not None and time.monotonic() > self._end:

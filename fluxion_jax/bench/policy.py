@@ -216,6 +216,10 @@ class _Bench(Cells):
         self, case: Case, rates: dict[str, float], handover: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """All rows of a case, those that share a program one after the other."""
+        self.cell(measure.floor_name, measure.floor)
+        if measure.floor_name in self.failed:
+            # The model time of a step begins with it.
+            return []
         measure = _Measure(self, case, rates, handover)
         sets = {name: plan_set(name) for name in (*case.sets, *case.curve)}
         first = case.sets[0]
@@ -269,6 +273,7 @@ class _Measure:
         self, bench: _Bench, case: Case, rates: dict[str, float], handover: dict[str, Any]
     ) -> None:
         self.bench, self.case, self.rates, self.handover = bench, case, rates, handover
+        self.floor_name = f"{case.name}-floor"
         self.config = bench.settings.models[case.model]
 
     def row(
@@ -277,7 +282,7 @@ class _Measure:
         """Steps with these plans, and what they should take."""
         label = f"{name}-union{plan.union_factor:.3g}" if name == PER_HEAD else name
         cell = f"{self.case.name}-{place}-{label}-{split}" + ("-predicted" if predicts else "")
-        floor = self.bench.cell(f"{self.case.name}-floor", self._floor)
+        floor = self.bench.cell(self.floor_name, self.floor)
         found = self.bench.cell(cell, lambda: self._steps(place, name, plan, predicts, split))
         if not floor or not found:
             return None
@@ -354,7 +359,8 @@ class _Measure:
         threads = max(reads)
         return threads, min(reads, key=lambda n: abs(reads[n] - reads[threads] / 2))
 
-    def _floor(self) -> dict[str, Any]:
+    def floor(self) -> dict[str, Any]:
+        """Steps of a cache that has no host part."""
         weights = self.bench.weights(self.case.model)
         return dense_floor(weights, len(self.case.context_tokens), self.bench.settings.calls)
 

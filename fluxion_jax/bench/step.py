@@ -198,11 +198,13 @@ class _Bench(Cells):
         floor = self.cell(f"{case.name}-floor", lambda: self._floor(case))
         rows: list[dict[str, Any]] = []
         for position, summaries in enumerate(self.settings.summaries):
-            for policy in case.policies:
+            for policy in policies:
                 alone = self._selection_alone(case, summaries, policy)
                 for split in case.splits:
                     name = f"{case.name}-{summaries}-{policy}-{split}"
                     measure = functools.partial(self._step, case, summaries, policy, split, rates)
+        # What attends to everything is not compared with the floor.
+        policies = () if f"{case.name}-floor" in self.failed else case.policies
                     row = self.cell(name, measure)
                     if row and floor and alone:
                         parts = costs(row, floor, alone, handover, rates, config)

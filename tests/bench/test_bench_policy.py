@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +105,40 @@ def test_a_spent_budget_leaves_cells_out(measured, tmp_path):
     report = policy.run(TINY, tmp_path, budget_s=0.0)
     assert report["rows"] == []
     assert "not measured for lack of time: tiny-4000-6000-b2-floor" in render(report)
+
+
+def test_without_its_floor_nothing_of_a_case_is_measured(measured, tmp_path, monkeypatch):
+    folder, _ = measured
+    for name in ("machine", "roundtrip"):
+        (tmp_path / f"policy-{name}.json").write_text((folder / f"policy-{name}.json").read_text())
+    tried = []
+    monkeypatch.setattr(policy, "dense_floor", lambda *_: tried.append(0) or 1 / 0)
+    monkeypatch.setattr(policy, "random_cache", lambda *_, **__: pytest.fail("a cache was made"))
+    report = policy.run(TINY, tmp_path)
+    assert report["rows"] == []
+    assert list(report["failed"]) == ["tiny-4000-6000-b2-floor"]
+    assert len(tried) == 1
+
+
+def test_a_failed_cell_leaves_nothing_of_its_cache():
+    """Of a large cache a second one does not fit beside the first."""
+    bench = policy._Bench(TINY, None, lambda _: None, None)
+    held = []
+
+    def fails():
+        stepper = bench.stepper_of(CASE, "device", True)
+        held.extend(weakref.ref(x) for x in (stepper, *stepper.cache.host_arrays))
+        raise FluxionError("expected a step, got none")
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert bench.cell("steps", fails) is None
+        assert [one() for one in held] == [None] * len(held)
+    finally:
+        gc.enable()
+    assert len(held) > 1
+    assert bench.cell("steps", lambda: pytest.fail("tried again")) is None
 
 
 def test_the_command_measures_shows_and_shows_again(measured, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from fluxion_jax.bench.plan_sets import Fixed, Imposed, Paper, PlanSet, Target, 
 from fluxion_jax.bench.replayed import Replayed, planning_s, random_predictor
 from fluxion_jax.bench.stamp import stamp
 from fluxion_jax.bench.statistics import summarise
-from fluxion_jax.bench.step import rates_gb_s
+from fluxion_jax.bench.step import measured_cost, rates_gb_s
 from fluxion_jax.bench.step_programs import (
     CHUNK_STEPS,
     LLAMA_8B,
@@ -177,7 +177,6 @@ def run(
     rows: list[dict[str, Any]] = []
     if ceilings and handover:
         rates = rates_gb_s(ceilings)
-        rates["adaptive"] = rates["model"]
         for case in settings.cases:
             rows += bench.case(case, rates, handover)
     names = {name for case in settings.cases for name in (*case.sets, *case.curve)}
@@ -216,11 +215,11 @@ class _Bench(Cells):
         self, case: Case, rates: dict[str, float], handover: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """All rows of a case, those that share a program one after the other."""
+        measure = _Measure(self, case, rates, handover)
         self.cell(measure.floor_name, measure.floor)
         if measure.floor_name in self.failed:
             # The model time of a step begins with it.
             return []
-        measure = _Measure(self, case, rates, handover)
         sets = {name: plan_set(name) for name in (*case.sets, *case.curve)}
         first = case.sets[0]
         baseline = Fixed()
@@ -273,8 +272,8 @@ class _Measure:
         self, bench: _Bench, case: Case, rates: dict[str, float], handover: dict[str, Any]
     ) -> None:
         self.bench, self.case, self.rates, self.handover = bench, case, rates, handover
-        self.floor_name = f"{case.name}-floor"
         self.config = bench.settings.models[case.model]
+        self.floor_name = f"{case.name}-floor"
 
     def row(
         self, place: str, name: str, plan: PlanSet, predicts: bool, split: str = SPLITS[0]
@@ -390,8 +389,7 @@ class _Measure:
     ) -> tuple[Stepper, Replayed, Target, Imposed]:
         """Steps, and plans with which the union of each group is as large as it should be."""
         stepper = self.bench.stepper_of(self.case, place, predicts)
-        # What a split has learnt under other plans must not count.
-        stepper.cache = stepper.cache.replace(pace=jnp.zeros_like(stepper.cache.pace))
+        stepper.forget()
         target, held = self._target(place, plan)
         predictor = self.bench.predictor(self.case.model) if predicts else None
         raised, best, missed = 1.0, None, np.inf
@@ -449,8 +447,7 @@ class _Measure:
         if name != "adaptive":
             rates = (_ALWAYS, _NEVER) if name == "host" else (_NEVER, _ALWAYS)
             return adaptive(CostModel(*rates, 0.0, 0.0))
-        host, pcie = (1e9 * self.rates[side] for side in ("host_at_once", "pcie_at_once"))
-        return adaptive(CostModel(host, pcie))
+        return adaptive(measured_cost(self.rates))
 
 
 def _imposed(name: str, target: Target, plan: PlanSet, held: Any, raised: float) -> Imposed:

@@ -1,8 +1,8 @@
 """`fluxion bench step`: whole decode steps of large models, against the bytes they must read.
 
 Weights and caches are random, so nothing is downloaded; times depend on sizes alone. For each
-model, context, batch and place of the summaries one compiled program runs all policies and splits,
-which are data.
+model, context, batch, place of the summaries and kind of split (a given share, `model`, `adaptive`)
+one compiled program runs all policies, which are data.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from fluxion_jax.bench.step_programs import (
 )
 from fluxion_jax.bench.step_report import costs
 from fluxion_jax.models.config import ModelConfig
-from fluxion_jax.policy import CostModel, Split, modelled, parse_policy, split_at
+from fluxion_jax.policy import CostModel, Split, adaptive, modelled, parse_policy, split_at
 
 # Best first: what is measured last may be left out.
-SPLITS = ("model", "host", "device")
+SPLITS = ("model", "adaptive", "host", "device")
 _RESIDENT_FRACTION = 0.9
 _FULL_CALLS = 5
 # Models that `transformers` is timed with, too.
@@ -164,13 +164,20 @@ def rates_gb_s(ceilings: dict[str, Any]) -> dict[str, float]:
     by_pipe = {r["pipe"]: r["gb_s"]["median"] for r in ceilings["rows"]}
     host, bus = by_pipe["host read"], by_pipe.get("host to device", by_pipe["host read"])
     at_once = ceilings["together"]
+    both = at_once["sum_gb_s"]["median"] if at_once else host
     return {
         "host": host,
         "device": bus,
-        "model": at_once["sum_gb_s"]["median"] if at_once else host,
+        "model": both,
+        "adaptive": both,
         "host_at_once": at_once["host_gb_s"]["median"] if at_once else host,
         "pcie_at_once": at_once["pcie_gb_s"]["median"] if at_once else bus,
     }
+
+
+def measured_cost(rates: dict[str, float]) -> CostModel:
+    """The cost model of a machine of such rates, from `rates_gb_s`."""
+    return machine.cost_at(rates["host_at_once"], rates["pcie_at_once"])
 
 
 class _Bench(Cells):
@@ -196,6 +203,8 @@ class _Bench(Cells):
     ) -> list[dict[str, Any]]:
         config = self.settings.models[case.model]
         floor = self.cell(f"{case.name}-floor", lambda: self._floor(case))
+        # What attends to everything is not compared with the floor.
+        policies = () if f"{case.name}-floor" in self.failed else case.policies
         rows: list[dict[str, Any]] = []
         for position, summaries in enumerate(self.settings.summaries):
             for policy in policies:
@@ -203,8 +212,6 @@ class _Bench(Cells):
                 for split in case.splits:
                     name = f"{case.name}-{summaries}-{policy}-{split}"
                     measure = functools.partial(self._step, case, summaries, policy, split, rates)
-        # What attends to everything is not compared with the floor.
-        policies = () if f"{case.name}-floor" in self.failed else case.policies
                     row = self.cell(name, measure)
                     if row and floor and alone:
                         parts = costs(row, floor, alone, handover, rates, config)
@@ -269,6 +276,7 @@ class _Bench(Cells):
         self, case: Case, summaries: str, policy: str, split: str, rates: dict[str, float]
     ) -> dict[str, Any]:
         stepper = self._stepper(case, summaries)
+        stepper.forget()
         timed = stepper.timed(parse_policy(policy), _split(split, rates), self.settings.calls)
         totals, layout = timed.totals, stepper.cache.layout
 
@@ -318,10 +326,10 @@ class _Bench(Cells):
 
 
 def _split(name: str, rates: dict[str, float]) -> Split:
-    if name != "model":
+    if name in ("host", "device"):
         return split_at(1.0 if name == "host" else 0.0)
-    host, pcie = 1e9 * rates["host_at_once"], 1e9 * rates["pcie_at_once"]
-    return modelled(CostModel(host, pcie))
+    build = adaptive if name == "adaptive" else modelled
+    return build(measured_cost(rates))
 
 
 def _fits(kv_bytes: int) -> bool:

@@ -182,6 +182,10 @@ class Stepper:
         cache.check()
         return seconds, jax.tree.map(np.asarray, done.totals)
 
+    def forget(self) -> None:
+        """Drops what an adaptive split has learnt, which must not count for what comes next."""
+        self.cache = self.cache.replace(pace=jnp.zeros_like(self.cache.pace))
+
     def timed(self, policy: Policy, split: Split, calls: int) -> Timed:
         """Runs one call to warm up and then times some."""
         self.call(policy, split)

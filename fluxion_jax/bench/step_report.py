@@ -65,7 +65,7 @@ def render(report: dict[str, Any]) -> str:
         "trip (a hand-over alone), select (scoring and selection by the device, alone) and rest;",
         "waited, own: us a layer that the stream waited for the host, and that submit and collect",
         "took",
-        f"{'case':24s} {'sums':6s} {'policy':20s} {'split':6s}    p50    p99  start  floor  model"
+        f"{'case':24s} {'sums':6s} {'policy':20s} {'split':8s}    p50    p99  start  floor  model"
         "  of model  host MB   bus MB   GB/s  beyond   trip select   rest  waited    own",
     ]
     for r in report["rows"]:
@@ -83,7 +83,7 @@ def render(report: dict[str, Any]) -> str:
         start = f"{1e3 * r['start_s']:.2f}" if "start_s" in r else "-"
         rest_s = (step["median"] - r["model_s"]) / layers
         lines.append(
-            f"{r['case']:24s} {r['summaries']:6s} {r['policy']:20s} {r['split']:6s} "
+            f"{r['case']:24s} {r['summaries']:6s} {r['policy']:20s} {r['split']:8s} "
             f"{1e3 * step['median']:6.2f} {1e3 * step['p99']:6.2f} {start:>6s} "
             f"{1e3 * r['floor_s']:6.2f} {1e3 * r['model_s']:6.2f} {r['of_model']:9.2f} "
             f"{r['host_bytes'] / 1e6:8.1f} {r['device_bytes'] / 1e6:8.1f} {rate:>6s} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from fluxion_jax.bench.step_programs import (
 )
 from fluxion_jax.bench.step_report import render
 from fluxion_jax.models.config import ModelConfig
-from fluxion_jax.policy import parse_policy, split_at
+from fluxion_jax.policy import CostModel, adaptive, modelled, parse_policy, split_at
 
 pytestmark = pytest.mark.native
 TINY = step.Settings(
@@ -38,7 +39,7 @@ def test_every_cell_has_its_figures(measured):
     _, report = measured
     json.dumps(report, allow_nan=False)
     sparse = [r for r in report["rows"] if r["kind"] == "sparse"]
-    assert len(sparse) == 2 * 2 * 3
+    assert [r["split"] for r in sparse] == 2 * 2 * ["model", "adaptive", "host", "device"]
     assert report["left_out"] == []
     for row in sparse:
         assert 0 < row["step_s"]["min"] <= row["step_s"]["median"] <= row["step_s"]["p99"]
@@ -120,7 +121,7 @@ def test_a_spent_budget_leaves_cells_out(measured, tmp_path):
         (tmp_path / f"step-{name}.json").write_text((folder / f"step-{name}.json").read_text())
     report = step.run(TINY, tmp_path, budget_s=0.0)
     assert report["rows"] == []
-    assert len(report["left_out"]) == 1 + 2 + 12 + 2
+    assert len(report["left_out"]) == 1 + 2 + 16 + 2
     assert "not measured for lack of time" in render(report)
 
 
@@ -136,6 +137,61 @@ def test_a_cell_that_fails_costs_no_other(measured, tmp_path, monkeypatch):
     assert again["failed"][names[1]].startswith("ZeroDivisionError: division")
     assert len(again["rows"]) == len(report["rows"]) - 2
     assert f"failed: {names[1]}: ZeroDivisionError" in render(again)
+
+
+def test_without_its_floor_a_case_has_no_sparse_steps(measured, tmp_path, monkeypatch):
+    folder, report = measured
+    for path in folder.iterdir():
+        if "full" in path.name or "b2" not in path.name:
+            (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(step, "dense_floor", lambda *_: 1 / 0)
+    monkeypatch.setattr(step._Bench, "_stepper", lambda *_: pytest.fail("a step was measured"))
+    again = step.run(TINY, tmp_path)
+    assert list(again["failed"]) == ["tiny-1500-2000-b2-floor"]
+    assert again["rows"] == [r for r in report["rows"] if r["kind"] == "full"]
+
+
+def test_splits_by_the_ceilings_differ_in_what_they_learn():
+    rates = {"host_at_once": 70.0, "pcie_at_once": 50.0}
+    cost = CostModel(70e9, machine.KERNEL_OF_COPIES * 50e9)
+    assert step._split("model", rates) == modelled(cost)
+    assert step._split("adaptive", rates) == adaptive(cost)
+    assert [step._split(side, rates) for side in ("host", "device")] == [split_at(1), split_at(0)]
+
+
+def test_the_model_time_is_by_the_plain_rates():
+    figures = {f"{name}_gb_s": {"median": 10.0 * i} for i, name in enumerate(("host", "pcie"), 7)}
+    figures["sum_gb_s"] = {"median": 149.0}
+    rows = [
+        {"pipe": pipe, "gb_s": {"median": rate}}
+        for pipe, rate in (("host read", 75.0), ("host to device", 85.0))
+    ]
+    rates = step.rates_gb_s({"rows": rows, "together": figures})
+    assert rates == {
+        "host": 75.0,
+        "device": 85.0,
+        "model": 149.0,
+        "adaptive": 149.0,
+        "host_at_once": 70.0,
+        "pcie_at_once": 80.0,
+    }
+
+
+def test_every_cell_begins_with_nothing_learnt(monkeypatch):
+    begun = []
+
+    def timed(self, policy, split, calls):
+        begun.append(np.asarray(self.cache.pace).tolist())
+        self.cache = self.cache.replace(pace=jnp.ones_like(self.cache.pace))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Stepper, "timed", timed)
+    bench = step._Bench(TINY, None, lambda _: None, None)
+    rates = {"host_at_once": 70.0, "pcie_at_once": 50.0}
+    for split in step.SPLITS:
+        with pytest.raises(ZeroDivisionError):
+            bench._step(TINY.cases[0], "host", "full", split, rates)
+    assert begun == [[0.0, 0.0]] * 4
 
 
 def test_calls_start_from_the_same_context_with_weights_of_every_layer():

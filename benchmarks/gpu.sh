@@ -24,7 +24,7 @@
 #   fidelity    pretrained models against full attention (a GPU is not needed)
 #   train       the shipped model goes on training, on the corpus of examples/build_corpus.py
 #
-# Variables: LIMIT_S (of every part named, default 300), TEST_S (of a file of tests, default 120),
+# Variables: LIMIT_S (of every part named, default 300), TEST_S (of a file of tests, default 300),
 # JOBS (files of tests at once, default 4), PYTHON, QUICK=--quick. For the evaluations:
 # MODELS (default recall-12m; names or .gguf files), TEXTS and LENGTH of a calibration (900, 16384),
 # CALIBRATE (more of its options, default --training-steps 20000 --error-left 0.005), TOLERANCES, POLICIES (what they are
@@ -75,7 +75,7 @@ tests() { # tests NAME OPTION... -- FILE...
   printf '%s\n' "$@" | timeout -k 10 "$limit" xargs -P "${JOBS:-4}" -I{} bash -c '
     file=$1 log=$2/$(basename "$1" .py).txt
     shift 2
-    timeout -s INT -k 5 "${TEST_S:-120}" "$@" "$file" >"$log" 2>&1
+    timeout -s INT -k 5 "${TEST_S:-300}" "$@" "$file" >"$log" 2>&1
     echo "$file: status $?, $(tail -1 "$log")"' _ {} "$folder" \
     "$PYTHON" -m pytest -n 0 -m gpu -v -p no:cacheprovider --tb=short --durations=4 --maxfail=4 \
     -o faulthandler_timeout=60 "${options[@]}"

@@ -226,8 +226,10 @@ class _Bench(Cells):
         rows: list[dict[str, Any] | None] = []
         for place in case.places:
             rows += [measure.row(place, name, plan, True) for name, plan in sets.items()]
+            if place == "device":
+                rows.append(measure.planning())
             if case.details and place == "device":
-                rows += [measure.idle(place, first, sets[first], True), measure.planning()]
+                rows.append(measure.idle(place, first, sets[first], True))
         rows.append(measure.row("device", GROUP, baseline, False))
         if case.details:
             for split in SPLITS:

@@ -26,9 +26,9 @@ from fluxion_jax.policy.selector import select_granularity
 DEFAULT_TOLERANCE = 0.3
 """Error of a head's output over the step's largest that is accepted by default.
 
-With it recall-12m and its weights answered 40 samples of each task and length of the frozen protocol
-as well as with full attention, within the intervals at all lengths; with 0.5 it lost 1.0 and 0.7 of
-100 points at 4,096 and 8,192 tokens (`benchmarks/results/evaluate-fluxion-recall-12m.json`).
+With it recall-12m answered 40 samples of each task and length of the frozen protocol as with full
+attention, within the intervals at all lengths; with 0.5 it lost 1.0 and 0.7 of 100 points at 4,096
+and 8,192 tokens (`benchmarks/results/evaluate-fluxion-recall-12m.json`).
 """
 
 # 2**30 tokens are more than any cache holds, and int32 holds them.

@@ -178,10 +178,10 @@ std::string enqueue_submit(CudaStream& stream, SubmitCall call) {
   for (int i = 0; i < staged.results.count; ++i) {
     staged.operands.items[staged.operands.count++] = staged.results.items[i];
   }
-  const auto work = [c = staged.call, slot]() mutable {
+  const auto work = [c = staged.call, slot, lease = staged.exchange->lease]() mutable {
     c.work.cancel = *c.cancel;
     if (choose_rows(c.g, c.rows, &c.cache)) {
-      fill(slot, c.g, c.work, c.cache, c.scale);
+      fill(slot, c.g, c.work, c.cache, c.scale, lease);
     } else {
       refuse(slot, kInvalid);
     }

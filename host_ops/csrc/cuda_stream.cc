@@ -18,10 +18,11 @@ namespace {
 constexpr int64_t kLine = 128;             // Flags on cache lines of their own, then the staging.
 constexpr int64_t kHeader = 2 * kLine;
 constexpr int64_t kSlabBytes = 256 << 10;  // Few allocations, because each may halt the device.
-// How far a program runs ahead of its data. Of each size there are two at least, because one is
-// free only when the stream has got to the next.
+// How far a program runs ahead of its data. Of each size there are two at least, beside those that
+// are lent, because one is free only when the stream has got to the next.
 constexpr int64_t kMaxBytes = 64 << 20;
 constexpr int64_t kMaxExchanges = 256;
+constexpr int64_t kFewest = 2;
 constexpr unsigned kPortableMapped = 3;    // CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP
 constexpr unsigned kWaitGreaterEqual = 0;  // CU_STREAM_WAIT_VALUE_GEQ, by difference
 
@@ -118,12 +119,17 @@ bool CudaStream::grow(int64_t capacity, std::string* problem) {
     // So that nothing allocates when an exchange changes lists.
     free_.reserve(exchanges_.size());
     spent_.reserve(exchanges_.size());
+    lent_.reserve(exchanges_.size());
     free_.push_back(exchanges_.back().get());
   }
   return true;
 }
 
 Exchange* CudaStream::take(int64_t capacity) {
+  const auto reads = [](const Exchange* e) { return e->lease->load(std::memory_order_acquire); };
+  const auto ended = std::partition(lent_.begin(), lent_.end(), reads);
+  free_.insert(free_.end(), ended, lent_.end());
+  lent_.erase(ended, lent_.end());
   const auto fits = [&](const Exchange* e) { return e->capacity == capacity; };
   const auto found = std::find_if(free_.begin(), free_.end(), fits);
   if (found == free_.end()) return nullptr;
@@ -135,7 +141,10 @@ Exchange* CudaStream::take(int64_t capacity) {
 bool CudaStream::may_grow(int64_t capacity) const {
   const auto fits = [&](const auto& e) { return e->capacity == capacity; };
   const int64_t made = std::count_if(exchanges_.begin(), exchanges_.end(), fits);
-  return made < std::clamp<int64_t>(kMaxBytes / (kHeader + capacity), 2, kMaxExchanges);
+  const int64_t lent = std::count_if(lent_.begin(), lent_.end(), fits);
+  // Those that are lent may come back only with what has yet to be enqueued.
+  if (made - lent < kFewest) return true;
+  return made < std::clamp<int64_t>(kMaxBytes / (kHeader + capacity), kFewest, kMaxExchanges);
 }
 
 Exchange* CudaStream::acquire(int64_t bytes, std::string* problem) {
@@ -333,7 +342,7 @@ void CudaStream::answer(Exchange* exchange) noexcept {
   std::lock_guard<std::mutex> lock(mutex_);
   queue_.pop_front();
   queued_.fetch_sub(1, std::memory_order_relaxed);
-  (exchange->waits ? spent_ : free_).push_back(exchange);
+  (exchange->waits ? spent_ : lent_).push_back(exchange);
   idle_.notify_all();
 }
 

@@ -9,7 +9,8 @@
 // memory operations the driver writes and waits in the stream's order, between copies. With host
 // functions the driver calls the host itself, which takes longest.
 // Ownership: a stream owns its exchanges and never gives their memory back. One is reused once
-// the stream has passed its last copy, which shows when a later exchange arrives.
+// the stream has passed its last copy, which shows when a later exchange arrives, and once nobody reads
+// there to whom it was lent.
 // Threads: any may enqueue. Neither courier nor host functions call CUDA.
 
 #ifndef FLUXION_CUDA_STREAM_H_
@@ -29,6 +30,7 @@
 #include "cuda_copy.h"
 #include "cuda_driver.h"
 #include "pool.h"
+#include "types.h"
 
 namespace fluxion {
 
@@ -50,6 +52,8 @@ struct Exchange {
   bool waits = false;
   std::function<void()> work;   // Does not throw.
   std::atomic<bool> refused{false};  // The stream will never get there.
+  // Whether `work` has lent the staging memory to someone; only where the stream does not wait.
+  Lease lease = std::make_shared<std::atomic<bool>>(false);
 };
 
 class CudaStream {
@@ -108,6 +112,7 @@ class CudaStream {
   std::vector<std::unique_ptr<Exchange>> exchanges_;
   std::vector<Exchange*> free_;
   std::vector<Exchange*> spent_;    // Answered; the stream may still copy their results.
+  std::vector<Exchange*> lent_;     // Answered; the host may still read their operands.
   std::deque<Exchange*> queue_;
   bool asleep_ = false;             // The courier waits for `wake_`.
   std::atomic<int64_t> queued_{0};  // The queue's length, for the courier to watch.

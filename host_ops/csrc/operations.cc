@@ -51,9 +51,7 @@ void write_results(const Request& request, const CollectOut& out) {
   }
   std::copy(request.blocks_read().begin(), request.blocks_read().end(), out.blocks_read);
   std::copy(request.units_scanned().begin(), request.units_scanned().end(), out.units_scanned);
-  if (out.selection != nullptr) {
-    std::copy(request.selection().begin(), request.selection().end(), out.selection);
-  }
+  if (out.selection != nullptr) request.write_selection(out.selection);
 }
 
 void read_times(const Request& request, float times[kTimes]) {
@@ -112,7 +110,7 @@ Slot* reserve(int32_t tick[2]) noexcept {
 }
 
 void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const CacheView& cache,
-          float scale) noexcept {
+          float scale, const Lease& lease) noexcept {
   if (slot == nullptr) return;
   const Clock::time_point start = Clock::now();
   Runtime& run = runtime();
@@ -120,7 +118,9 @@ void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const Cach
     Request& request = run.slots.lend(slot);
     CancelWord cancel = work.cancel == 0 ? nullptr : run.cancels.find(work.cancel);
     const bool cancel_known = work.cancel == 0 || cancel != nullptr;
-    request.prepare(geometry, work, cache, scale, std::move(cancel), cancel_known);
+    const bool lent = lease != nullptr;
+    request.prepare(geometry, work, cache, scale, std::move(cancel), cancel_known, lent);
+    slot->hold(lease);
   } catch (...) {
     // Without a request at all, collect says the same.
     if (slot->request != nullptr) slot->request->refuse(kInternal);

@@ -23,9 +23,10 @@ struct Slot;
 Slot* reserve(int32_t tick[2]) noexcept;
 
 // The second half, once the values are known: prepares the tasks of `work` and hands the slot over
-// to collect. Nothing happens without a slot.
+// to collect. Nothing happens without a slot. With a lease, q, q8 and bitmap are not copied but lent
+// to the slot, if they are needed, until it has been collected and no thread reads them any more.
 void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const CacheView& cache,
-          float scale) noexcept;
+          float scale, const Lease& lease = nullptr) noexcept;
 
 // Instead of `fill`: hands a slot without tasks over to collect, which answers with `status`.
 void refuse(Slot* slot, uint32_t status) noexcept;

@@ -37,10 +37,22 @@ uint32_t Request::validate(const WorkView& work) const {
   return kOk;
 }
 
-void Request::copy_queries(const WorkView& work) {
+void Request::place_queries(const WorkView& work, bool lent) {
   const int64_t elements = geometry_.batch * geometry_.heads * geometry_.head_dim;
-  copy_array(&q_, work.q, elements);
-  if (!has_bitmap_) copy_array(&q8_, work.q8, elements);
+  if (!lent) copy_array(&own_q_, work.q, elements);
+  if (!lent && !has_bitmap_) copy_array(&own_q8_, work.q8, elements);
+  q_ = lent ? work.q : own_q_.data();
+  q8_ = lent ? work.q8 : own_q8_.data();
+}
+
+void Request::place_bitmap(const WorkView& work, bool lent) {
+  const int64_t words = geometry_.batch * geometry_.heads * geometry_.words();
+  if (!has_bitmap_) {
+    own_bitmap_.resize(words);
+  } else if (!lent) {
+    copy_array(&own_bitmap_, work.bitmap, words);
+  }
+  bitmap_ = has_bitmap_ && lent ? work.bitmap : own_bitmap_.data();
 }
 
 void Request::copy_numbers(const WorkView& work) {
@@ -54,17 +66,22 @@ void Request::copy_numbers(const WorkView& work) {
   copy_array(&shared_, work.shared, g.batch * g.kv_heads);
 }
 
-// Copies the given selection of a group, cut at the host blocks.
-void Request::copy_bitmap(const uint32_t* bitmap, int64_t batch, int64_t kv_head) {
+bool Request::has_work(int64_t batch, int64_t kv_head) const {
+  return host_blocks_[batch] != 0 && boundary_[batch * geometry_.kv_heads + kv_head] > 0;
+}
+
+// The selections of the tasks, cut at the host blocks, and nothing for groups without work.
+void Request::write_selection(uint32_t* selection) const {
   const Geometry& g = geometry_;
-  const int64_t words = (host_blocks_[batch] + 31) / 32;
-  const int64_t rest = host_blocks_[batch] % 32;
-  for (int64_t h = 0; h < g.group(); ++h) {
-    const int64_t row = (batch * g.heads + kv_head * g.group() + h) * g.words();
-    uint32_t* copied = bitmap_.data() + row;
-    std::copy_n(bitmap + row, words, copied);
-    if (rest != 0) copied[words - 1] &= (uint32_t{1} << rest) - 1;
-    std::fill_n(copied + words, g.words() - words, 0);
+  for (int64_t row = 0; row < g.batch * g.heads; ++row) {
+    const int64_t batch = row / g.heads;
+    const bool reads = has_work(batch, row % g.heads / g.group());
+    const int64_t blocks = reads ? host_blocks_[batch] : 0;
+    const int64_t words = (blocks + 31) / 32;
+    uint32_t* written = selection + row * g.words();
+    std::copy_n(bitmap_ + row * g.words(), words, written);
+    if (blocks % 32 != 0) written[words - 1] &= (uint32_t{1} << blocks % 32) - 1;
+    std::fill_n(written + words, g.words() - words, 0);
   }
 }
 
@@ -74,12 +91,11 @@ void Request::write_nothing(int64_t batch, int64_t kv_head) {
   const int64_t row = batch * g.heads + kv_head * g.group();
   std::fill_n(out_ + row * g.head_dim, g.group() * g.head_dim, 0.0f);
   std::fill_n(lse_ + row, g.group(), -std::numeric_limits<float>::infinity());
-  std::fill_n(bitmap_.data() + row * g.words(), g.group() * g.words(), 0);
 }
 
 // Asks for what submit reads and writes, as far as it lies where it did the last time. Each of the
 // small arrays is a miss of its own, so they come first.
-void Request::fetch_operands(const Geometry& g, const WorkView& work) {
+void Request::fetch_operands(const Geometry& g, const WorkView& work, bool lent) {
   const int64_t rows = g.batch * g.heads;
   const int64_t tasks = g.batch * g.kv_heads;
   fetch_to_write(this, sizeof(Request));
@@ -90,11 +106,11 @@ void Request::fetch_operands(const Geometry& g, const WorkView& work) {
     fetch(work.k_units, 4 * rows);
     fetch(work.shared, 4 * tasks);
   }
-  if (static_cast<int64_t>(q_.size()) < rows * g.head_dim) return;
   // There may be many more, of a larger batch that came before.
   const int64_t made = std::min(tasks, static_cast<int64_t>(tasks_.size()));
   for (int64_t i = 0; i < made; ++i) fetch_to_write(tasks_[i].get(), sizeof(Task));
-  if (work.bitmap == nullptr) fetch(work.q8, std::min(rows * g.head_dim, kFetchedBytes));
+  if (!lent && static_cast<int64_t>(own_q_.size()) < rows * g.head_dim) return;
+  if (!lent && work.bitmap == nullptr) fetch(work.q8, std::min(rows * g.head_dim, kFetchedBytes));
   fetch_copies(rows, rows);
 }
 
@@ -112,14 +128,14 @@ void Request::fetch_copies(int64_t first_kept, int64_t end_kept) {
     const int64_t behind = end_kept * row_bytes;
     if (behind < end) fetch_to_write(bytes + behind, end - behind);
   };
-  const int64_t elements = static_cast<int64_t>(q_.size());
-  fetch_rows(q8_.data(), static_cast<int64_t>(q8_.size()), geometry_.head_dim);
-  fetch_rows(q_.data(), 4 * elements, 4 * geometry_.head_dim);
+  const int64_t elements = static_cast<int64_t>(own_q_.size());
+  fetch_rows(own_q8_.data(), static_cast<int64_t>(own_q8_.size()), geometry_.head_dim);
+  fetch_rows(own_q_.data(), 4 * elements, 4 * geometry_.head_dim);
 }
 
 uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
-                          float scale, CancelWord cancel, bool cancel_known) {
-  fetch_operands(geometry, work);
+                          float scale, CancelWord cancel, bool cancel_known, bool lent) {
+  fetch_operands(geometry, work, lent);
   geometry_ = geometry;
   cache_ = cache;
   scale_ = scale;
@@ -132,7 +148,7 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   span_ns_ = 0;
   covered_.reset();
   // Meanwhile the small arrays arrive.
-  copy_queries(work);
+  place_queries(work, lent);
   const uint32_t status = cancel_known ? validate(work) : kInvalid;
   status_.store(status, std::memory_order_relaxed);
   const Geometry& g = geometry_;
@@ -140,18 +156,17 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   own_lse_.resize(g.batch * g.heads);
   out_ = own_out_.data();
   lse_ = own_lse_.data();
-  bitmap_.resize(g.batch * g.heads * g.words());
   blocks_read_.assign(g.batch * g.kv_heads, 0);
   units_scanned_.assign(g.batch * g.kv_heads, 0);
   if (status != kOk) return status;
   copy_numbers(work);
+  place_bitmap(work, lent);
   for (int64_t b = 0; b < g.batch; ++b) {
     for (int64_t k = 0; k < g.kv_heads; ++k) {
-      if (host_blocks_[b] == 0 || boundary_[b * g.kv_heads + k] <= 0) {
+      if (!has_work(b, k)) {
         write_nothing(b, k);
         continue;
       }
-      if (has_bitmap_) copy_bitmap(work.bitmap, b, k);
       if (task_count_ == static_cast<int64_t>(tasks_.size())) {
         tasks_.push_back(std::make_unique<Task>());
       }

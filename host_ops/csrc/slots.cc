@@ -34,6 +34,7 @@ Slot* SlotTable::acquire() {
       taken->generation == std::numeric_limits<int32_t>::max() ? 1 : taken->generation + 1;
   taken->state = Slot::State::kClaimed;
   taken->abandoned = false;
+  taken->end_lease();
   return taken;
 }
 
@@ -82,6 +83,7 @@ bool SlotTable::start(int32_t index, int32_t generation, Pool* pool,
 void SlotTable::release(Slot* slot) {
   std::lock_guard<std::mutex> lock(mutex_);
   slot->state = Slot::State::kFree;
+  slot->end_lease();
   if (slot->request != nullptr) idle_.push_back(slot->request);
   slot->request = nullptr;
 }

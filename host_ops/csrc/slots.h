@@ -30,6 +30,16 @@ struct Slot {
   bool abandoned = false;
   Clock::time_point abandoned_at;
   Request* request = nullptr;  // Of the table's; null until one is lent.
+  Lease lease;                 // Of what the request reads elsewhere; null if it has its own.
+
+  void hold(const Lease& lent) {
+    lease = lent;
+    if (lease != nullptr) lease->store(true, std::memory_order_relaxed);
+  }
+  void end_lease() {
+    if (lease != nullptr) lease->store(false, std::memory_order_release);
+    lease = nullptr;
+  }
 
   // Whether no thread works for it.
   bool at_rest() const { return request == nullptr || request->at_rest(); }

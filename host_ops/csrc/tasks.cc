@@ -174,7 +174,7 @@ void Task::score(int64_t first_part, int64_t last_part) {
   const int level = ratio_ == 1 ? 0 : ratio_ == 2 ? 1 : ratio_ == 4 ? 2 : 3;
   const int64_t row = index_ * g.summary_rows() + level_offset(g.blocks, level) + first;
   ScoreArgs args;
-  args.q8 = request_->q8_.data() + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
+  args.q8 = request_->q8_ + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
   args.rows = request_->cache_.summaries + row * 2 * g.head_dim;
   args.count = std::min(last_part * kScoreUnits, units_) - first;
   args.group = static_cast<int32_t>(group);
@@ -195,7 +195,7 @@ void Task::select(int64_t part) {
   if (ranked_ && shared_) {
     select_head(0, most_wanted_, nullptr);
     uint32_t* words =
-        request_->bitmap_.data() + (batch_ * g.heads + kv_head_ * group) * g.words();
+        request_->own_bitmap_.data() + (batch_ * g.heads + kv_head_ * group) * g.words();
     for (int64_t h = 1; h < group; ++h) std::copy_n(words, g.words(), words + h * g.words());
     return;
   }
@@ -211,7 +211,7 @@ void Task::select_head(int64_t head, int64_t wanted, const int32_t* next) {
   const Geometry& g = request_->geometry_;
   const int64_t row = batch_ * g.heads + kv_head_ * g.group() + head;
   const int32_t* scores = ranked_ ? scores_.data() + head * units_ : nullptr;
-  uint32_t* words = request_->bitmap_.data() + row * g.words();
+  uint32_t* words = request_->own_bitmap_.data() + row * g.words();
   const int64_t blocks = request_->host_blocks_[batch_];
   select_top(kernels(), scores, units_, wanted, ratio_, blocks, next, words, &scratch().selection);
   const int64_t written = parts_of(blocks, 32);
@@ -221,7 +221,7 @@ void Task::select_head(int64_t head, int64_t wanted, const int32_t* next) {
 UnionArgs Task::selections() const {
   const Geometry& g = request_->geometry_;
   UnionArgs args;
-  args.rows = request_->bitmap_.data() + (batch_ * g.heads + kv_head_ * g.group()) * g.words();
+  args.rows = request_->bitmap_ + (batch_ * g.heads + kv_head_ * g.group()) * g.words();
   args.stride = g.words();
   args.group = static_cast<int32_t>(g.group());
   args.limit = std::min(request_->boundary_[index_], request_->host_blocks_[batch_]);
@@ -279,7 +279,7 @@ void Task::attend_chunk(int64_t chunk, const ChunkList& listed, int32_t next) {
   AttendArgs args;
   args.k = static_cast<const char*>(request_->cache_.k) + offset * bytes;
   args.v = static_cast<const char*>(request_->cache_.v) + offset * bytes;
-  args.q = request_->q_.data() + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
+  args.q = request_->q_ + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
   args.blocks = listed.blocks;
   args.head_masks = listed.head_masks;
   args.count = listed.count;

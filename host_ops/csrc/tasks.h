@@ -9,9 +9,11 @@
 // bits of the result depend neither on the number of threads nor on who ran what.
 //
 // Ownership: a request copies the small operands and only points at K, V and the summaries, which
-// the caller keeps alive from start to `finished()`. It owns its results, unless `write_to` says
-// where else they go, which then is the caller's to keep alive likewise. It is never destroyed;
-// its memory is reused by the next request in the same slot.
+// the caller keeps alive from start to `finished()`. Queries and a given bitmap are copied too, unless
+// they are `lent`: then the caller keeps them until the next prepare, or until nobody will ask for
+// the selection and no thread is in the request. It owns its results, unless `write_to` says where
+// else they go, which then is the caller's to keep alive likewise. It is never destroyed; its memory is
+// reused by the next request in the same slot.
 // Threads: prepare and the results belong to one thread at a time; between start and finished()
 // only the pool touches the tasks. Any thread may call `start`, `when_finished` and `abort`.
 
@@ -141,10 +143,10 @@ class CoveredTime {
 
 class Request {
  public:
-  // Copies the operands and checks their values. Returns kOk or kInvalid; in the latter case there
-  // are no tasks. May throw std::bad_alloc.
+  // Copies the operands, but for those that are `lent`, and checks their values. Returns kOk or
+  // kInvalid; in the latter case there are no tasks. May throw std::bad_alloc.
   uint32_t prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
-                   float scale, CancelWord cancel, bool cancel_known);
+                   float scale, CancelWord cancel, bool cancel_known, bool lent = false);
 
   // Instead of prepare, or after it threw: there are no tasks, and the status is this one.
   void refuse(uint32_t status);
@@ -180,7 +182,7 @@ class Request {
   const CacheView& cache() const { return cache_; }
   const float* out() const { return out_; }                          // [B, N, H]
   const float* lse() const { return lse_; }                          // [B, N]
-  const std::vector<uint32_t>& selection() const { return bitmap_; } // [B, N, W]
+  void write_selection(uint32_t* selection) const;                   // [B, N, W]
   const std::vector<int32_t>& blocks_read() const { return blocks_read_; }      // [B, K]
   const std::vector<int32_t>& units_scanned() const { return units_scanned_; }  // [B, K]
   double scored_s() const { return 1e-9 * stage_ns_[0].load(std::memory_order_relaxed); }
@@ -195,11 +197,12 @@ class Request {
   friend class Task;
 
   uint32_t validate(const WorkView& work) const;
-  void fetch_operands(const Geometry& g, const WorkView& work);
+  void fetch_operands(const Geometry& g, const WorkView& work, bool lent);
   void fetch_copies(int64_t first_kept, int64_t end_kept);
-  void copy_queries(const WorkView& work);
+  void place_queries(const WorkView& work, bool lent);
+  void place_bitmap(const WorkView& work, bool lent);
   void copy_numbers(const WorkView& work);
-  void copy_bitmap(const uint32_t* bitmap, int64_t batch, int64_t kv_head);
+  bool has_work(int64_t batch, int64_t kv_head) const;
   void write_nothing(int64_t batch, int64_t kv_head);
   bool stopped();
   void fetch_state(int64_t first_row);
@@ -214,14 +217,17 @@ class Request {
   Pool* pool_ = nullptr;
   Clock::time_point submitted_;
 
-  std::vector<float> q_;
-  std::vector<int8_t> q8_;
+  const float* q_ = nullptr;             // These three lie in the vectors or with the caller.
+  const int8_t* q8_ = nullptr;
+  const uint32_t* bitmap_ = nullptr;     // Of a given one bits from the host blocks on mean nothing.
+  std::vector<float> own_q_;
+  std::vector<int8_t> own_q8_;
+  std::vector<uint32_t> own_bitmap_;
   std::vector<int32_t> granularity_;
   std::vector<int32_t> k_units_;
   std::vector<int32_t> shared_;
   std::vector<int32_t> host_blocks_;
   std::vector<int32_t> boundary_;
-  std::vector<uint32_t> bitmap_;
 
   std::vector<std::unique_ptr<Task>> tasks_;  // Grows and keeps its memory.
   int64_t task_count_ = 0;

@@ -5,12 +5,14 @@
 // M blocks written at once, W = ceil(P / 32) words of a selection bitmap.
 // Arrays are dense and row-major. Sizes and offsets are 64-bit; ids of blocks and units are 32-bit.
 // A view owns nothing: its arrays belong to the caller and outlive the call (`append`) or the time
-// from submit to collect (K, V and summaries of a slot).
+// from submit to collect (K, V and summaries of a slot, and what is lent to it).
 
 #ifndef FLUXION_TYPES_H_
 #define FLUXION_TYPES_H_
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace fluxion {
 
@@ -82,6 +84,10 @@ struct WorkView {
                                           // granularity, k_units and shared are not looked at.
   const int32_t* status = nullptr;        // [1], unless it is 0 no row has blocks; null for 0.
 };
+
+// Whether arrays are lent to a slot, whose request reads them where they lie. Until this is false
+// again their owner leaves them as they are. Shared, because owner and slot may each outlive the other.
+using Lease = std::shared_ptr<std::atomic<bool>>;
 
 // Blocks that leave the resident window.
 struct FlushView {

@@ -49,9 +49,10 @@ struct Step {
     device_row = 0x7fffffff;
   }
 
-  // The arrays of several layers in the place of the case's own.
+  // Other arrays in the place of the case's own, which may be those of several layers.
   template <typename Call>
   void in_stack(Call& call) {
+    if (instead != nullptr) call.cache = *instead;
     if (stack == nullptr) return;
     call.cache = stack->cache();
     call.rows = {stack->g.batch, &device_row};
@@ -108,6 +109,7 @@ struct Step {
 
   Case c;
   Case device;
+  const CacheView* instead = nullptr;
   Case* stack = nullptr;
   int32_t first_row = 0;
   int32_t device_row = 0;

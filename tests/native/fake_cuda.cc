@@ -37,6 +37,17 @@ void copy_bytes(uint64_t to, uint64_t from, size_t bytes) {
   std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
 }
 
+// Never given back, as by the library; static, so that it does not count as a leak.
+struct Pinned {
+  std::mutex mutex;
+  std::deque<std::vector<char>> all;
+};
+
+Pinned& pinned() {
+  static Pinned memory;
+  return memory;
+}
+
 int copy(uint64_t to, uint64_t from, size_t bytes, CudaDriver::Stream stream) {
   return push(stream, [=] { copy_bytes(to, from, bytes); });
 }
@@ -159,6 +170,21 @@ void set_device_memory(const void* first, int64_t bytes) {
   device_bytes = bytes;
 }
 
+int replace_pinned(const void* from, const void* to, int64_t bytes) {
+  const auto* sought = static_cast<const char*>(from);
+  int places = 0;
+  std::lock_guard<std::mutex> lock(pinned().mutex);
+  for (std::vector<char>& memory : pinned().all) {
+    auto found = memory.begin();
+    while ((found = std::search(found, memory.end(), sought, sought + bytes)) != memory.end()) {
+      std::memcpy(&*found, to, bytes);
+      found += bytes;
+      ++places;
+    }
+  }
+  return places;
+}
+
 CudaDriver fake_driver() {
   CudaDriver driver;
   driver.stream_context = [](CudaDriver::Stream, CudaDriver::Context* context) {
@@ -175,13 +201,10 @@ CudaDriver fake_driver() {
     return push(stream, [=] { call(data); });
   };
   driver.allocate_host = [](void** memory, size_t bytes, unsigned) {
-    // Never given back, as by the library; static, so that it does not count as a leak.
-    static std::deque<std::vector<char>> all;
-    static std::mutex mutex;
     if (fails()) return kFailed;
-    std::lock_guard<std::mutex> lock(mutex);
-    all.emplace_back(bytes + 64);
-    const auto address = reinterpret_cast<uintptr_t>(all.back().data());
+    std::lock_guard<std::mutex> lock(pinned().mutex);
+    pinned().all.emplace_back(bytes + 64);
+    const auto address = reinterpret_cast<uintptr_t>(pinned().all.back().data());
     *memory = reinterpret_cast<void*>((address + 63) / 64 * 64);
     return 0;
   };

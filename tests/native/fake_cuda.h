@@ -61,6 +61,10 @@ FakeFaults& fake_faults();
 // Where memory counts as the device's own.
 void set_device_memory(const void* first, int64_t bytes);
 
+// Writes `to` over `from`, as many bytes, wherever these lie in pinned memory; returns in how many
+// places.
+int replace_pinned(const void* from, const void* to, int64_t bytes);
+
 fluxion::CudaDriver fake_driver();
 
 }  // namespace fluxion_tests

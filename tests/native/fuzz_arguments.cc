@@ -6,9 +6,11 @@
 // sees every step beyond.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 
 #include "cases.h"
 #include "operations.h"
@@ -167,7 +169,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       WorkView work = c.work();
       work.cancel = in.below(4) == 3 ? in.value() : 0;
       if (in.below(3) == 0) work.bitmap = bitmap.data();
-      submit(g, work, c.cache(), c.scale, tick.words);
+      const auto lease = std::make_shared<std::atomic<bool>>(false);
+      fill(reserve(tick.words), g, work, c.cache(), c.scale, rng() % 2 == 0 ? lease : nullptr);
       tick.valid = work_is_valid(c, work);
       open.push_back(tick);
       if (operation == 0) start(tick.words, [] {});

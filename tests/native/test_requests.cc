@@ -1,8 +1,5 @@
 // submit, start and collect together, as a program calls them.
 
-#include <signal.h>
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <thread>
@@ -11,6 +8,7 @@
 #include "guarded.h"
 #include "requests.h"
 #include "runtime.h"
+#include "stuck.h"
 
 using namespace fluxion;
 using namespace fluxion_tests;
@@ -19,45 +17,6 @@ namespace {
 
 // Tasks of 30 chunks.
 const Geometry kLarge{2, 6, 2, 64, 320, DType::kBFloat16};
-
-// A page whose reader is stuck until it is let go.
-class Stuck {
- public:
-  explicit Stuck(Guarded* page) {
-    page_ = page;
-    reached_ = let_go_ = false;
-    page->seal();
-    struct sigaction action = {};
-    action.sa_handler = [](int) {
-      reached_ = true;
-      while (!let_go_) std::this_thread::yield();
-      page_->thaw();
-    };
-    sigaction(SIGSEGV, &action, &before_);
-  }
-  ~Stuck() { sigaction(SIGSEGV, &before_, nullptr); }
-
-  static void await() {
-    while (!reached_) std::this_thread::yield();
-  }
-  static void let_go() { let_go_ = true; }
-
- private:
-  static inline Guarded* page_ = nullptr;
-  static inline std::atomic<bool> reached_{false};
-  static inline std::atomic<bool> let_go_{false};
-  struct sigaction before_ = {};
-};
-
-// Nobody waits while there is one.
-class ShortTimeout {
- public:
-  ShortTimeout() { runtime().timeout = Clock::duration(1); }
-  ~ShortTimeout() { runtime().timeout = before_; }
-
- private:
-  const Clock::duration before_ = runtime().timeout;
-};
 
 Case large_case(uint32_t seed = 0) {
   Case c = make_case(kLarge, seed);

@@ -23,6 +23,7 @@ from pallas_kernels.block_list_triton import block_table_triton
 from pallas_kernels.block_table import MAX_GROUP, BlockTable
 from pallas_kernels.cache_rows import row_operand
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
+from pallas_kernels.exact_products import cut_float32
 from pallas_kernels.merge_shares_triton import load_padded, merge_shares
 from pallas_kernels.registry import UnsupportedImplementationError
 from pallas_kernels.shares import shares
@@ -258,7 +259,7 @@ def _attend_share(
     head = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     index = (jnp.full(shape, task), head, channel)
     q = pltriton.load(q_ref.at[index], mask=head < group, other=0.0)
-    queries = _cut(q.astype(jnp.float32) * scale, parts=3)
+    queries = cut_float32(q.astype(jnp.float32) * scale, parts=3)
 
     token = jnp.arange(tokens)
     tile_shape = (tokens, head_dim)
@@ -290,7 +291,9 @@ def _attend_share(
         finite = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
         weights = jnp.exp(scores - finite[None, :])
         decay = jnp.exp(largest - finite)
-        product = functools.reduce(jnp.add, [_dot(v.T, part) for part in _cut(weights, parts=3)])
+        product = functools.reduce(
+            jnp.add, [_dot(v.T, part) for part in cut_float32(weights, parts=3)]
+        )
         return (
             new_largest,
             # Summed over the tokens of a tile only at the end.
@@ -325,15 +328,3 @@ def _attend_share(
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.dot(a, b, preferred_element_type=jnp.float32)
-
-
-def _cut(x: jax.Array, parts: int) -> list[jax.Array]:
-    """Bfloat16 arrays that sum up to the float32 array, the smallest first; three are exact."""
-    cut = []
-    for _ in range(parts):
-        # Cut, not rounded: a compiler may take a conversion there and back for none at all.
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-        part = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        cut.append(part.astype(jnp.bfloat16))
-        x -= part
-    return cut[::-1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,17 +20,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
+from pallas_kernels.exact_products import exact_product, parts_for
 from pallas_kernels.registry import UnsupportedImplementationError
 
 LARGEST_ODDS = 30.0
 """Odds of a part that is empty, and of one that is everything, must stay numbers."""
 
-TILE = 32
+TILE = 64
 """Runs or window slots of a program."""
 
 # Of a matrix on the tensor cores; heads that are missing are zeros.
 _LEAST_ROWS = 16
 
+# Kinds of queries that rows are multiplied with: as they are, and for upper and lower bounds.
+_ALL, _POSITIVE, _NEGATIVE = range(3)
 _LOG_1_PERCENT = math.log(0.01)
 _LOG_10_PERCENT = math.log(0.1)
 _MINUS_INFINITY = float("-inf")
@@ -91,6 +94,8 @@ def head_statistics_triton(
     tasks, group = batch * kv_heads, heads // kv_heads
     run_tiles, window_tiles = pl.cdiv(num_runs, TILE), pl.cdiv(slots, TILE)
     q = q.astype(jnp.float32).reshape(tasks, group, head_dim)
+    kinds = jnp.stack([q, jnp.maximum(q, 0.0), jnp.maximum(-q, 0.0)])
+    parts = jnp.stack(parts_for(kinds, runs.dtype))
     silence_triton_deprecation()
 
     def row(program: Any, *_: Any) -> tuple[Any]:
@@ -101,11 +106,17 @@ def head_statistics_triton(
 
     number = pl.BlockSpec((1,), row)
 
+    def tile_of(program: jax.Array) -> jax.Array:
+        """The tile of runs of a program: two have the same, others none that they use."""
+        return jnp.where(
+            program < run_tiles, program, jnp.minimum(program, 2 * run_tiles - 1) - run_tiles
+        )
+
     def tile_of_runs(*shape: int) -> pl.BlockSpec:
         """Part of an array with an axis of tiles; programs of window slots have none of it."""
         return pl.BlockSpec(
             (None, None, *shape),
-            lambda t, tile: (t, jnp.minimum(tile, run_tiles - 1)) + (0,) * len(shape),
+            lambda t, tile: (t, tile_of(tile)) + (0,) * len(shape),
         )
 
     floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -129,9 +140,9 @@ def head_statistics_triton(
             newest_tokens=newest_tokens,
             interpret=interpret,
         ),
-        grid=(tasks, run_tiles + window_tiles),
+        grid=(tasks, 2 * run_tiles + window_tiles),
         in_specs=[
-            task(group, head_dim),
+            pl.BlockSpec((len(parts), 3, None, group, head_dim), lambda t, *_: (0, 0, t, 0, 0)),
             task(num_runs, 4, head_dim),
             number,
             task(slots, head_dim),
@@ -142,7 +153,7 @@ def head_statistics_triton(
             *(tile_of_runs(*x.shape[2:]) for x in partials[:-1]),
             pl.BlockSpec(
                 (None, None, group, 3),
-                lambda t, tile: (t, jnp.maximum(tile - run_tiles, 0), 0, 0),
+                lambda t, tile: (t, jnp.maximum(tile - 2 * run_tiles, 0), 0, 0),
             ),
         ],
         out_shape=partials,
@@ -150,7 +161,7 @@ def head_statistics_triton(
         interpret=interpret,
         name="read_sketch",
     )(
-        q,
+        parts,
         runs.reshape(tasks, num_runs, 4, head_dim),
         host_tokens.astype(jnp.int32),
         window_k.reshape(tasks, slots, head_dim),
@@ -241,7 +252,7 @@ def _read_tile(
     interpret: bool,
 ) -> None:
     """Scores of a tile for all heads of the group, and sums over it."""
-    group, head_dim = q_ref.shape
+    group, head_dim = q_ref.shape[2:]
     num_runs, slots = runs_ref.shape[0], window_k_ref.shape[0]
     channel, in_head = _channels(head_dim)
     lane = jnp.arange(TILE, dtype=jnp.int32)
@@ -250,55 +261,76 @@ def _read_tile(
     exists = head < group
     tile = pl.program_id(1)
     in_group = exists[:, None] & in_head[None, :]
-    q = pltriton.load(q_ref.at[by_channel], mask=in_group, other=0.0)
+    dtype = runs_ref.dtype
     # Not by reductions, which would take longer than everything else.
-    product = functools.partial(_product, interpret=interpret)
+    product = functools.partial(exact_product, interpret=interpret)
 
-    @pl.when(tile < run_tiles)
-    def _() -> None:
-        run = tile * TILE + lane
+    def with_queries(kind: int, rows: jax.Array) -> jax.Array:
+        """Products of all queries, of one kind, with rows of channels."""
+
+        def add(part: jax.Array, so_far: jax.Array) -> jax.Array:
+            where = (jnp.full_like(by_channel[0], part), jnp.full_like(by_channel[0], kind))
+            queries = pltriton.load(q_ref.at[*where, *by_channel], mask=in_group, other=0)
+            return so_far + product([queries], rows, 1)
+
+        # In a loop, or all parts would take up registers at once.
+        return jax.lax.fori_loop(0, q_ref.shape[0], add, jnp.zeros(by_lane[0].shape, jnp.float32))
+
+    def of_runs(first: jax.Array) -> tuple[jax.Array, jax.Array, Callable[[int], jax.Array]]:
+        """Tokens of a tile's runs, whether they hold any, and a function that loads their rows."""
+        run = first * TILE + lane
         tokens = jnp.clip(host_tokens_ref[0] - run * run_tokens, 0, run_tokens)
         held = (tokens > 0) & (run < num_runs)
+        at = _grid_of(run, channel)
+        mask = held[:, None] & in_head[None, :]
+
+        def load(i: int) -> jax.Array:
+            where = (at[0], jnp.full_like(at[0], i), at[1])
+            return pltriton.load(runs_ref.at[where], mask=mask, other=0.0)
+
+        return tokens, held, load
+
+    def store_scores(scores: jax.Array, i: int) -> None:
+        where = (by_lane[0], jnp.full_like(by_lane[0], i), by_lane[1])
+        pltriton.store(scores_ref.at[where], scores * scale, mask=by_lane[0] < group)
+
+    # Bounds apart: programs that hold less at once run beside each other.
+    @pl.when(tile < run_tiles)
+    def _() -> None:
+        tokens, held, load = of_runs(tile)
         log_weight = jnp.where(
             held, jnp.log(jnp.maximum(tokens, 1).astype(jnp.float32)), _MINUS_INFINITY
         )
-        at = _grid_of(run, channel)
-        mask = held[:, None] & in_head[None, :]
-        k, v, negated_low, high = (
-            pltriton.load(
-                runs_ref.at[at[0], jnp.full_like(at[0], i), at[1]], mask=mask, other=0.0
-            ).astype(jnp.float32)
-            for i in range(4)
-        )
-        ones = (jnp.ones(by_channel[0].shape, jnp.float32), jnp.ones(by_lane[0].shape, jnp.float32))
+        k, v = load(0), load(1)
+        ones = [jnp.ones(by_lane[0].shape, dtype if dtype == jnp.bfloat16 else jnp.float32)]
         for i, rows in enumerate((k, v)):
-            # All rows of these products are the same.
-            norms = jnp.max(jnp.sqrt(product(ones[0], rows * rows, 1)), axis=0)
-            pltriton.store(norms_ref.at[i, lane], norms)
-            sums = jnp.max(product(ones[1], rows, 0), axis=0)
+            squares = rows.astype(jnp.float32) * rows.astype(jnp.float32)
+            pltriton.store(norms_ref.at[i, lane], jnp.sqrt(jnp.sum(squares, axis=1)))
+            # All rows of this product are the same.
+            sums = jnp.max(product(ones, rows, 0), axis=0)
             pltriton.store(sums_ref.at[i, channel], sums, mask=in_head)
-        scores = product(q, k, 1) * scale
-        bounds = product(jnp.maximum(q, 0.0), high, 1) + product(
-            jnp.maximum(-q, 0.0), negated_low, 1
-        )
-        for i, found in enumerate((scores, bounds * scale)):
-            where = (by_lane[0], jnp.full_like(by_lane[0], i), by_lane[1])
-            pltriton.store(scores_ref.at[where], found, mask=by_lane[0] < group)
-        weighted = scores + log_weight[None, :]
+        scores = with_queries(_ALL, k)
+        store_scores(scores, 0)
+        weighted = scores * scale + log_weight[None, :]
         largest = jnp.max(weighted, axis=1)
         finite = jnp.where(largest == _MINUS_INFINITY, 0.0, largest)
         pltriton.store(largest_ref.at[head], largest, mask=exists)
-        out = product(jnp.exp(weighted - finite[:, None]), v, 0)
+        out = product(parts_for(jnp.exp(weighted - finite[:, None]), dtype), v, 0)
         pltriton.store(out_ref.at[by_channel], out, mask=in_group)
 
-    @pl.when(tile >= run_tiles)
+    @pl.when((tile >= run_tiles) & (tile < 2 * run_tiles))
     def _() -> None:
-        slot = (tile - run_tiles) * TILE + lane
+        _, _, load = of_runs(tile - run_tiles)
+        store_scores(with_queries(_POSITIVE, load(3)) + with_queries(_NEGATIVE, load(2)), 1)
+
+    @pl.when(tile >= 2 * run_tiles)
+    def _() -> None:
+        slot = (tile - 2 * run_tiles) * TILE + lane
         position = pltriton.load(positions_ref.at[slot], mask=slot < slots, other=-1)
         resident = position >= 0
         mask = resident[:, None] & in_head[None, :]
         keys = pltriton.load(window_k_ref.at[_grid_of(slot, channel)], mask=mask, other=0.0)
-        scores = product(q, keys.astype(jnp.float32), 1) * scale
+        scores = with_queries(_ALL, keys) * scale
         sinks = resident & (position < sink_tokens)
         recent = resident & (position > newest_ref[0] - newest_tokens)
 
@@ -313,20 +345,6 @@ def _read_tile(
         )
         for i, of_heads in enumerate(found):
             pltriton.store(window_ref.at[head, jnp.full_like(head, i)], of_heads, mask=exists)
-
-
-def _product(a: jax.Array, b: jax.Array, axis: int, *, interpret: bool) -> jax.Array:
-    """Matrix product over an axis of `b`, as exact as sums of float32."""
-    exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    product: jax.Array = jax.lax.dot_general(
-        a,
-        b,
-        (((1,), (axis,)), ((), ())),
-        # The interpreter's platform may not know it.
-        precision=jax.lax.Precision.HIGHEST if interpret else exact,
-        preferred_element_type=jnp.float32,
-    )
-    return product
 
 
 def _conclude(

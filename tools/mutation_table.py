@@ -45,8 +45,8 @@ MUTATIONS = (
     Mutation(
         "tensor cores: queries in two parts",
         "pallas_kernels/block_sparse_triton_mma.py",
-        "_cut(q.astype(jnp.float32) * scale, parts=3)",
-        "_cut(q.astype(jnp.float32) * scale, parts=2)",
+        "cut_float32(q.astype(jnp.float32) * scale, parts=3)",
+        "cut_float32(q.astype(jnp.float32) * scale, parts=2)",
         (TENSOR_CORES + "matches_the_oracle[4-128-interpreted]",),
     ),
     Mutation(
@@ -169,7 +169,28 @@ MUTATIONS = (
         "too_little = (part < 0) | (size - part < 0)",
         COST_MODEL,
     ),
+    Mutation(
+        "cut tasks: equal tasks in the wrong order",
+        "pallas_kernels/cut_tasks.py",
+        "((others == mine) & tie)",
+        "((others == mine) & ~tie)",
+        ("tests/pallas_kernels/test_cut_tasks.py",),
+    ),
     # The policy.
+    Mutation(
+        "head statistics: negative queries meet the upper bounds",
+        "pallas_kernels/head_statistics_triton.py",
+        "with_queries(_NEGATIVE, load(2))",
+        "with_queries(_NEGATIVE, load(3))",
+        ("tests/pallas_kernels/test_head_statistics.py",),
+    ),
+    Mutation(
+        "dense layer: never activated",
+        "pallas_kernels/dense_layer.py",
+        "    if activated:\n        y = y /",
+        "    if False:\n        y = y /",
+        ("tests/pallas_kernels/test_dense_layer.py",),
+    ),
     Mutation(
         "selector: summaries cost nothing beside K/V",
         "fluxion_jax/policy/selector.py",

@@ -26,7 +26,7 @@ from fluxion_jax.calibration.storage import (
 )
 from fluxion_jax.models.decoder import Decoder
 from fluxion_jax.policy import parse_policy
-from fluxion_jax.policy.fluxion_policy import Safety
+from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE, Safety
 from fluxion_jax.policy.head_predictor import HeadPredictor
 from tests.generation import tiny
 
@@ -45,14 +45,15 @@ def assert_equal(a, b) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_what_is_saved_is_loaded(tmp_path, monkeypatch):
     save_calibration(tmp_path / "new", policy_of(3), "model", {"rows": [1]})
     loaded = load_calibration(tmp_path / "new", "model", 0.4)
     assert_equal(loaded, policy_of(3))
     assert jax.tree.structure(loaded) == jax.tree.structure(policy_of(3))
     kept = json.loads((tmp_path / "new" / storage.RECORD).read_text())
     assert kept["report"] == {"rows": [1]}
-    # The default lies beyond what was calibrated.
+    # A default beyond what was calibrated.
+    monkeypatch.setattr(storage, "DEFAULT_TOLERANCE", 0.5)
     assert float(load_calibration(tmp_path / "new", "model").tolerance) == np.float32(0.4)
 
 
@@ -152,7 +153,7 @@ def test_a_name_finds_the_weights_of_its_model(tmp_path, monkeypatch):
     save_calibration(kept_folder(identity), policy_of(1), identity, {})
     save_calibration(tmp_path / "mine", policy_of(2), identity, {})
     assert_equal(parse_policy("fluxion:tolerance=0.4", model), policy_of(1))
-    assert float(parse_policy("fluxion", model).tolerance) == np.float32(0.4)
+    assert float(parse_policy("fluxion", model).tolerance) == np.float32(DEFAULT_TOLERANCE)
     named = parse_policy(f"fluxion:tolerance=0.4:weights={tmp_path}/mine", model)
     assert_equal(named, policy_of(2))
     assert parse_policy(named) is named

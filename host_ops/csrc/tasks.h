@@ -20,6 +20,7 @@
 #ifndef FLUXION_TASKS_H_
 #define FLUXION_TASKS_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -112,7 +113,8 @@ class Task : public Job {
 
 // The time in which any of several threads works. Every change between none and some is added with
 // its time, so no thread reads what another one wrote. The clock is read within the time that counts,
-// so what is measured is never longer than what was.
+// so what is measured is never longer than what was; a thread that is put aside between the clock and
+// the count makes it shorter.
 class CoveredTime {
  public:
   void reset() { ns_.store(0, std::memory_order_relaxed); }
@@ -132,7 +134,9 @@ class CoveredTime {
   }
 
   // While nobody works.
-  double seconds() const { return 1e-9 * ns_.load(std::memory_order_relaxed); }
+  double seconds() const {
+    return 1e-9 * std::max<int64_t>(0, ns_.load(std::memory_order_relaxed));
+  }
 
  private:
   static_assert(std::is_same<Clock::period, std::nano>::value, "");

@@ -19,12 +19,13 @@ class ModelRow:
     def __init__(self, kv_heads: int, head_dim: int) -> None:
         self.k = np.zeros((kv_heads, 0, head_dim), np.float32)
         self.v = self.k.copy()
-        # Scales never shrink within a sequence, and see only what has left for the host.
-        self.largest = np.zeros((kv_heads, head_dim))
+        # A failed step has bounded the block that was about to leave, and nothing takes that back.
+        self.bounded_tokens = 0
 
     def copy(self) -> ModelRow:
         row = ModelRow(self.k.shape[0], self.k.shape[2])
         row.k, row.v = self.k.copy(), self.v.copy()
+        row.bounded_tokens = self.bounded_tokens
         return row
 
     def append(self, k: np.ndarray, v: np.ndarray) -> None:

@@ -122,12 +122,20 @@ class CacheMachine(RuleBasedStateMachine):
                 with pytest.raises(fx.FluxionError, match="native operation failed"):
                     self.cache.check()
                 self.cache = self.cache.clear_status()
+                self.bound_what_would_leave(active)
                 continue
             for layer in range(LAYERS):
                 for row in range(BATCH):
                     if active[row]:
                         self.rows[layer][row].append(k[layer, row][:, None], v[layer, row][:, None])
         self.cache = self.cache.replace(active=before)
+
+    def bound_what_would_leave(self, active: list[bool]) -> None:
+        for layer in self.rows:
+            for row, decodes in zip(layer, active, strict=True):
+                if decodes:
+                    leaves = host_tokens(len(row) + 1, SINKS, RECENT)
+                    row.bounded_tokens = max(row.bounded_tokens, leaves)
 
     @rule(rows=st.sets(st.integers(0, BATCH - 1)))
     def reset(self, rows: set[int]) -> None:
@@ -165,7 +173,8 @@ class CacheMachine(RuleBasedStateMachine):
             for stream in range(on_host, len(model) - SINKS):
                 slot = SINKS + stream % (RECENT + 16)
                 np.testing.assert_array_equal(window[:, slot], want[:, SINKS + stream])
-        host_keys = model.k[:, SINKS : SINKS + on_host]
+        bounded = max(on_host, model.bounded_tokens)
+        host_keys = model.k[:, SINKS : SINKS + bounded]
         np.testing.assert_array_equal(self.cache.exponents[layer][row], exponents(host_keys))
         got = np.asarray(self.cache.summaries[layer][row])
         for index, want in all_summaries(host_keys, self.cache.num_host_blocks).items():

@@ -277,6 +277,7 @@ def decode_attention(
         cache, index, q, k_new, v_new, active, resident, scale
     )
     sketch = cache.sketch[index] if cache.sketch else None
+    answered = window_mask(cache.layout, cache.lengths + 1, cache.host_len) & planned[:, None]
     features = Features(
         q,
         *window_state,
@@ -287,12 +288,12 @@ def decode_attention(
         capacity_blocks=cache.num_host_blocks,
         host_tokens=jnp.where(planned, cache.host_len, 0),
         window_k=window[0],
-        window_positions=window_positions(cache.layout, cache.lengths + 1, resident),
+        window_positions=window_positions(cache.layout, cache.lengths + 1, answered),
         sketch=sketch,
     )
     plan, plan_status = _plan(policy, features, cache.lengths + 1)
     if cache.num_host_blocks == 0:
-        cache = cache.replace(status=cache.status | plan_status)
+        cache = cache.replace(status=cache.status | plan_status.max())
         cache = with_layer(cache, index, window_k=window[0], window_v=window[1])
         return (
             window_state[0].astype(dtype),
@@ -502,8 +503,8 @@ def _write_only(
 def _plan(policy: Policy, features: Features, lengths: jax.Array) -> tuple[Plan, jax.Array]:
     """The policy's plan, checked: shapes now, values when the program runs.
 
-    What is wrong with values is a status of its own: that of the cache differs from layer to layer,
-    and nothing of this layer has to wait for their sum.
+    What is wrong with values are statuses `[B * K]` of their own: that of the cache differs from
+    layer to layer, and nothing of this layer has to wait until all of them are one.
     """
     plan = policy.plan(features, lengths)
     groups = (features.q.shape[0], features.num_kv_heads)
@@ -523,9 +524,9 @@ def _plan(policy: Policy, features: Features, lengths: jax.Array) -> tuple[Plan,
     known = functools.reduce(
         jnp.logical_or, [plan.granularity == tokens for tokens in GRANULARITIES_TOKENS]
     )
-    status = jnp.where(known.all(), 0, STATUS_PLAN)
+    status = jnp.where(known, 0, STATUS_PLAN).astype(jnp.int32).reshape(-1)
     granularity = jnp.where(known, plan.granularity, BLOCK_TOKENS).astype(jnp.int32)
-    return plan._replace(granularity=granularity), status.astype(jnp.int32)[None]
+    return plan._replace(granularity=granularity), status
 
 
 def _enter_window(
@@ -821,7 +822,7 @@ def _finish_layer(
     if summaries is None:
         summaries = write_summaries(cache.summaries[index], flush, collected.status)
     cache = with_layer(cache, index, summaries=summaries, exponents=exponents)
-    cache = cache.replace(status=cache.status | plan_status | collected.status)
+    cache = cache.replace(status=cache.status | plan_status.max() | collected.status)
     return out.astype(dtype), lse, cache
 
 

@@ -11,6 +11,9 @@ from pallas_kernels.bitmaps import popcount as popcount
 from pallas_kernels.bitmaps import unpack as unpack
 from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
 from pallas_kernels.block_sparse_attention import share_attention as share_attention
+from pallas_kernels.by_sequence import HEADS as HEADS
+from pallas_kernels.by_sequence import Heads as Heads
+from pallas_kernels.by_sequence import by_sequence as by_sequence
 from pallas_kernels.copy_blocks import copy_blocks as copy_blocks
 from pallas_kernels.cut_tasks import cut_tasks as cut_tasks
 from pallas_kernels.dense_layer import dense_layer as dense_layer

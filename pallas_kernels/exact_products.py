@@ -12,25 +12,30 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+PARTS = 3
+"""Bfloat16 numbers that sum up to any float32."""
+
+
+def largest_part(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A bfloat16 array, and what is left of the float32 array without it; both have its sign."""
+    # Cut, not rounded: a compiler may take a conversion there and back for none at all.
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+    part = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return part.astype(jnp.bfloat16), x - part
+
 
 def cut_float32(x: jax.Array, parts: int) -> list[jax.Array]:
     """Bfloat16 arrays that sum up to the float32 array, the smallest first; three are exact."""
     cut = []
     for _ in range(parts):
-        # Cut, not rounded: a compiler may take a conversion there and back for none at all.
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-        part = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        cut.append(part.astype(jnp.bfloat16))
-        x -= part
+        part, x = largest_part(x)
+        cut.append(part)
     return cut[::-1]
 
 
 def parts_for(x: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
-    """What to multiply with an array of `dtype` instead of a float32 array.
-
-    All parts of a number have its sign.
-    """
-    return cut_float32(x, parts=3) if dtype == jnp.bfloat16 else [x]
+    """What to multiply with an array of `dtype` instead of a float32 array."""
+    return cut_float32(x, PARTS) if dtype == jnp.bfloat16 else [x]
 
 
 def exact_product(

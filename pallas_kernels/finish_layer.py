@@ -81,7 +81,8 @@ def finish_layer(
       grown: int32 `[B, K, H]`, taken over unless `status` is set.
       status: int32 `[1]`, what went wrong in this step of this layer; with any, no block was
         written.
-      earlier: int32 `[1]` each, what else went wrong; it only is added to the status.
+      earlier: int32 `[X]` each, what else went wrong; it only is added to the status. Entries of
+        one array are 0 or all the same.
       update: blocks that enter the summaries unless `status` is set, or None.
       dtype: of the merged output.
       interpret: run on any platform, slowly; for tests.
@@ -109,7 +110,7 @@ def finish_layer(
     channels = whole_task(head_dim)
     once = pl.BlockSpec((1,), lambda task, _: (0,))
     operands: list[jax.Array] = [status, *earlier]
-    in_specs = [once] * len(operands)
+    in_specs = [pl.BlockSpec(x.shape, lambda task, _: (0,)) for x in operands]
     for out, lse in states:
         operands += [out.reshape(tasks, group, head_dim), lse.reshape(tasks, group)]
         in_specs += [of_head, lse_of_head]
@@ -215,7 +216,7 @@ def _kernel(
 
     @pl.when((program == 0) & (task == 0))
     def _() -> None:
-        all_status_ref[0] = functools.reduce(jnp.bitwise_or, [status, *(x[0] for x in earlier)])
+        all_status_ref[0] = functools.reduce(jnp.bitwise_or, [status, *map(_any_of, earlier)])
 
     if programs:
         _, new_ref, shift_ref, first_block_ref, num_blocks_ref, *row_refs = update
@@ -233,3 +234,12 @@ def _kernel(
                 programs,
                 table_index(task, kv_heads, row_refs),
             )
+
+
+def _any_of(ref: Any) -> jax.Array:
+    """The number that some entries have and the others are 0."""
+    (size,) = ref.shape
+    if size == 1:
+        return ref[0]
+    entry = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
+    return jnp.max(pltriton.load(ref.at[entry], mask=entry < size, other=0))

@@ -20,7 +20,7 @@ from pallas_kernels.registry import Implementation, dispatch
 
 
 class HeadStatistics(NamedTuple):
-    """Numbers of every query head, each float32 `[B, N]`.
+    """Numbers of every query head, in the order in which `head_statistics` returns them.
 
     Notation: `s` the scores of drawn keys, `u` the bounds of runs, both times the scale; `w` the
     logarithm of a run's tokens; `p = exp(s + w - lse)`; only runs that hold tokens count, and the
@@ -118,7 +118,7 @@ def head_statistics(
     sink_tokens: int,
     newest_tokens: int,
     implementation: Implementation = None,
-) -> HeadStatistics:
+) -> jax.Array:
     """Looks at the sample, the window and earlier queries with the queries of a step.
 
     Args:
@@ -141,9 +141,10 @@ def head_statistics(
       implementation: "triton" on a GPU, "xla" everywhere, None for the best available.
 
     Returns:
-      The statistics. Of rows without a token in the window only those of the host mean something.
+      float32 `[B, N, 35]`, the statistics in the order of `HeadStatistics`. Of rows without a token
+      in the window only those of the host mean something.
     """
-    found: HeadStatistics = dispatch(
+    found: jax.Array = dispatch(
         "head_statistics",
         implementation,
         {"triton": _triton, "xla": _xla},
@@ -165,10 +166,12 @@ def head_statistics(
     return found
 
 
-def _triton(*operands: jax.Array, **constants: float) -> HeadStatistics:
-    names = HeadStatistics._fields
-    stacked = head_statistics_triton(names, *operands, **constants)  # type: ignore[arg-type]
-    return HeadStatistics(*(stacked[..., i] for i in range(len(names))))
+def _triton(*operands: jax.Array, **constants: float) -> jax.Array:
+    return head_statistics_triton(
+        HeadStatistics._fields,
+        *operands,  # type: ignore[arg-type]
+        **constants,  # type: ignore[arg-type]
+    )
 
 
 def _xla(
@@ -187,7 +190,7 @@ def _xla(
     run_tokens: int,
     sink_tokens: int,
     newest_tokens: int,
-) -> HeadStatistics:
+) -> jax.Array:
     batch, heads, _ = q.shape
     kv_heads, count = runs.shape[1:3]
     group = heads // kv_heads
@@ -257,7 +260,7 @@ def _xla(
     key_norm, value_norm = mean(key_norms), mean(value_norms)
     means = [_norm(x.sum(axis=2) / held[:, None, None]) for x in (k, v)]
     weighted_bounds = bounds + log_weight[:, None]
-    return HeadStatistics(
+    found = HeadStatistics(
         score_peak=peak(scores),
         score_mean=score_mean,
         score_deviation=deviation(scores, score_mean),
@@ -294,6 +297,7 @@ def _xla(
         value_norm_peak=of_group(value_norms.max(axis=-1)),
         mean_value_norm=of_group(means[1]),
     )
+    return jnp.stack(found, axis=-1)
 
 
 def _norm(x: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.exact_products import exact_product, parts_for
+from pallas_kernels.exact_products import PARTS, exact_product, largest_part, parts_for
 from pallas_kernels.registry import UnsupportedImplementationError
 
 LARGEST_ODDS = 30.0
@@ -32,8 +32,6 @@ TILE = 64
 # Of a matrix on the tensor cores; heads that are missing are zeros.
 _LEAST_ROWS = 16
 
-# Kinds of queries that rows are multiplied with: as they are, and for upper and lower bounds.
-_ALL, _POSITIVE, _NEGATIVE = range(3)
 _LOG_1_PERCENT = math.log(0.01)
 _LOG_10_PERCENT = math.log(0.1)
 _MINUS_INFINITY = float("-inf")
@@ -94,8 +92,6 @@ def head_statistics_triton(
     tasks, group = batch * kv_heads, heads // kv_heads
     run_tiles, window_tiles = pl.cdiv(num_runs, TILE), pl.cdiv(slots, TILE)
     q = q.astype(jnp.float32).reshape(tasks, group, head_dim)
-    kinds = jnp.stack([q, jnp.maximum(q, 0.0), jnp.maximum(-q, 0.0)])
-    parts = jnp.stack(parts_for(kinds, runs.dtype))
     silence_triton_deprecation()
 
     def row(program: Any, *_: Any) -> tuple[Any]:
@@ -142,7 +138,7 @@ def head_statistics_triton(
         ),
         grid=(tasks, 2 * run_tiles + window_tiles),
         in_specs=[
-            pl.BlockSpec((len(parts), 3, None, group, head_dim), lambda t, *_: (0, 0, t, 0, 0)),
+            task(group, head_dim),
             task(num_runs, 4, head_dim),
             number,
             task(slots, head_dim),
@@ -161,7 +157,7 @@ def head_statistics_triton(
         interpret=interpret,
         name="read_sketch",
     )(
-        parts,
+        q,
         runs.reshape(tasks, num_runs, 4, head_dim),
         host_tokens.astype(jnp.int32),
         window_k.reshape(tasks, slots, head_dim),
@@ -252,7 +248,7 @@ def _read_tile(
     interpret: bool,
 ) -> None:
     """Scores of a tile for all heads of the group, and sums over it."""
-    group, head_dim = q_ref.shape[2:]
+    group, head_dim = q_ref.shape
     num_runs, slots = runs_ref.shape[0], window_k_ref.shape[0]
     channel, in_head = _channels(head_dim)
     lane = jnp.arange(TILE, dtype=jnp.int32)
@@ -265,16 +261,21 @@ def _read_tile(
     # Not by reductions, which would take longer than everything else.
     product = functools.partial(exact_product, interpret=interpret)
 
-    def with_queries(kind: int, rows: jax.Array) -> jax.Array:
-        """Products of all queries, of one kind, with rows of channels."""
+    queries = pltriton.load(q_ref.at[by_channel], mask=in_group, other=0.0)
 
-        def add(part: jax.Array, so_far: jax.Array) -> jax.Array:
-            where = (jnp.full_like(by_channel[0], part), jnp.full_like(by_channel[0], kind))
-            queries = pltriton.load(q_ref.at[*where, *by_channel], mask=in_group, other=0)
-            return so_far + product([queries], rows, 1)
+    def with_queries(queries: jax.Array, rows: jax.Array) -> jax.Array:
+        """Products of queries with rows of channels."""
+        nothing = jnp.zeros(by_lane[0].shape, jnp.float32)
+        if dtype != jnp.bfloat16:
+            return nothing + product([queries], rows, 1)
+
+        def add(_: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            rest, scores = so_far
+            part, rest = largest_part(rest)
+            return rest, scores + product([part], rows, 1)
 
         # In a loop, or all parts would take up registers at once.
-        return jax.lax.fori_loop(0, q_ref.shape[0], add, jnp.zeros(by_lane[0].shape, jnp.float32))
+        return jax.lax.fori_loop(0, PARTS, add, (queries, nothing))[1]
 
     def of_runs(first: jax.Array) -> tuple[jax.Array, jax.Array, Callable[[int], jax.Array]]:
         """Tokens of a tile's runs, whether they hold any, and a function that loads their rows."""
@@ -309,7 +310,7 @@ def _read_tile(
             # All rows of this product are the same.
             sums = jnp.max(product(ones, rows, 0), axis=0)
             pltriton.store(sums_ref.at[i, channel], sums, mask=in_head)
-        scores = with_queries(_ALL, k)
+        scores = with_queries(queries, k)
         store_scores(scores, 0)
         weighted = scores * scale + log_weight[None, :]
         largest = jnp.max(weighted, axis=1)
@@ -321,7 +322,8 @@ def _read_tile(
     @pl.when((tile >= run_tiles) & (tile < 2 * run_tiles))
     def _() -> None:
         _, _, load = of_runs(tile - run_tiles)
-        store_scores(with_queries(_POSITIVE, load(3)) + with_queries(_NEGATIVE, load(2)), 1)
+        upper = with_queries(jnp.maximum(queries, 0.0), load(3))
+        store_scores(upper + with_queries(jnp.maximum(-queries, 0.0), load(2)), 1)
 
     @pl.when(tile >= 2 * run_tiles)
     def _() -> None:
@@ -330,7 +332,7 @@ def _read_tile(
         resident = position >= 0
         mask = resident[:, None] & in_head[None, :]
         keys = pltriton.load(window_k_ref.at[_grid_of(slot, channel)], mask=mask, other=0.0)
-        scores = with_queries(_ALL, keys) * scale
+        scores = with_queries(queries, keys) * scale
         sinks = resident & (position < sink_tokens)
         recent = resident & (position > newest_ref[0] - newest_tokens)
 

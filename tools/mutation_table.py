@@ -180,9 +180,23 @@ MUTATIONS = (
     Mutation(
         "head statistics: negative queries meet the upper bounds",
         "pallas_kernels/head_statistics_triton.py",
-        "with_queries(_NEGATIVE, load(2))",
-        "with_queries(_NEGATIVE, load(3))",
+        "with_queries(jnp.maximum(-queries, 0.0), load(2))",
+        "with_queries(jnp.maximum(-queries, 0.0), load(3))",
         ("tests/pallas_kernels/test_head_statistics.py",),
+    ),
+    Mutation(
+        "by sequence: heads that do not exist are among the largest",
+        "pallas_kernels/by_sequence.py",
+        "jnp.max(self._among_all(x, -jnp.inf))",
+        "jnp.max(self._among_all(x, 0))",
+        ("tests/pallas_kernels/test_by_sequence.py",),
+    ),
+    Mutation(
+        "finish layer: only the first status of many counts",
+        "pallas_kernels/finish_layer.py",
+        "    if size == 1:\n        return ref[0]",
+        "    if size:\n        return ref[0]",
+        ("tests/pallas_kernels/test_finish_layer.py",),
     ),
     Mutation(
         "dense layer: never activated",

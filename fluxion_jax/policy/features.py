@@ -27,15 +27,18 @@ Axes: B batch, N query heads, K KV heads, G = N // K.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 
 import pallas_kernels
 from fluxion_jax.cache.layout import BLOCK_TOKENS
-from fluxion_jax.cache.sketch import PROBES, Sketch, run_blocks
+from fluxion_jax.cache.sketch import PROBES, run_blocks
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.protocol import Features
-from pallas_kernels import LARGEST_ODDS, HeadStatistics
+from pallas_kernels import HEADS, LARGEST_ODDS, Heads, HeadStatistics
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "structural": ("layer", "kv_head", "head_in_group", "host_tokens", "run_tokens"),
@@ -104,24 +107,39 @@ _LEAST_DEVIATION = 1e-3
 _NEWEST_TOKENS = 16
 
 
-def head_features(
-    features: Features, *, implementation: pallas_kernels.Implementation = None
-) -> jax.Array:
-    """The predictor's input for every query head.
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the features of a layer are computed from, as operands of `pallas_kernels.by_sequence`.
+
+    Attributes:
+      rows: arrays of sequences by name.
+      shared: arrays that all sequences see.
+      formulas: what makes features of them.
+    """
+
+    rows: dict[str, jax.Array]
+    shared: dict[str, jax.Array]
+    formulas: Formulas
+
+
+def look(features: Features, *, implementation: pallas_kernels.Implementation = None) -> Seen:
+    """Takes all passes over keys and values that the features need.
 
     Args:
       features: of a layer whose cache keeps a sketch.
-      implementation: of `pallas_kernels.head_statistics`, which does all but a few operations.
-
-    Returns:
-      float32 `[B, N, NUM_FEATURES]` in the order of `NAMES`. In rows that take part a value is not
-      finite only if a query, key or value is not.
+      implementation: of `pallas_kernels.head_statistics`.
 
     Raises:
       ConfigError: the cache keeps no sketch.
     """
-    sketch = _sketch(features)
+    sketch = features.sketch
+    if sketch is None:
+        raise ConfigError(
+            "expected a cache that keeps a sketch, on one device, got none; allocate it with "
+            "model.config.kv_layout(..., sketch=True)"
+        )
     newest = features.window_positions.max(axis=-1)
+    run_tokens = run_blocks(features.capacity_blocks) * BLOCK_TOKENS
     found = pallas_kernels.head_statistics(
         features.q,
         features.window_out,
@@ -134,40 +152,126 @@ def head_features(
         sketch.previous_q,
         sketch.probe_q,
         scale=features.scale,
-        run_tokens=run_blocks(features.capacity_blocks) * BLOCK_TOKENS,
+        run_tokens=run_tokens,
         sink_tokens=features.layout.sink_tokens,
         newest_tokens=_NEWEST_TOKENS,
         implementation=implementation,
     )
-    mass = jax.nn.sigmoid(_odds(found.host_lse - features.window_lse))
-    largest = found.whole_norm.max(axis=-1, keepdims=True)
-    error = _log2(mass * found.change_norm / jnp.where(largest > 0, largest, 1.0))
-    by_name = {
-        **_structural(features),
-        **_kv_distribution(found),
-        **_qk_interaction(features, found),
-        **_output_contribution(features, found, mass, error),
-        **_query_dynamics(features, found, newest),
-        **_prefill_budgets(features, newest),
-        **_cross_head(features, mass, error),
+    rows = {
+        "statistics": found,
+        "window_lse": features.window_lse,
+        "host_tokens": features.host_tokens,
+        "newest": newest,
+        "previous_lse": sketch.previous_lse,
+        "previous_position": sketch.previous_position,
+        "probes": sketch.probes,
+        "probe_position": sketch.probe_position,
     }
-    shape = features.window_lse.shape
-    # Features first, as the predictor takes them: see there.
-    stacked = jnp.stack([jnp.broadcast_to(by_name[name], shape) for name in NAMES])
-    return jnp.moveaxis(stacked, 0, -1)
+    layer = {"layer": jnp.asarray(features.layer, jnp.int32)}
+    formulas = Formulas(features.layout.num_layers, features.scale, run_tokens)
+    return Seen(rows, layer, formulas)
 
 
-def _structural(features: Features) -> dict[str, jax.Array | float]:
-    kv_heads, heads = features.num_kv_heads, features.q.shape[1]
-    head = jnp.arange(heads)
-    group = heads // kv_heads
-    return {
-        "layer": features.layer / features.layout.num_layers,
-        "kv_head": head // group / kv_heads,
-        "head_in_group": head % group / group,
-        "host_tokens": jnp.log2(1.0 + features.host_tokens)[:, None],
-        "run_tokens": jnp.log2(1.0 * run_blocks(features.capacity_blocks) * BLOCK_TOKENS),
-    }
+def head_features(
+    features: Features, *, implementation: pallas_kernels.Implementation = None
+) -> jax.Array:
+    """The predictor's input for every query head.
+
+    Args:
+      features: of a layer whose cache keeps a sketch.
+      implementation: of `pallas_kernels.head_statistics`, which does all but a few operations, and
+        of `pallas_kernels.by_sequence`, which does those.
+
+    Returns:
+      float32 `[B, N, NUM_FEATURES]` in the order of `NAMES`. In rows that take part a value is not
+      finite only if a query, key or value is not.
+
+    Raises:
+      ConfigError: the cache keeps no sketch.
+    """
+    seen = look(features, implementation=implementation)
+    (found,) = pallas_kernels.by_sequence(
+        seen.formulas,
+        seen.rows,
+        seen.shared,
+        num_heads=features.q.shape[1],
+        num_kv_heads=features.num_kv_heads,
+        implementation=implementation,
+    )
+    return jnp.moveaxis(found, 0, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Formulas:
+    """The features of the heads of one sequence, out of what `look` has found.
+
+    Attributes:
+      num_layers: of the model.
+      scale: factor on the scores.
+      run_tokens: tokens of a run of the sketch.
+    """
+
+    num_layers: int
+    scale: float
+    run_tokens: int
+
+    def __call__(self, heads: Heads) -> tuple[list[jax.Array]]:
+        """As a function of `pallas_kernels.by_sequence`: one list, in the order of `NAMES`."""
+        return (self.of(heads),)
+
+    def of(self, heads: Heads) -> list[jax.Array]:
+        """Float32 `[N]` each, or scalars that all heads share, in the order of `NAMES`."""
+        found = HeadStatistics(
+            *(heads.load("statistics", HEADS, i) for i in range(len(HeadStatistics._fields)))
+        )
+        window = heads.load("window_lse", HEADS)
+        mass = _sigmoid(_odds(found.host_lse - window))
+        error = _log2(mass * found.change_norm / _or_one(heads.largest(found.whole_norm)))
+        by_name = {
+            **self._structural(heads),
+            **_kv_distribution(found),
+            **self._qk_interaction(found, window),
+            **_output_contribution(heads, found, window, mass, error),
+            **_query_dynamics(heads, found, window),
+            **_prefill_budgets(heads),
+            **_cross_head(heads, mass, error),
+        }
+        return [by_name[name] for name in NAMES]
+
+    def _structural(self, heads: Heads) -> dict[str, jax.Array]:
+        index, group = heads.index, heads.group
+        layer = heads.load("layer").astype(jnp.float32)
+        return {
+            "layer": layer / self.num_layers,
+            "kv_head": (index // group).astype(jnp.float32) / heads.num_kv_heads,
+            "head_in_group": (index % group).astype(jnp.float32) / group,
+            "host_tokens": _log2_of_count(heads.load("host_tokens")),
+            "run_tokens": jnp.full(index.shape, math.log2(self.run_tokens), jnp.float32),
+        }
+
+    def _qk_interaction(self, found: HeadStatistics, window: jax.Array) -> dict[str, jax.Array]:
+        bound_range = found.bound_peak - found.bound_mean
+        return {
+            "score_peak": _odds(found.score_peak - window),
+            "score_mean": _odds(found.score_mean - window),
+            "score_deviation": found.score_deviation,
+            "host_odds": _odds(found.host_lse - window),
+            "bound_peak": _odds(found.bound_peak - window),
+            "bound_range": bound_range,
+            "entropy_tokens": found.entropy_bits,
+            "participation_runs": -_log2(found.share_squares),
+            "share_peak": found.share_peak,
+            "bounds_above_1_percent": _log2_of_count(found.above_1_percent),
+            "bounds_above_10_percent": _log2_of_count(found.above_10_percent),
+            "bounds_above_window": _log2_of_count(found.above_window),
+            "bounds_above_window_peak": _log2_of_count(found.above_window_peak),
+            "bounds_within_1_of_peak": _log2_of_count(found.within_1_of_peak),
+            "bounds_within_4_of_peak": _log2_of_count(found.within_4_of_peak),
+            "bound_deviation": found.bound_deviation,
+            "bound_peak_deviations": bound_range
+            / jnp.maximum(found.bound_deviation, _LEAST_DEVIATION),
+            "query_norm": _log2(self.scale * found.query_norm),
+        }
 
 
 def _kv_distribution(found: HeadStatistics) -> dict[str, jax.Array]:
@@ -182,110 +286,74 @@ def _kv_distribution(found: HeadStatistics) -> dict[str, jax.Array]:
     }
 
 
-def _qk_interaction(features: Features, found: HeadStatistics) -> dict[str, jax.Array]:
-    window = features.window_lse
-    bound_range = found.bound_peak - found.bound_mean
-    return {
-        "score_peak": _odds(found.score_peak - window),
-        "score_mean": _odds(found.score_mean - window),
-        "score_deviation": found.score_deviation,
-        "host_odds": _odds(found.host_lse - window),
-        "bound_peak": _odds(found.bound_peak - window),
-        "bound_range": bound_range,
-        "entropy_tokens": found.entropy_bits,
-        "participation_runs": -_log2(found.share_squares),
-        "share_peak": found.share_peak,
-        "bounds_above_1_percent": jnp.log2(1.0 + found.above_1_percent),
-        "bounds_above_10_percent": jnp.log2(1.0 + found.above_10_percent),
-        "bounds_above_window": jnp.log2(1.0 + found.above_window),
-        "bounds_above_window_peak": jnp.log2(1.0 + found.above_window_peak),
-        "bounds_within_1_of_peak": jnp.log2(1.0 + found.within_1_of_peak),
-        "bounds_within_4_of_peak": jnp.log2(1.0 + found.within_4_of_peak),
-        "bound_deviation": found.bound_deviation,
-        "bound_peak_deviations": bound_range / jnp.maximum(found.bound_deviation, _LEAST_DEVIATION),
-        "query_norm": _log2(features.scale * found.query_norm),
-    }
-
-
 def _output_contribution(
-    features: Features, found: HeadStatistics, mass: jax.Array, error: jax.Array
+    heads: Heads, found: HeadStatistics, window: jax.Array, mass: jax.Array, error: jax.Array
 ) -> dict[str, jax.Array]:
-    largest = found.window_out_norm.max(axis=-1, keepdims=True)
-    window = features.window_lse
+    largest = _or_one(heads.largest(found.window_out_norm))
     return {
         "window_error": error,
         "host_share": mass,
         "out_cosine": _cosine(found.out_product, found.host_out_norm, found.window_out_norm),
-        "out_norm": _log2(found.window_out_norm / jnp.where(largest > 0, largest, 1.0)),
+        "out_norm": _log2(found.window_out_norm / largest),
         "sink_odds": _odds(found.sink_lse - window),
         "newest_odds": _odds(found.newest_lse - window),
         "window_peak_odds": _odds(found.window_peak - window),
     }
 
 
-def _query_dynamics(
-    features: Features, found: HeadStatistics, newest: jax.Array
-) -> dict[str, jax.Array]:
-    sketch = _sketch(features)
-    before = newest - 1
-    slot = (before % 2)[:, None]
-    known = jnp.take_along_axis(sketch.previous_position, slot, axis=1)[:, 0] == before
-    known = (known & (before >= 0))[:, None]
-    lse = jnp.take_along_axis(sketch.previous_lse, slot[..., None], axis=1)[:, 0]
+def _query_dynamics(heads: Heads, found: HeadStatistics, window: jax.Array) -> dict[str, jax.Array]:
+    before = heads.load("newest") - 1
+    # The parity of a position, also of -2.
+    slot = before & 1
+    known = (heads.load("previous_position", slot) == before) & (before >= 0)
+    lse = heads.load("previous_lse", slot, HEADS)
     change = _log2(found.query_norm) - _log2(found.previous_norm)
     to_previous = _cosine(found.previous_product, found.query_norm, found.previous_norm)
     to_probed = _cosine(found.probe_product, found.query_norm, found.probe_norm)
     return {
-        "query_cosine": jnp.where(known, to_previous, 0.0),
-        "query_norm_change": jnp.where(known, change, 0.0),
-        "window_lse_change": jnp.where(known, _odds(features.window_lse - lse), 0.0),
-        "probe_cosine": jnp.where(_probed(features), to_probed, 0.0),
+        "query_cosine": _where(known, to_previous),
+        "query_norm_change": _where(known, change),
+        "window_lse_change": _where(known, _odds(window - lse)),
+        "probe_cosine": _where(_probed(heads), to_probed),
         "has_previous": known.astype(jnp.float32),
     }
 
 
-def _prefill_budgets(features: Features, newest: jax.Array) -> dict[str, jax.Array]:
-    sketch, probed = _sketch(features), _probed(features)
-    since = newest - sketch.probe_position
-    age = jnp.log2(1.0 + jnp.maximum(since, 0))[:, None]
-    values = jnp.where(probed[..., None], sketch.probes, 0.0)
+def _prefill_budgets(heads: Heads) -> dict[str, jax.Array]:
+    probed = _probed(heads)
+    since = heads.load("newest") - heads.load("probe_position")
+    age = _log2_of_count(jnp.maximum(since, 0))
     return {
-        **{f"probe_{name}": values[..., i] for i, name in enumerate(PROBES)},
+        **{
+            f"probe_{name}": _where(probed, heads.load("probes", HEADS, i))
+            for i, name in enumerate(PROBES)
+        },
         "tokens_since_probe": jnp.where(probed, age, 0.0),
     }
 
 
-def _cross_head(features: Features, mass: jax.Array, error: jax.Array) -> dict[str, jax.Array]:
-    group = features.q.shape[1] // features.num_kv_heads
-    probe = jnp.where(_probed(features), _sketch(features).probes[..., 0], 0.0)
-
-    def by_group(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0], features.num_kv_heads, group)
-
-    def spread(x: jax.Array) -> jax.Array:
-        return jnp.repeat(x, group, axis=1)
-
+def _cross_head(heads: Heads, mass: jax.Array, error: jax.Array) -> dict[str, jax.Array]:
+    probe = _where(_probed(heads), heads.load("probes", HEADS, 0))
     return {
-        "group_error_mean": spread(by_group(error).mean(axis=-1)),
-        "group_error_peak": spread(by_group(error).max(axis=-1)),
-        "layer_error_mean": error.mean(axis=-1, keepdims=True),
-        "layer_error_peak": error.max(axis=-1, keepdims=True),
-        "group_share_mean": spread(by_group(mass).mean(axis=-1)),
-        "group_probe_error_peak": spread(by_group(probe).max(axis=-1)),
+        "group_error_mean": heads.total_of_group(error) / heads.group,
+        "group_error_peak": heads.largest_of_group(error),
+        "layer_error_mean": heads.total(error) / heads.num_heads,
+        "layer_error_peak": heads.largest(error),
+        "group_share_mean": heads.total_of_group(mass) / heads.group,
+        "group_probe_error_peak": heads.largest_of_group(probe),
     }
 
 
-def _sketch(features: Features) -> Sketch:
-    if features.sketch is None:
-        raise ConfigError(
-            "expected a cache that keeps a sketch, on one device, got none; allocate it with "
-            "model.config.kv_layout(..., sketch=True)"
-        )
-    return features.sketch
+def _probed(heads: Heads) -> jax.Array:
+    return heads.load("probe_position") >= 0
 
 
-def _probed(features: Features) -> jax.Array:
-    return (_sketch(features).probe_position >= 0)[:, None]
+def _where(condition: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.broadcast_to(condition, x.shape), x, 0.0)
+
+
+def _or_one(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0.0, x, 1.0)
 
 
 def _cosine(product: jax.Array, *norms: jax.Array) -> jax.Array:
@@ -294,6 +362,14 @@ def _cosine(product: jax.Array, *norms: jax.Array) -> jax.Array:
 
 def _log2(x: jax.Array) -> jax.Array:
     return jnp.log2(x + _LEAST)
+
+
+def _log2_of_count(x: jax.Array) -> jax.Array:
+    return jnp.log2(1.0 + x.astype(jnp.float32))
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    return 1.0 / (1.0 + jnp.exp(-x))
 
 
 def _odds(x: jax.Array) -> jax.Array:

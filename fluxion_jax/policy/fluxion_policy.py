@@ -10,6 +10,8 @@ Axes: B batch, N query heads, K KV heads, D = 4 granularities, E calibrated tole
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -17,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import pallas_kernels
 from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, KVLayout
 from fluxion_jax.errors import ConfigError
-from fluxion_jax.policy.features import head_features
+from fluxion_jax.policy.features import Formulas, look
+from fluxion_jax.policy.head_predictor import HEAD_VECTOR, as_needs, standardised
 from fluxion_jax.policy.protocol import Features, Plan
-from fluxion_jax.policy.selector import select_granularity
+from fluxion_jax.policy.selector import as_plan, choose, select_granularity
+from pallas_kernels import HEADS, Heads
 
 DEFAULT_TOLERANCE = 0.3
 """Error of a head's output over the step's largest that is accepted by default.
@@ -31,6 +36,7 @@ attention, within the intervals at all lengths; with 0.5 it lost 1.0 and 0.7 of 
 and 8,192 tokens (`benchmarks/results/evaluate-fluxion-recall-12m.json`).
 """
 
+_DOUBLINGS = tuple(math.log2(x / GRANULARITIES_TOKENS[0]) for x in GRANULARITIES_TOKENS)
 # 2**30 tokens are more than any cache holds, and int32 holds them.
 _MOST_LOG2_TOKENS = 30.0
 
@@ -97,7 +103,6 @@ class FluxionPolicy:
         batch, heads, _ = features.q.shape
         if features.capacity_blocks == 0:
             return _nothing_to_read(batch, heads, features.num_kv_heads)
-        inputs = head_features(features)
         predictor = nnx.merge(self.graph, self.weights)
         known_layers, known_heads = predictor.heads.shape[:2]
         if features.layer >= known_layers or heads != known_heads:
@@ -106,22 +111,37 @@ class FluxionPolicy:
                 f"which the predictor was calibrated, got layer {features.layer} with {heads}; "
                 "calibrate for this model"
             )
-        needs = predictor(
-            inputs, predictor.heads[features.layer], self.tolerance, implementation=None
+        by_sequence = functools.partial(
+            pallas_kernels.by_sequence, num_heads=heads, num_kv_heads=features.num_kv_heads
         )
+        seen = look(features)
+        weights = {
+            "mean": predictor.mean[...],
+            "deviation": predictor.deviation[...],
+            "vectors": predictor.heads[...],
+            "tolerance": jnp.asarray(self.tolerance, jnp.float32),
+        }
+        (inputs,) = by_sequence(PredictorInputs(seen.formulas), seen.rows, seen.shared | weights)
+        hidden = predictor.hidden_layers(inputs.reshape(len(inputs), -1))
         threshold, margin = self.safety.at(self.tolerance)
-        logit = needs.streaming - threshold
-        doublings = jnp.log2(jnp.asarray(GRANULARITIES_TOKENS) / GRANULARITIES_TOKENS[0])
-        log2_fraction = needs.log2_fraction(doublings) + margin
-        granularity, budget_tokens, clipped = plan_budgets(
-            logit, log2_fraction, features.host_tokens, features.layout
+        bias: Any = predictor.out.bias
+        *chosen, logit, log2_fraction = by_sequence(
+            Conclusion(features.layout),
+            {"hidden": hidden.reshape(batch, heads, -1), "host_tokens": features.host_tokens},
+            {
+                "kernel": predictor.out.kernel[...],
+                "bias": bias[...],
+                "threshold": threshold,
+                "margin": margin,
+            },
         )
+        granularity, budget_tokens, clipped = as_plan(*chosen, num_kv_heads=features.num_kv_heads)
         return Plan(
             granularity=granularity,
             budget_tokens=budget_tokens,
             shared=jnp.zeros(granularity.shape, bool),
             clipped=clipped,
-            notes=FluxionNotes(logit, log2_fraction),
+            notes=FluxionNotes(logit[0], jnp.moveaxis(log2_fraction, 0, -1)),
         )
 
     def with_tolerance(self, tolerance: float) -> FluxionPolicy:
@@ -143,6 +163,57 @@ class FluxionPolicy:
         return f"fluxion:tolerance={float(self.tolerance):.6g}"
 
 
+@dataclasses.dataclass(frozen=True)
+class PredictorInputs:
+    """What the network takes, of the heads of one sequence; a function of `by_sequence`.
+
+    Attributes:
+      formulas: of the features.
+    """
+
+    formulas: Formulas
+
+    def __call__(self, heads: Heads) -> tuple[list[jax.Array]]:
+        """One list of float32 `[N]`; see `HeadPredictor.hidden_layers`."""
+        features = [
+            standardised(x, heads.load("mean", i), heads.load("deviation", i))
+            for i, x in enumerate(self.formulas.of(heads))
+        ]
+        tolerance = jnp.log2(heads.load("tolerance"))
+        layer = heads.load("layer")
+        vector = [heads.load("vectors", layer, HEADS, i) for i in range(HEAD_VECTOR)]
+        return ([*features, tolerance, *vector],)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conclusion:
+    """The plan of the heads of one sequence from the last hidden layer; of `by_sequence`.
+
+    Attributes:
+      layout: of the cache.
+    """
+
+    layout: KVLayout
+
+    def __call__(self, heads: Heads) -> tuple[list[jax.Array], ...]:
+        """What `choose` returns, the logit, and log2 of the budgets' share, in lists of `[N]`."""
+        hidden = heads.load("hidden", HEADS, ...)
+        streaming, base, growth = (
+            jnp.sum(hidden * heads.load("kernel", ..., i)[None, :], axis=1) + heads.load("bias", i)
+            for i in range(3)
+        )
+        needs = as_needs(streaming, base, growth)
+        margin = heads.load("margin")
+        logit = needs.streaming - heads.load("threshold")
+        log2_fraction = [needs.base + needs.growth * doublings + margin for doublings in _DOUBLINGS]
+        held = heads.load("host_tokens")
+        return (
+            *([x] for x in choose(heads, _asked(logit, log2_fraction, held), held, self.layout)),
+            [logit],
+            log2_fraction,
+        )
+
+
 def plan_budgets(
     logit: jax.Array, log2_fraction: jax.Array, host_tokens: jax.Array, layout: KVLayout
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -157,12 +228,21 @@ def plan_budgets(
     Returns:
       As `select_granularity`.
     """
-    log2_tokens = jnp.log2(jnp.maximum(host_tokens, 1))[:, None, None] + log2_fraction
-    tokens = jnp.exp2(jnp.minimum(log2_tokens, _MOST_LOG2_TOKENS))
-    wanted = jnp.where((logit > 0)[..., None], 0.0, jnp.maximum(tokens, 1.0))
-    # What is not a number must be read, so that the fault surfaces.
-    wanted = jnp.where(jnp.isfinite(wanted), wanted, 2.0**_MOST_LOG2_TOKENS)
-    return select_granularity(jnp.ceil(wanted).astype(jnp.int32), host_tokens, layout)
+    asked = _asked(logit, jnp.moveaxis(log2_fraction, -1, 0), host_tokens[:, None])
+    return select_granularity(jnp.stack(asked, axis=-1), host_tokens, layout)
+
+
+def _asked(logit: jax.Array, log2_fraction: Any, host_tokens: jax.Array) -> list[jax.Array]:
+    """Budgets in tokens before they are rounded and cut, for each of `log2_fraction`."""
+    log2_tokens = jnp.log2(jnp.maximum(host_tokens, 1).astype(jnp.float32))
+    asked = []
+    for fraction in log2_fraction:
+        tokens = jnp.exp2(jnp.minimum(log2_tokens + fraction, _MOST_LOG2_TOKENS))
+        # What is not a number must be read, so that the fault surfaces.
+        tokens = jnp.where(tokens < jnp.inf, tokens, 2.0**_MOST_LOG2_TOKENS)
+        tokens = jnp.where(logit > 0.0, 0.0, jnp.maximum(tokens, 1.0))
+        asked.append(jnp.ceil(tokens).astype(jnp.int32))
+    return asked
 
 
 def _nothing_to_read(batch: int, heads: int, kv_heads: int) -> Plan:

@@ -17,7 +17,6 @@ do no worse than a table of budgets per head. Axes: N query heads, F features.
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +29,8 @@ from fluxion_jax.policy.features import NUM_FEATURES
 
 HIDDEN = (256, 256, 128)
 """Widths of the hidden layers; with the input about 0.11 million weights (paper: 0.112)."""
-_HEAD_VECTOR = 8
+HEAD_VECTOR = 8
+"""Entries of what is learned of each layer and head."""
 # Standardised features beyond this are outliers that the network never met.
 _CLIP = 6.0
 
@@ -68,9 +68,9 @@ class HeadPredictor(nnx.Module):
           num_heads: query heads N of a layer.
           rngs: source of the initial parameters.
         """
-        sizes = (NUM_FEATURES + 1 + _HEAD_VECTOR, *HIDDEN)
+        sizes = (NUM_FEATURES + 1 + HEAD_VECTOR, *HIDDEN)
         self.heads = nnx.Param(
-            0.1 * jax.random.normal(rngs.params(), (num_layers, num_heads, _HEAD_VECTOR))
+            0.1 * jax.random.normal(rngs.params(), (num_layers, num_heads, HEAD_VECTOR))
         )
         self.hidden = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
         self.out = nnx.Linear(sizes[-1], 3, rngs=rngs)
@@ -82,8 +82,6 @@ class HeadPredictor(nnx.Module):
         features: jax.Array,
         head_vectors: jax.Array,
         tolerance: jax.Array,
-        *,
-        implementation: pallas_kernels.Implementation = "xla",
     ) -> HeadNeeds:
         """Predicts the needs of heads.
 
@@ -91,26 +89,54 @@ class HeadPredictor(nnx.Module):
           features: float32 `[..., F]`.
           head_vectors: float32 `[..., 8]`, rows of `heads`; broadcast against `features`.
           tolerance: float32, of the output error; broadcast against `[...]`.
-          implementation: of `pallas_kernels.dense_layer`; only "xla" can be differentiated.
         """
-        standard = (features - self.mean[...]) / self.deviation[...]
         shape = features.shape[:-1]
         inputs = (
-            jnp.clip(standard, -_CLIP, _CLIP),
+            standardised(features, self.mean[...], self.deviation[...]),
             jnp.broadcast_to(jnp.log2(tolerance), shape)[..., None],
-            jnp.broadcast_to(head_vectors, (*shape, _HEAD_VECTOR)),
+            jnp.broadcast_to(head_vectors, (*shape, HEAD_VECTOR)),
         )
-        # Inputs first: neighbouring threads of a GPU then compute the same one for other heads.
-        x = jnp.concatenate([jnp.moveaxis(y, -1, 0) for y in inputs]).reshape(-1, math.prod(shape))
-        for i, layer in enumerate((*self.hidden, self.out)):
+        x = jnp.concatenate([jnp.moveaxis(y, -1, 0) for y in inputs])
+        x = self.hidden_layers(x.reshape(len(x), -1), implementation="xla")
+        bias: Any = self.out.bias
+        out = x @ self.out.kernel[...] + bias[...]
+        return as_needs(*jnp.moveaxis(out.reshape(*shape, 3), -1, 0))
+
+    def hidden_layers(
+        self, inputs: jax.Array, *, implementation: pallas_kernels.Implementation = None
+    ) -> jax.Array:
+        """All layers but the last.
+
+        Args:
+          inputs: float32 `[I, R]` of R heads: standardised features, log2 of the tolerance, and the
+            vector of the layer and head. Inputs first, for neighbouring threads of a GPU then
+            write the same one for other heads.
+          implementation: of `pallas_kernels.dense_layer`; only "xla" can be differentiated.
+
+        Returns:
+          float32 `[R, 128]`.
+        """
+        x = inputs
+        for i, layer in enumerate(self.hidden):
             bias: Any = layer.bias
             x = pallas_kernels.dense_layer(
                 x,
                 layer.kernel[...],
                 bias[...],
-                activated=layer is not self.out,
+                activated=True,
                 inputs_first=i == 0,
                 implementation=implementation,
             )
-        streaming, base, growth = jnp.moveaxis(x.reshape(*shape, 3), -1, 0)
-        return HeadNeeds(streaming, base, jax.nn.softplus(growth))
+        return x
+
+
+def standardised(features: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
+    """Features as the network takes them."""
+    return jnp.clip((features - mean) / deviation, -_CLIP, _CLIP)
+
+
+def as_needs(streaming: jax.Array, base: jax.Array, growth: jax.Array) -> HeadNeeds:
+    """What the last layer's three numbers of each head say."""
+    # softplus, without its branches.
+    positive = jnp.maximum(growth, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(growth)))
+    return HeadNeeds(streaming, base, positive)

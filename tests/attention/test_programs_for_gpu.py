@@ -6,6 +6,7 @@ XLA would compute with them on the host, and search for all that follows in expo
 from __future__ import annotations
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ import pytest
 from flax import nnx
 
 import fluxion_jax as fx
+from fluxion_jax.bench.replayed import random_predictor
 from fluxion_jax.chunk_attention import prefill_attention
 from fluxion_jax.decode import decode_chunk, prefill_chunk
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.models.decoder import Decoder
 from fluxion_jax.policy import parse_split
+from fluxion_jax.policy.protocol import needs_sketch
 from tests.host_memory import computed_with, traced_for_gpu
 
 pytestmark = pytest.mark.native
@@ -136,10 +139,12 @@ def kernels(jaxpr):
     return found
 
 
-def attention_of(layers, summaries):
+def attention_of(layers, summaries, policy="fixed:16:0.05:group"):
     """Attention of some layers, one after the other."""
     execution = fx.Execution(host="native", dense_below_tokens=0)
-    layout = fx.KVLayout(layers, 8, 128, summaries=summaries)
+    policy = fx.parse_policy(policy) if isinstance(policy, str) else policy
+    sketch = needs_sketch(policy)
+    layout = fx.KVLayout(layers, 8, 128, summaries=summaries, num_heads=32, sketch=sketch)
     cache = fx.HostKV.allocate(layout, 1, 4096)
     q, kv = jnp.zeros((1, 32, 128)), jnp.zeros((1, 8, 128))
 
@@ -151,7 +156,6 @@ def attention_of(layers, summaries):
             )
         return q, cache.advance()
 
-    policy = fx.parse_policy("fixed:16:0.05:group")
     return traced_for_gpu(step.trace, cache, q, kv, kv, policy, parse_split("model"))
 
 
@@ -163,10 +167,24 @@ def test_a_layer_has_few_kernels(summaries):
     assert layer["pallas_call"] == 8
     # Submit, its start and collect; and a hand-over of each array on either side of collect.
     assert layer["ffi_call"] == 3 + 2 * (2 if summaries == "device" else 3)
-    # The check of the plan, once for all layers with the same; and the window's mask and positions,
-    # which XLA drops where no policy looks at them.
-    others = {"reduce_and": 1, "concatenate": 2}
-    assert {k: n for k, n in layer.items() if k not in ("pallas_call", "ffi_call")} == others
+    # The window's masks and positions, which XLA drops where no policy looks at them.
+    assert other_kernels(layer) == {"concatenate": 3}
+
+
+def other_kernels(layer):
+    return {name: n for name, n in layer.items() if name not in ("pallas_call", "ffi_call")}
+
+
+def test_a_planned_layer_has_seven_kernels_more():
+    config = dataclasses.replace(ModelConfig.tiny_llama(), num_layers=2, num_heads=32)
+    policy = random_predictor(config)
+    layer = kernels(attention_of(2, "host", policy)) - kernels(attention_of(1, "host", policy))
+    # The sketch, its statistics, the predictor's inputs, three hidden layers, and the conclusion.
+    assert layer["pallas_call"] == 8 + 7
+    # Of those that keep the sketch and of the statistics; nothing before submit waits for them but
+    # for what is the same in all layers.
+    kept = {"reduce_max": 5, "reduce_or": 2, "reduce_sum": 3, "gather": 3, "scatter": 1}
+    assert other_kernels(layer) == {**kept, "concatenate": 6}
 
 
 def test_layers_with_the_same_plan_are_planned_once():

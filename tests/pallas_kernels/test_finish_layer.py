@@ -99,6 +99,20 @@ def test_only_what_went_wrong_in_the_layer_itself_keeps_what_is_there(interpret,
 
 
 @pytest.mark.parametrize("interpret", EXECUTIONS)
+@pytest.mark.parametrize("place", [None, 0, 2, 4])
+def test_one_of_many_statuses_counts_wherever_it_is(interpret, place):
+    states, exponents, grown, _ = operands()
+    statuses = np.zeros(5, np.int32)
+    if place is not None:
+        statuses[place] = 8
+    own, other = jnp.zeros(1, jnp.int32), jnp.full(1, 2, jnp.int32)
+    run = jax.jit(functools.partial(finish_layer, dtype="float32", interpret=interpret))
+    got = run(states, exponents, grown, own, [other, jnp.asarray(statuses)], None)
+    assert got.status == (2 if place is None else 10)
+    np.testing.assert_array_equal(got.exponents, grown)
+
+
+@pytest.mark.parametrize("interpret", EXECUTIONS)
 @pytest.mark.parametrize("first", [0, 1, 5])
 def test_summaries_of_a_layer_among_several(interpret, first):
     states, exponents, grown, update = operands(at_once=2)

@@ -61,7 +61,8 @@ def run(execution, given, **constants):
         stacked = jax.jit(program, static_argnums=0)(NAMES, *given.values())
         return HeadStatistics(*np.moveaxis(np.asarray(stacked), -1, 0))
     program = functools.partial(head_statistics, implementation=execution, **constants)
-    return HeadStatistics(*(np.asarray(x) for x in jax.jit(program)(*given.values())))
+    stacked = jax.jit(program)(*given.values())
+    return HeadStatistics(*np.moveaxis(np.asarray(stacked), -1, 0))
 
 
 def log_sum_exp(x):
@@ -220,10 +221,9 @@ def test_branches_over_one_sample_equal_each_alone(execution):
     ]
     if execution == "interpreted":
         program = functools.partial(head_statistics_triton, NAMES, interpret=True, **CONSTANTS)
-        found = jax.jit(jax.vmap(program, axes))(*stacked)
-        both = HeadStatistics(*np.moveaxis(np.asarray(found), -1, 0))
     else:
         program = functools.partial(head_statistics, implementation=execution, **CONSTANTS)
-        both = jax.jit(jax.vmap(program, axes))(*stacked)
+    found = jax.jit(jax.vmap(program, axes))(*stacked)
+    both = HeadStatistics(*np.moveaxis(np.asarray(found), -1, 0))
     for i, mine in enumerate((given, {**given, **{name: others[name] for name in own}})):
         assert_close(HeadStatistics(*(np.asarray(x)[i] for x in both)), run(execution, mine), 1e-6)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import fluxion_jax as fx
+import pallas_kernels
 from fluxion_jax.calibration.storage import make_policy
 from fluxion_jax.decode import decode_chunk
 from fluxion_jax.models import Decoder, ModelConfig
@@ -19,6 +20,7 @@ from fluxion_jax.policy.features import head_features
 from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE, Safety
 from fluxion_jax.policy.head_predictor import HeadPredictor
 from fluxion_jax.policy.protocol import Features
+from pallas_kernels.by_sequence import by_sequence_triton
 from tests.generation import tiny
 
 TOLERANCES = (0.05, 0.1, 0.4)
@@ -107,6 +109,30 @@ def test_what_is_not_a_number_is_read_so_that_it_surfaces():
     features = features._replace(q=features.q.at[0, 4, 7].set(jnp.nan))
     plan = random_policy().plan(features, jnp.asarray([1400]))
     assert (np.asarray(plan.budget_tokens)[0, 4] == 1024).all()
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_the_kernels_plan_what_xla_plans(fault, monkeypatch):
+    features = a_layer([1024, 176, 0])
+    if fault:
+        features = features._replace(q=features.q.at[0, 4, 7].set(jnp.nan))
+    lengths = jnp.asarray([1400, 500, 100])
+    plans, seen = [], []
+    for kernels in (False, True):
+        if kernels:
+
+            def interpreted(function, rows, shared, *, implementation=None, **sizes):
+                seen.append(type(function).__name__)
+                return by_sequence_triton(rows, shared, function=function, interpret=True, **sizes)
+
+            monkeypatch.setattr(pallas_kernels, "by_sequence", interpreted)
+        plans.append(random_policy().plan(features, lengths))
+    assert seen == ["PredictorInputs", "Conclusion"]
+    wanted, got = plans
+    for name in ("granularity", "budget_tokens", "clipped"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name), err_msg=name)
+    for x, y in zip(got.notes, wanted.notes, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
 
 
 def test_another_models_predictor_is_refused():

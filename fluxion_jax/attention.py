@@ -10,7 +10,6 @@ W words of a bitmap over base blocks.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +19,12 @@ import host_ops
 import pallas_kernels
 from fluxion_jax.cache.append import make_flush, sketch_flush, with_layer, write_summaries
 from fluxion_jax.cache.host_kv import HostKV, check_layer
-from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, host_tokens
+from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
 from fluxion_jax.cache.sketch import remember_query
 from fluxion_jax.cache.stacked import first_row_in, on_layer
 from fluxion_jax.cache.summaries import MIN_EXPONENT, quantise_query
 from fluxion_jax.cache.window import window_mask, window_positions, write_token
+from fluxion_jax.division import divide, ranked_units, unknown_granularity
 from fluxion_jax.errors import (
     ConfigError,
     UnsupportedError,
@@ -291,9 +291,10 @@ def decode_attention(
         window_positions=window_positions(cache.layout, cache.lengths + 1, answered),
         sketch=sketch,
     )
-    plan, plan_status = _plan(policy, features, cache.lengths + 1)
+    plan = _plan(policy, features, cache.lengths + 1)
     if cache.num_host_blocks == 0:
-        cache = cache.replace(status=cache.status | plan_status.max())
+        status = jnp.where(unknown_granularity(plan).any(), STATUS_PLAN, 0)
+        cache = cache.replace(status=cache.status | status)
         cache = with_layer(cache, index, window_k=window[0], window_v=window[1])
         return (
             window_state[0].astype(dtype),
@@ -301,7 +302,9 @@ def decode_attention(
             _no_host_work(plan, window_state, execution, return_selection),
         )
 
-    work = _make_work(q, cache, index, plan, planned, split.at_pace(cache.pace), execution)
+    work, plan_status = _make_work(
+        q, cache, index, plan, planned, split.at_pace(cache.pace), execution
+    )
     work = _select_on_device(work, cache, index) if cache.layout.summaries == "device" else work
 
     full_state, cache = _attend_everything(
@@ -333,7 +336,7 @@ def decode_attention(
         host_units=collected.units_scanned,
         device_units=device.units,
         host_times_s=collected.times,
-        granularity=plan.granularity,
+        granularity=work.granularity,
         budget_tokens=plan.budget_tokens,
         clipped=_clipped(plan),
         notes=plan.notes,
@@ -500,12 +503,8 @@ def _write_only(
     )
 
 
-def _plan(policy: Policy, features: Features, lengths: jax.Array) -> tuple[Plan, jax.Array]:
-    """The policy's plan, checked: shapes now, values when the program runs.
-
-    What is wrong with values are statuses `[B * K]` of their own: that of the cache differs from
-    layer to layer, and nothing of this layer has to wait until all of them are one.
-    """
+def _plan(policy: Policy, features: Features, lengths: jax.Array) -> Plan:
+    """The policy's plan, its shapes checked; values are checked when the program runs."""
     plan = policy.plan(features, lengths)
     groups = (features.q.shape[0], features.num_kv_heads)
     expected = {
@@ -520,13 +519,7 @@ def _plan(policy: Policy, features: Features, lengths: jax.Array) -> tuple[Plan,
                 f"expected {name} of the policy's plan as {kind.__name__}{list(shape)}, got "
                 f"{array.dtype}{list(array.shape)}; see fluxion_jax.Plan"
             )
-    # One by one: a kernel less than membership of an array.
-    known = functools.reduce(
-        jnp.logical_or, [plan.granularity == tokens for tokens in GRANULARITIES_TOKENS]
-    )
-    status = jnp.where(known, 0, STATUS_PLAN).astype(jnp.int32).reshape(-1)
-    granularity = jnp.where(known, plan.granularity, BLOCK_TOKENS).astype(jnp.int32)
-    return plan._replace(granularity=granularity), status
+    return plan
 
 
 def _enter_window(
@@ -595,40 +588,31 @@ def _make_work(
     active: jax.Array,
     split: Split,
     execution: Execution,
-) -> host_ops.Work:
-    """Turns the plan into units, and cuts every task between host and device."""
-    group = q.shape[1] // plan.granularity.shape[1]
+) -> tuple[host_ops.Work, jax.Array]:
+    """Turns the plan into units, and cuts every task between host and device.
+
+    Returns:
+      The work, and statuses `[B * K]` of what is wrong with the plan: their own, for that of the
+      cache differs from layer to layer, and nothing of this one has to wait until they are one.
+    """
     host_blocks = jnp.where(active, host_tokens(cache.layout, cache.lengths) // BLOCK_TOKENS, 0)
-    unit_blocks = plan.granularity // BLOCK_TOKENS
-    units = -(-host_blocks[:, None] // unit_blocks)
-    wanted = jnp.maximum(plan.budget_tokens, 0)
-    per_head = jnp.repeat(plan.granularity, group, axis=1)
-    k_units = wanted // per_head + (wanted % per_head > 0)
-    everything = cache.lengths[:, None] + 1 < execution.dense_below_tokens
-    units_of_head = jnp.repeat(units, group, axis=1)
-    k_units = jnp.where(everything, units_of_head, jnp.minimum(k_units, units_of_head))
-    upper_bound = k_units.reshape(*plan.granularity.shape, group)
-    most, all_heads = fold_last(jnp.maximum, upper_bound), fold_last(jnp.add, upper_bound)
-    upper_bound = jnp.where(plan.shared, most, all_heads) * unit_blocks
-    wanted_blocks = jnp.minimum(upper_bound, host_blocks[:, None])
+    everything = cache.lengths + 1 < execution.dense_below_tokens
+    division = divide(plan, host_blocks, everything, split, cache.layout)
+    # Or XLA would compute it afresh, in a kernel of its own, for each operation that takes it.
+    host_blocks, division = jax.lax.optimization_barrier((host_blocks, division))
     quantise = pallas_kernels.quantise_query if target_platform() == "gpu" else quantise_query
     work = host_ops.Work(
         q=q,
         q8=quantise(q, cache.exponents[index], plan.shared),
-        granularity=plan.granularity,
-        k_units=k_units,
+        granularity=division.granularity,
+        k_units=division.k_units,
         shared=plan.shared.astype(jnp.int32),
         host_blocks=host_blocks,
-        boundary=jnp.zeros_like(plan.granularity),
+        boundary=division.boundary,
         cancel=cache.cancel,
         bitmap=None,
     )
-    layout = cache.layout
-    scanned = _ranked_units(work) * layout.unit_summary_bytes if layout.summaries == "host" else 0
-    boundary = split.boundaries(host_blocks, wanted_blocks, layout.block_bytes, scanned)
-    # Or XLA would compute it afresh, in a kernel of its own, for each operation that takes it.
-    host_blocks, k_units, boundary = jax.lax.optimization_barrier((host_blocks, k_units, boundary))
-    return work._replace(host_blocks=host_blocks, k_units=k_units, boundary=boundary)
+    return work, (division.unknown * STATUS_PLAN).reshape(-1)
 
 
 def _select(
@@ -733,12 +717,7 @@ def _kernels_over_host_memory(
 
 
 def _ranked_units(work: host_ops.Work) -> jax.Array:
-    """Units that have to be scored, int32 `[B, K]`; none where all or nothing is wanted."""
-    units = -(-work.host_blocks[:, None] // (work.granularity // BLOCK_TOKENS))
-    wanted = work.k_units.reshape(*units.shape, -1)
-    ranked = fold_last(jnp.maximum, wanted) > 0
-    ranked &= fold_last(jnp.minimum, wanted) < units
-    return jnp.where(ranked, units, 0)
+    return ranked_units(work.granularity, work.host_blocks, work.k_units)
 
 
 def _no_device_share(q: jax.Array, work: host_ops.Work, num_blocks: int) -> _DeviceShare:
@@ -918,7 +897,7 @@ def _no_host_work(
         host_units=zero,
         device_units=zero,
         host_times_s=jnp.zeros((len(host_ops.TIMES),), jnp.float32),
-        granularity=plan.granularity,
+        granularity=plan.granularity.astype(jnp.int32),
         budget_tokens=plan.budget_tokens,
         clipped=_clipped(plan),
         notes=plan.notes,

@@ -13,10 +13,12 @@ from pallas_kernels.block_sparse_attention import block_sparse_attention as bloc
 from pallas_kernels.block_sparse_attention import share_attention as share_attention
 from pallas_kernels.by_sequence import HEADS as HEADS
 from pallas_kernels.by_sequence import Heads as Heads
+from pallas_kernels.by_sequence import OfGroups as OfGroups
 from pallas_kernels.by_sequence import by_sequence as by_sequence
 from pallas_kernels.copy_blocks import copy_blocks as copy_blocks
-from pallas_kernels.cut_tasks import cut_tasks as cut_tasks
 from pallas_kernels.dense_layer import dense_layer as dense_layer
+from pallas_kernels.divide_work import Division as Division
+from pallas_kernels.divide_work import divide_work as divide_work
 from pallas_kernels.finish_layer import SummaryUpdate as SummaryUpdate
 from pallas_kernels.finish_layer import finish_layer as finish_layer
 from pallas_kernels.head_statistics import HeadStatistics as HeadStatistics

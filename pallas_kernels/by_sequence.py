@@ -90,6 +90,10 @@ class Heads:
         return jnp.where(same, x, jnp.full_like(x, other))
 
 
+class OfGroups(list[jax.Array]):
+    """Results `[N]` that are the same for all heads of a group, of which one is kept."""
+
+
 Results = tuple[Sequence[jax.Array], ...]
 """What a function of heads returns: lists of `[N]`, one list for each result."""
 
@@ -115,7 +119,8 @@ def by_sequence(
       implementation: "triton" on a GPU, "xla" everywhere, None for the best available.
 
     Returns:
-      For each list of C that the function returns an array `[C, B, N]`.
+      For each list of C that the function returns an array `[C, B, N]`, or `[C, B, K]` for one of
+      `OfGroups`.
     """
     found: tuple[jax.Array, ...] = dispatch(
         "by_sequence",
@@ -147,7 +152,9 @@ def _xla(
         index = jnp.arange(num_heads, dtype=jnp.int32)
         heads = Heads(num_heads, num_kv_heads, index, load, padded=False)
         return tuple(
-            jnp.stack([jnp.broadcast_to(x, (num_heads,)) for x in result])
+            jnp.stack([jnp.broadcast_to(x, (num_heads,)) for x in result])[
+                :, :: heads.group if isinstance(result, OfGroups) else 1
+            ]
             for result in function(heads)
         )
 
@@ -206,7 +213,7 @@ def by_sequence_triton(
             ),
         ],
         out_specs=tuple(
-            pl.BlockSpec((x.shape[0], None, num_heads), lambda row: (0, row, 0)) for x in shapes
+            pl.BlockSpec((x.shape[0], None, x.shape[2]), lambda row: (0, row, 0)) for x in shapes
         ),
         out_shape=shapes,
         compiler_params=pltriton.CompilerParams(
@@ -249,9 +256,13 @@ def _kernel(
         where = [i if axis in dict(vectors) else jnp.full(shape, i) for axis, i in enumerate(where)]
         return pltriton.load(ref.at[tuple(where)], mask=mask, other=0)
 
-    results = function(Heads(num_heads, num_kv_heads, index, load, padded=True))
-    for ref, result in zip(refs[len(names) :], results, strict=True):
+    heads = Heads(num_heads, num_kv_heads, index, load, padded=True)
+    for ref, result in zip(refs[len(names) :], function(heads), strict=True):
+        place, kept = index, index < num_heads
+        if isinstance(result, OfGroups):
+            kept &= index % heads.group == 0
+            # No place twice, not even of what is not kept: interpreted, that writes what was there.
+            place = jnp.where(kept, index // heads.group, num_kv_heads + index)
         for i, x in enumerate(result):
-            at = (jnp.full_like(index, i), index)
             x = jnp.broadcast_to(x, index.shape).astype(ref.dtype)
-            pltriton.store(ref.at[at], x, mask=index < num_heads)
+            pltriton.store(ref.at[jnp.full_like(index, i), place], x, mask=kept)

@@ -170,11 +170,18 @@ MUTATIONS = (
         COST_MODEL,
     ),
     Mutation(
-        "cut tasks: equal tasks in the wrong order",
-        "pallas_kernels/cut_tasks.py",
+        "divide work: equal tasks in the wrong order",
+        "pallas_kernels/divide_work.py",
         "((others == mine) & tie)",
         "((others == mine) & ~tie)",
-        ("tests/pallas_kernels/test_cut_tasks.py",),
+        ("tests/pallas_kernels/test_divide_work.py",),
+    ),
+    Mutation(
+        "divide work: heads of a group always select apart",
+        "pallas_kernels/divide_work.py",
+        "jnp.where(load(shared_ref, task) != 0, most, total)",
+        "jnp.where(load(shared_ref, task) > 1, most, total)",
+        ("tests/pallas_kernels/test_divide_work.py",),
     ),
     # The policy.
     Mutation(

@@ -20,6 +20,7 @@ from fluxion_jax.bench.random_arrays import random_array
 from fluxion_jax.bench.step_programs import time_calls
 from fluxion_jax.cache.host_kv import HostKV
 from fluxion_jax.cache.layout import BLOCK_TOKENS, host_tokens
+from fluxion_jax.division import divide
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.policy import Features, FluxionPolicy, Plan, ReplayPolicy, adaptive
 from fluxion_jax.policy.fluxion_policy import Safety
@@ -110,10 +111,8 @@ def planning_s(config: ModelConfig, cache: HostKV) -> dict[str, list[float]]:
             plan = policy.plan(features, lengths + 1)
             used: Any = plan.budget_tokens
             if cut:
-                grouped = used.reshape(*plan.granularity.shape, -1).sum(axis=-1)
-                wanted = jnp.minimum(grouped // BLOCK_TOKENS, host_blocks[:, None])
-                cuts = split.boundaries(host_blocks, wanted, layout.block_bytes)
-                used = used + jnp.repeat(cuts, heads // config.num_kv_heads, axis=1)
+                boundary = divide(plan, host_blocks, host_blocks < 0, split, layout).boundary
+                used = used + jnp.repeat(boundary, heads // config.num_kv_heads, axis=1)
             # Each needs the one before.
             return q + 1e-12 * (used + plan.granularity.sum())[..., None]
 

@@ -25,7 +25,7 @@ from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.features import Formulas, look
 from fluxion_jax.policy.head_predictor import HEAD_VECTOR, as_needs, standardised
 from fluxion_jax.policy.protocol import Features, Plan
-from fluxion_jax.policy.selector import as_plan, choose, select_granularity
+from fluxion_jax.policy.selector import choose, select_granularity
 from pallas_kernels import HEADS, Heads
 
 DEFAULT_TOLERANCE = 0.3
@@ -125,7 +125,7 @@ class FluxionPolicy:
         hidden = predictor.hidden_layers(inputs.reshape(len(inputs), -1))
         threshold, margin = self.safety.at(self.tolerance)
         bias: Any = predictor.out.bias
-        *chosen, logit, log2_fraction = by_sequence(
+        (granularity,), (budget_tokens,), (clipped,), (logit,), log2_fraction = by_sequence(
             Conclusion(features.layout),
             {"hidden": hidden.reshape(batch, heads, -1), "host_tokens": features.host_tokens},
             {
@@ -135,13 +135,12 @@ class FluxionPolicy:
                 "margin": margin,
             },
         )
-        granularity, budget_tokens, clipped = as_plan(*chosen, num_kv_heads=features.num_kv_heads)
         return Plan(
             granularity=granularity,
             budget_tokens=budget_tokens,
             shared=jnp.zeros(granularity.shape, bool),
-            clipped=clipped,
-            notes=FluxionNotes(logit[0], jnp.moveaxis(log2_fraction, 0, -1)),
+            clipped=clipped != 0,
+            notes=FluxionNotes(logit, jnp.moveaxis(log2_fraction, 0, -1)),
         )
 
     def with_tolerance(self, tolerance: float) -> FluxionPolicy:
@@ -208,7 +207,7 @@ class Conclusion:
         log2_fraction = [needs.base + needs.growth * doublings + margin for doublings in _DOUBLINGS]
         held = heads.load("host_tokens")
         return (
-            *([x] for x in choose(heads, _asked(logit, log2_fraction, held), held, self.layout)),
+            *choose(heads, _asked(logit, log2_fraction, held), held, self.layout),
             [logit],
             log2_fraction,
         )

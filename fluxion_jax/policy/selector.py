@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from fluxion_jax.cache.layout import GRANULARITIES_TOKENS, KVLayout
-from pallas_kernels import HEADS, Heads
+from pallas_kernels import HEADS, Heads, OfGroups
 
 # A byte of a summary on the device costs this much less than one on the host. Measured on an H100
 # it is 23 (its memory copies at 2.8 TB/s, host and PCIe together bring 123 GB/s); a power of two
@@ -28,7 +28,7 @@ _DEVICE_ADVANTAGE = 16
 
 def choose(
     heads: Heads, asked_tokens: Sequence[jax.Array], host_tokens: jax.Array, layout: KVLayout
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[OfGroups, list[jax.Array], list[jax.Array]]:
     """Chooses for the heads of one sequence, as part of a function of `by_sequence`.
 
     Args:
@@ -39,8 +39,8 @@ def choose(
       layout: of the cache, from which bytes follow.
 
     Returns:
-      int32 `[N]` each: the granularity, the same for all heads of a group; the budget; 1 for heads
-      that wanted more than the host holds.
+      Results of one int32 `[N]` each: the granularity; the budget; 1 for heads that wanted more
+      than the host holds.
     """
     # In units of one channel's byte: int32 holds it up to millions of tokens.
     summary, token = (
@@ -59,7 +59,7 @@ def choose(
         less = cost < best[0] if best else None
         best = new if less is None else [jnp.where(less, *x) for x in zip(new, best, strict=True)]
     _, granularity, budget_tokens, clipped = best
-    return granularity, budget_tokens, clipped
+    return OfGroups([granularity]), [budget_tokens], [clipped]
 
 
 def select_granularity(
@@ -83,15 +83,8 @@ def select_granularity(
         num_kv_heads=layout.num_kv_heads,
         implementation="xla",
     )
-    return as_plan(*found, num_kv_heads=layout.num_kv_heads)
-
-
-def as_plan(
-    granularity: jax.Array, budget_tokens: jax.Array, clipped: jax.Array, *, num_kv_heads: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `by_sequence` makes of `choose`, each int32 `[1, B, N]`, as `select_granularity`."""
-    of_group = granularity[0].reshape(granularity.shape[1], num_kv_heads, -1)[..., 0]
-    return of_group, budget_tokens[0], clipped[0] != 0
+    (granularity,), (chosen,), (clipped,) = found
+    return granularity, chosen, clipped != 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +93,7 @@ class _Choice:
 
     def __call__(self, heads: Heads) -> tuple[list[jax.Array], ...]:
         asked = [heads.load("asked_tokens", HEADS, i) for i in range(len(GRANULARITIES_TOKENS))]
-        chosen = choose(heads, asked, heads.load("host_tokens"), self.layout)
-        return tuple([x] for x in chosen)
+        return choose(heads, asked, heads.load("host_tokens"), self.layout)
 
 
 def _in_units(tokens: jax.Array, size: int) -> jax.Array:

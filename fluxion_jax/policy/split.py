@@ -7,9 +7,8 @@ is data: changing it does not recompile. Axes: B batch, K KV heads, N query head
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,26 @@ import numpy as np
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.cost_model import MIN_RANGE_BYTES, CostModel
 from fluxion_jax.policy.scheduler import corrected
-from pallas_kernels import UnsupportedImplementationError, cut_tasks
 from pallas_kernels.bitmaps import fold_last
 
 # So many are summed within a kernel of something else; a program of more terms compiles for longer.
 _FEW_TASKS = 16
+
+
+class Cut(NamedTuple):
+    """How a split's tasks are cut: the host gets `(total + ahead_bytes) * share` of their bytes.
+
+    Attributes:
+      share: float32 scalar, 0 to 1.
+      ahead_bytes: float32 scalar, by how much the host begins earlier.
+      least_bytes: a smaller part than this of a task goes with the rest of it.
+      counts_summaries: whether the summaries that a task scans are part of its bytes.
+    """
+
+    share: jax.Array
+    ahead_bytes: jax.Array
+    least_bytes: int
+    counts_summaries: bool
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +75,15 @@ class Split:
             return self
         return dataclasses.replace(self, cost=corrected(self.cost, pace))
 
+    def cut(self) -> Cut:
+        """How tasks are cut where both sides have work."""
+        part: tuple[Any, Any] = self.host_fraction, 0.0
+        if self.cost is not None:
+            part = self.cost.host_part()
+        share, ahead = (jnp.asarray(x, jnp.float32) for x in part)
+        modelled = self.cost is not None
+        return Cut(share, ahead, MIN_RANGE_BYTES if modelled else 0, modelled)
+
     def boundaries(
         self,
         host_blocks: jax.Array,
@@ -85,27 +108,13 @@ class Split:
         if self.sides != "both":
             return everything if self.sides == "host" else jnp.zeros_like(everything)
         size = wanted_blocks.astype(jnp.float32) * block_bytes
-        part: tuple[Any, Any] = self.host_fraction, 0.0
-        least = 0
-        if self.cost is not None:
-            size, part, least = size + scanned_bytes, self.cost.host_part(), MIN_RANGE_BYTES
-        share, ahead = (jnp.asarray(x, jnp.float32) for x in part)
-        operands = size.reshape(-1), everything.reshape(-1), share, ahead
-        # A few tasks are cut within a kernel of XLA's for something else.
-        if size.size > _FEW_TASKS:
-            with contextlib.suppress(UnsupportedImplementationError):
-                return cut_tasks(*operands, least=least).reshape(wanted_blocks.shape)
-        return _cut(*operands, least).reshape(wanted_blocks.shape)
-
-
-def _cut(
-    size: jax.Array, blocks: jax.Array, share: jax.Array, ahead: jax.Array, least: int
-) -> jax.Array:
-    """As `pallas_kernels.cut_tasks`, anywhere and for any number of tasks."""
-    total = _total(size)
-    of_host = _host_shares(size, jnp.clip((total + ahead) * share, 0.0, total), least)
-    cut = jnp.round(of_host * blocks.astype(jnp.float32)).astype(jnp.int32)
-    return jnp.where(of_host >= 1.0, blocks, cut)
+        share, ahead, least, counts_summaries = self.cut()
+        size = size + scanned_bytes if counts_summaries else size
+        size, blocks = size.reshape(-1), everything.reshape(-1)
+        total = _total(size)
+        of_host = _host_shares(size, jnp.clip((total + ahead) * share, 0.0, total), least)
+        cut = jnp.round(of_host * blocks.astype(jnp.float32)).astype(jnp.int32)
+        return jnp.where(of_host >= 1.0, blocks, cut).reshape(wanted_blocks.shape)
 
 
 def _host_shares(size: jax.Array, host: jax.Array, least: int) -> jax.Array:

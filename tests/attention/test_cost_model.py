@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -13,7 +12,6 @@ import pytest
 
 import fluxion_jax as fx
 from fluxion_jax.policy import CostModel, modelled, parse_split, split_at
-from fluxion_jax.policy import split as split_module
 from fluxion_jax.policy.cost_model import MIN_RANGE_BYTES
 from tests.attention.helpers import filled, new_tokens, step
 
@@ -143,21 +141,3 @@ def test_a_whole_share_leaves_nothing_to_the_device():
     wanted = jnp.asarray([[0, 7, 3]], jnp.int32)
     boundary = split_at(1.0).boundaries(jnp.asarray([9]), wanted, BLOCK_BYTES)
     assert np.asarray(boundary).tolist() == [[9, 9, 9]]
-
-
-def test_few_and_many_tasks_are_cut_alike(monkeypatch):
-    """The kernel that cuts many tasks on a GPU, interpreted, against the operations for few."""
-    rng = np.random.default_rng(0)
-    blocks = jnp.asarray(rng.integers(0, 4000, 4), jnp.int32)
-    wanted = jnp.asarray(rng.integers(0, 9, (4, 8)) * 64, jnp.int32)
-    splits = [modelled(CostModel(*rates)) for rates in ((75e9, 46e9), (1.0, 1e15), (1e15, 1.0))]
-    splits += [split_at(share) for share in (0.0, 0.37, 1.0)]
-
-    def boundaries(split):
-        return np.asarray(split.boundaries(blocks, wanted, BLOCK_BYTES, wanted // 64))
-
-    with_operations = [boundaries(split) for split in splits]
-    kernel = functools.partial(split_module.cut_tasks, interpret=True)
-    monkeypatch.setattr(split_module, "cut_tasks", kernel)
-    for split, expected in zip(splits, with_operations, strict=True):
-        np.testing.assert_allclose(boundaries(split), expected, atol=1)

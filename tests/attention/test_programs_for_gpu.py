@@ -163,8 +163,8 @@ def attention_of(layers, summaries, policy="fixed:16:0.05:group"):
 def test_a_layer_has_few_kernels(summaries):
     """A kernel takes longer to start than most of those between two layers take to run."""
     layer = kernels(attention_of(2, summaries)) - kernels(attention_of(1, summaries))
-    # The query, scores, selection, list, attention, its merge, the window, and the layer's end.
-    assert layer["pallas_call"] == 8
+    # The work, the query, scores, selection, list, attention, its merge, the window, and the end.
+    assert layer["pallas_call"] == 9
     # Submit, its start and collect; and a hand-over of each array on either side of collect.
     assert layer["ffi_call"] == 3 + 2 * (2 if summaries == "device" else 3)
     # The window's masks and positions, which XLA drops where no policy looks at them.
@@ -180,7 +180,7 @@ def test_a_planned_layer_has_seven_kernels_more():
     policy = random_predictor(config)
     layer = kernels(attention_of(2, "host", policy)) - kernels(attention_of(1, "host", policy))
     # The sketch, its statistics, the predictor's inputs, three hidden layers, and the conclusion.
-    assert layer["pallas_call"] == 8 + 7
+    assert layer["pallas_call"] == 9 + 7
     # Of those that keep the sketch and of the statistics; nothing before submit waits for them but
     # for what is the same in all layers.
     kept = {"reduce_max": 5, "reduce_or": 2, "reduce_sum": 3, "gather": 3, "scatter": 1}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import HEADS, UnsupportedImplementationError, by_sequence
+from pallas_kernels import HEADS, OfGroups, UnsupportedImplementationError, by_sequence
 from pallas_kernels.by_sequence import by_sequence_triton
 
 EXECUTIONS = [
@@ -43,6 +43,7 @@ class Everything:
         return (
             [self.factor * x, column, chosen, vector, weighted, *sums, *scalars],
             [heads.total_of_group(counts), counts],
+            OfGroups([heads.total_of_group(counts), heads.index // heads.group]),
         )
 
 
@@ -105,12 +106,14 @@ def program(execution, heads, kv_heads, function=None):
 @pytest.mark.parametrize(("heads", "kv_heads"), SHAPES)
 def test_equals_numpy(execution, heads, kv_heads):
     rows, shared = operands(heads)
-    floats, counts = jax.jit(program(execution, heads, kv_heads))(rows, shared)
+    floats, counts, of_groups = jax.jit(program(execution, heads, kv_heads))(rows, shared)
     assert floats.dtype == jnp.float32
     assert counts.dtype == jnp.int32
     wanted_floats, wanted_counts = expected(rows, shared, heads, kv_heads)
     np.testing.assert_allclose(floats, wanted_floats, rtol=1e-5)
     np.testing.assert_array_equal(counts, wanted_counts)
+    np.testing.assert_array_equal(of_groups[0], wanted_counts[0, :, :: heads // kv_heads])
+    np.testing.assert_array_equal(of_groups[1], np.broadcast_to(np.arange(kv_heads), (3, kv_heads)))
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)

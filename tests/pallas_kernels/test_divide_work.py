@@ -79,8 +79,9 @@ def run(execution, plan, host_blocks, everything, split, layout, monkeypatch):
         monkeypatch.setattr(
             "pallas_kernels.divide_work", functools.partial(divide_work, interpret=True)
         )
-    program = jax.jit(divide, static_argnames="layout")
-    return program(plan, jnp.asarray(host_blocks), jnp.asarray(everything), split, layout=layout)
+    # A function of its own: of `divide` itself JAX would remember what it traced for another one.
+    program = jax.jit(lambda *operands: divide(*operands, layout))
+    return program(plan, jnp.asarray(host_blocks), jnp.asarray(everything), split)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)

@@ -889,7 +889,8 @@ def _no_host_work(
     """Stats of a program whose cache is too short to have a host part."""
     lse = window_state[1]
     batch, heads = lse.shape
-    zero = jnp.zeros_like(plan.granularity)
+    zero = jnp.zeros(plan.granularity.shape, jnp.int32)
+    unknown = unknown_granularity(plan)
     empty = jnp.full_like(lse, -jnp.inf)
     return LayerStats(
         host_blocks=zero,
@@ -897,7 +898,7 @@ def _no_host_work(
         host_units=zero,
         device_units=zero,
         host_times_s=jnp.zeros((len(host_ops.TIMES),), jnp.float32),
-        granularity=plan.granularity.astype(jnp.int32),
+        granularity=jnp.where(unknown, BLOCK_TOKENS, plan.granularity).astype(jnp.int32),
         budget_tokens=plan.budget_tokens,
         clipped=_clipped(plan),
         notes=plan.notes,

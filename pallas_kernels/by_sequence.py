@@ -61,7 +61,7 @@ class Heads:
         return jnp.sum(self._among_all(x, 0))
 
     def largest(self, x: jax.Array) -> jax.Array:
-        """Maximum over all heads."""
+        """Maximum over all heads, perhaps without those that are not numbers."""
         return jnp.max(self._among_all(x, -jnp.inf))
 
     def total_of_group(self, x: jax.Array) -> jax.Array:
@@ -71,7 +71,7 @@ class Heads:
         return jnp.sum(self._among_group(x, 0), axis=1)
 
     def largest_of_group(self, x: jax.Array) -> jax.Array:
-        """Of every head the maximum over its group, `[N]`."""
+        """Of every head the maximum over its group, `[N]`, likewise."""
         if not self.padded:
             return jnp.repeat(x.reshape(-1, self.group).max(axis=1), self.group)
         return jnp.max(self._among_group(x, -jnp.inf), axis=1)

@@ -29,11 +29,10 @@ def dense_layer(
     kernel: jax.Array,
     bias: jax.Array,
     *,
-    activated: bool,
     inputs_first: bool = False,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """Returns `silu(x @ kernel + bias)`, or that without the activation.
+    """Returns `silu(x @ kernel + bias)`, where `silu(y) = y * sigmoid(y)`.
 
     Products are as exact as the platform's default for float32: on a GPU their operands have 11
     bits. The kernel cannot be differentiated; "xla" can.
@@ -42,7 +41,6 @@ def dense_layer(
       x: float32 `[R, F]`, or `[F, R]` with `inputs_first`.
       kernel: float32 `[F, O]`.
       bias: float32 `[O]`.
-      activated: whether to apply `silu(y) = y * sigmoid(y)`.
       inputs_first: whether the first axis of `x` is that of the inputs.
       implementation: "triton" on a GPU, "xla" everywhere, None for the best available.
 
@@ -54,17 +52,14 @@ def dense_layer(
         implementation,
         {"triton": dense_layer_triton, "xla": _xla},
         *(x, kernel, bias),
-        activated=activated,
         inputs_first=inputs_first,
     )
     return result
 
 
-def _xla(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, *, activated: bool, inputs_first: bool
-) -> jax.Array:
+def _xla(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, inputs_first: bool) -> jax.Array:
     y = jax.lax.dot_general(x, kernel, (((0 if inputs_first else 1,), (0,)), ((), ()))) + bias
-    return jax.nn.silu(y) if activated else y
+    return jax.nn.silu(y)
 
 
 def dense_layer_triton(
@@ -72,7 +67,6 @@ def dense_layer_triton(
     kernel: jax.Array,
     bias: jax.Array,
     *,
-    activated: bool,
     inputs_first: bool,
     interpret: bool = False,
 ) -> jax.Array:
@@ -82,7 +76,6 @@ def dense_layer_triton(
       x: see `dense_layer`, as for all that follow.
       kernel: float32 `[F, O]`.
       bias: float32 `[O]`.
-      activated: whether to apply the activation.
       inputs_first: whether the first axis of `x` is that of the inputs.
       interpret: run on any platform, slowly; for tests.
 
@@ -96,7 +89,7 @@ def dense_layer_triton(
     rows, outputs = x.shape[1 if inputs_first else 0], kernel.shape[1]
     silence_triton_deprecation()
     result: jax.Array = pl.pallas_call(
-        functools.partial(_kernel, activated=activated, inputs_first=inputs_first),
+        functools.partial(_kernel, inputs_first=inputs_first),
         grid=(pl.cdiv(rows, _ROWS), pl.cdiv(outputs, _OUTPUTS)),
         # Whole arrays: a program's part need not be whole.
         out_shape=jax.ShapeDtypeStruct((rows, outputs), jnp.float32),
@@ -108,7 +101,7 @@ def dense_layer_triton(
 
 
 def _kernel(
-    x_ref: Any, kernel_ref: Any, bias_ref: Any, out_ref: Any, *, activated: bool, inputs_first: bool
+    x_ref: Any, kernel_ref: Any, bias_ref: Any, out_ref: Any, *, inputs_first: bool
 ) -> None:
     inputs, outputs = kernel_ref.shape
     row = pl.program_id(0) * _ROWS + jnp.arange(_ROWS, dtype=jnp.int32)
@@ -131,7 +124,6 @@ def _kernel(
         mask = (part < inputs)[:, None] & in_outputs[None, :]
         weights = pltriton.load(kernel_ref.at[grid(part, output)], mask=mask, other=0.0)
         y += jax.lax.dot(x, weights, preferred_element_type=jnp.float32)
-    if activated:
-        y = y / (1.0 + jnp.exp(-y))
+    y = y / (1.0 + jnp.exp(-y))
     mask = in_rows[:, None] & in_outputs[None, :]
     pltriton.store(out_ref.at[grid(row, output)], y, mask=mask)

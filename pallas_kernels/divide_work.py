@@ -9,7 +9,6 @@ Axes: B batch, N query heads, K KV heads, G = N // K, T = B * K tasks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +52,7 @@ def divide_work(
     share: jax.Array,
     ahead: jax.Array,
     *,
-    granularities: Sequence[int],
+    granularities: tuple[int, ...],
     sides: str,
     block_bytes: int,
     scanned_bytes: int,
@@ -99,7 +98,7 @@ def divide_work(
         functools.partial(
             _kernel,
             kv_heads=kv_heads,
-            granularities=tuple(granularities),
+            granularities=granularities,
             sides=sides,
             block_bytes=block_bytes,
             scanned_bytes=scanned_bytes,

@@ -183,6 +183,20 @@ MUTATIONS = (
         "jnp.where(load(shared_ref, task) > 1, most, total)",
         ("tests/pallas_kernels/test_divide_work.py",),
     ),
+    Mutation(
+        "divide work: cut downwards",
+        "pallas_kernels/divide_work.py",
+        "floor + jnp.where(up, 1, 0)",
+        "floor",
+        ("tests/pallas_kernels/test_divide_work.py",),
+    ),
+    Mutation(
+        "predictor: on a GPU what is not a number becomes the smallest",
+        "fluxion_jax/policy/head_predictor.py",
+        "jnp.where(standard == standard, jnp.clip(standard, -_CLIP, _CLIP), standard)",
+        "jnp.clip(standard, -_CLIP, _CLIP)",
+        ("tests/policy/test_fluxion_policy.py::test_the_kernels_plan_what_xla_plans",),
+    ),
     # The policy.
     Mutation(
         "head statistics: negative queries meet the upper bounds",
@@ -208,8 +222,8 @@ MUTATIONS = (
     Mutation(
         "dense layer: never activated",
         "pallas_kernels/dense_layer.py",
-        "    if activated:\n        y = y /",
-        "    if False:\n        y = y /",
+        "    y = y / (1.0 + jnp.exp(-y))",
+        "    y = y + 0.0",
         ("tests/pallas_kernels/test_dense_layer.py",),
     ),
     Mutation(

@@ -374,4 +374,5 @@ def _sigmoid(x: jax.Array) -> jax.Array:
 
 def _odds(x: jax.Array) -> jax.Array:
     """Bounds a difference of logarithms, one of which may be of nothing; NaN stays NaN."""
-    return jnp.clip(x, -LARGEST_ODDS, LARGEST_ODDS)
+    # A GPU's minimum of a number and none is the number.
+    return jnp.where(x == x, jnp.clip(x, -LARGEST_ODDS, LARGEST_ODDS), x)

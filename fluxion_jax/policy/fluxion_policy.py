@@ -103,6 +103,7 @@ class FluxionPolicy:
         batch, heads, _ = features.q.shape
         if features.capacity_blocks == 0:
             return _nothing_to_read(batch, heads, features.num_kv_heads)
+        seen = look(features)
         predictor = nnx.merge(self.graph, self.weights)
         known_layers, known_heads = predictor.heads.shape[:2]
         if features.layer >= known_layers or heads != known_heads:
@@ -114,7 +115,6 @@ class FluxionPolicy:
         by_sequence = functools.partial(
             pallas_kernels.by_sequence, num_heads=heads, num_kv_heads=features.num_kv_heads
         )
-        seen = look(features)
         weights = {
             "mean": predictor.mean[...],
             "deviation": predictor.deviation[...],

@@ -123,7 +123,6 @@ class HeadPredictor(nnx.Module):
                 x,
                 layer.kernel[...],
                 bias[...],
-                activated=True,
                 inputs_first=i == 0,
                 implementation=implementation,
             )
@@ -131,8 +130,10 @@ class HeadPredictor(nnx.Module):
 
 
 def standardised(features: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
-    """Features as the network takes them."""
-    return jnp.clip((features - mean) / deviation, -_CLIP, _CLIP)
+    """Features as the network takes them; what is not a number stays so."""
+    standard = (features - mean) / deviation
+    # A GPU's minimum of a number and none is the number.
+    return jnp.where(standard == standard, jnp.clip(standard, -_CLIP, _CLIP), standard)
 
 
 def as_needs(streaming: jax.Array, base: jax.Array, growth: jax.Array) -> HeadNeeds:

@@ -17,10 +17,6 @@ import numpy as np
 from fluxion_jax.errors import ConfigError
 from fluxion_jax.policy.cost_model import MIN_RANGE_BYTES, CostModel
 from fluxion_jax.policy.scheduler import corrected
-from pallas_kernels.bitmaps import fold_last
-
-# So many are summed within a kernel of something else; a program of more terms compiles for longer.
-_FEW_TASKS = 16
 
 
 class Cut(NamedTuple):
@@ -111,7 +107,7 @@ class Split:
         share, ahead, least, counts_summaries = self.cut()
         size = size + scanned_bytes if counts_summaries else size
         size, blocks = size.reshape(-1), everything.reshape(-1)
-        total = _total(size)
+        total = size.sum()
         of_host = _host_shares(size, jnp.clip((total + ahead) * share, 0.0, total), least)
         cut = jnp.round(of_host * blocks.astype(jnp.float32)).astype(jnp.int32)
         return jnp.where(of_host >= 1.0, blocks, cut).reshape(wanted_blocks.shape)
@@ -124,18 +120,13 @@ def _host_shares(size: jax.Array, host: jax.Array, least: int) -> jax.Array:
     """
     task = jnp.arange(size.size)
     earlier = (size > size[:, None]) | ((size == size[:, None]) & (task < task[:, None]))
-    before = _total(jnp.where(earlier, size, 0.0))
+    before = jnp.where(earlier, size, 0.0).sum(axis=-1)
     part = jnp.clip(host - before, 0.0, size)
     too_little = (part < least) | (size - part < least)
     part = jnp.where(too_little, jnp.where(2 * part >= size, size, 0.0), part)
     # A task without work goes where everything goes before it is split.
-    idle = jnp.where(host >= _total(size), 1.0, 0.0)
+    idle = jnp.where(host >= size.sum(), 1.0, 0.0)
     return jnp.where(size > 0, part / jnp.maximum(size, 1.0), idle)
-
-
-def _total(size: jax.Array) -> jax.Array:
-    """Sums the last axis, which has an entry for each task."""
-    return fold_last(jnp.add, size) if size.shape[-1] <= _FEW_TASKS else size.sum(axis=-1)
 
 
 def split_at(host_fraction: float) -> Split:

@@ -307,6 +307,14 @@ def test_a_policy_with_a_granularity_that_does_not_exist_is_named(granularity, s
         cache.check()
 
 
+def test_such_a_granularity_is_named_without_host_blocks_too():
+    cache = fx.HostKV.allocate(layout(), 1, 40)
+    _, cache, stats = one_step(cache, Forced(48, 100))
+    assert np.asarray(stats.granularity).tolist() == [[16] * KV_HEADS]
+    with pytest.raises(fx.FluxionError, match="granularity"):
+        cache.check()
+
+
 def test_a_policy_that_is_no_pytree_gives_a_readable_error():
     class Plain:
         def plan(self, features, lengths):

@@ -112,7 +112,10 @@ def test_equals_loops(execution, summaries, batch, kv_heads, group, monkeypatch)
         else:
             ahead = (cost.device_fixed_s - cost.host_fixed_s) * cost.pcie_bytes_per_s
             wanted = in_a_loop(size.reshape(-1), blocks, np.float32(2 / 3), ahead, 65536)
-        np.testing.assert_allclose(got.boundary.reshape(-1), wanted, atol=1, err_msg=str(split))
+        # A half may fall to either side where the share itself is rounded.
+        boundary = np.asarray(got.boundary).reshape(-1)
+        np.testing.assert_allclose(boundary, wanted, atol=1, err_msg=str(split))
+        assert (boundary != wanted).mean() < 0.1
 
 
 def layout_without_summaries(layout):
@@ -122,13 +125,13 @@ def layout_without_summaries(layout):
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_tasks_without_work_go_where_everything_goes(execution, monkeypatch):
     layout = fx.KVLayout(1, 2, 64, "bfloat16", summaries="device")
-    host_blocks, everything = np.asarray([9], np.int32), np.zeros(1, bool)
+    host_blocks, everything = np.asarray([7], np.int32), np.zeros(1, bool)
     budgets = {"nothing": [0, 0], "one": [32, 0]}
     wanted = {
-        ("nothing", 0.0): [9, 9],
+        ("nothing", 0.0): [7, 7],
         ("one", 0.0): [0, 0],
         ("one", 0.5): [4, 0],
-        ("one", 1.0): [9, 9],
+        ("one", 1.0): [7, 7],
     }
     for (name, share), boundary in wanted.items():
         plan = fx.Plan(

@@ -111,28 +111,67 @@ def test_what_is_not_a_number_is_read_so_that_it_surfaces():
     assert (np.asarray(plan.budget_tokens)[0, 4] == 1024).all()
 
 
-@pytest.mark.parametrize("fault", [False, True])
-def test_the_kernels_plan_what_xla_plans(fault, monkeypatch):
-    features = a_layer([1024, 176, 0])
-    if fault:
-        features = features._replace(q=features.q.at[0, 4, 7].set(jnp.nan))
-    lengths = jnp.asarray([1400, 500, 100])
-    plans, seen = [], []
-    for kernels in (False, True):
-        if kernels:
+KERNELS = [
+    pytest.param(True, id="interpreted"),
+    pytest.param(False, id="gpu", marks=pytest.mark.gpu),
+]
 
-            def interpreted(function, rows, shared, *, implementation=None, **sizes):
-                seen.append(type(function).__name__)
+
+def as_a_gpu_does(patch) -> None:
+    """There the minimum and the maximum of a number and none are the number."""
+    patch.setattr(jnp, "maximum", jnp.fmax)
+    patch.setattr(jnp, "minimum", jnp.fmin)
+    patch.setattr(jnp, "clip", lambda x, low, high: jnp.fmin(jnp.fmax(x, low), high))
+
+
+@pytest.mark.parametrize("interpret", KERNELS)
+@pytest.mark.parametrize("fault", [None, "query", "key"])
+def test_the_kernels_plan_what_xla_plans(fault, interpret, monkeypatch):
+    features, by_sequence = a_layer([1024, 176, 0]), pallas_kernels.by_sequence
+    if fault == "query":
+        features = features._replace(q=features.q.at[0, 4, 7].set(jnp.nan))
+    if fault == "key":
+        runs = features.sketch.runs.at[0, 1, 3, 0, 5].set(jnp.nan)
+        features = features._replace(sketch=features.sketch._replace(runs=runs))
+    seen = []
+
+    def plan(kernels: bool) -> fx.Plan:
+        def chosen(function, rows, shared, *, implementation=None, **sizes):
+            if not kernels:
+                return by_sequence(function, rows, shared, implementation="xla", **sizes)
+            seen.append(type(function).__name__)
+            if not interpret:
+                return by_sequence(function, rows, shared, implementation="triton", **sizes)
+            with pytest.MonkeyPatch.context() as patch:
+                as_a_gpu_does(patch)
                 return by_sequence_triton(rows, shared, function=function, interpret=True, **sizes)
 
-            monkeypatch.setattr(pallas_kernels, "by_sequence", interpreted)
-        plans.append(random_policy().plan(features, lengths))
+        monkeypatch.setattr(pallas_kernels, "by_sequence", chosen)
+        return random_policy().plan(features, jnp.asarray([1400, 500, 100]))
+
+    wanted, got = plan(kernels=False), plan(kernels=True)
     assert seen == ["PredictorInputs", "Conclusion"]
-    wanted, got = plans
     for name in ("granularity", "budget_tokens", "clipped"):
         np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name), err_msg=name)
     for x, y in zip(got.notes, wanted.notes, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-4)
+    if fault is not None:
+        assert (np.asarray(got.budget_tokens)[0] == 1024).any()
+
+
+@pytest.mark.native
+def test_a_loop_over_layers_is_told_that_it_has_no_sketch():
+    cache = fx.HostKV.allocate(fx.KVLayout(2, 2, 64, "float32"), 1, 1344, stacked=True)
+    q, kv = jnp.ones((1, 6, 64)), jnp.ones((1, 2, 64))
+
+    @jax.jit
+    def step(cache, q, kv, layer, policy):
+        return fx.decode_attention(
+            q, kv, kv, cache, layer, policy, scale=0.1, split=fx.policy.parse_split("host")
+        )
+
+    with pytest.raises(fx.ConfigError, match="expected a cache that keeps a sketch"):
+        step(cache, q, kv, jnp.asarray(0), random_policy())
 
 
 def test_another_models_predictor_is_refused():

@@ -141,7 +141,7 @@ for part in "$@"; do
   case $part in
     smoke) TEST_S=90 tests smoke -k "$smoke" -- $(with_gpu_tests tests/host_ops tests/attention tests/pallas_kernels) ;;
     kernels) tests kernels -k "not round_trip" -- $(with_gpu_tests tests/pallas_kernels tests/host_ops) ;;
-    paths) tests paths -- $(with_gpu_tests tests/attention) ;;
+    paths) tests paths -- $(with_gpu_tests tests/attention tests/policy) ;;
     host) JAX_PLATFORMS=cpu bench host --compare 1 --budget-s $((limit * 4 / 5)) $QUICK ;;
     device) bench device $QUICK ;;
     machine) bench machine ;;

@@ -22,9 +22,6 @@ from jax.experimental.pallas import triton as pltriton
 from pallas_kernels.compat import silence_triton_deprecation, target_platform
 from pallas_kernels.registry import Implementation, UnsupportedImplementationError, dispatch
 
-# For so many, four warps hold a table of 128 numbers of each head in 32 registers of a thread.
-_FEW_HEADS = 32
-
 HEADS = slice(None)
 """In an index: every query head."""
 
@@ -105,6 +102,7 @@ def by_sequence(
     *,
     num_heads: int,
     num_kv_heads: int,
+    num_warps: int = 4,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, ...]:
     """Calls a function of the heads of a sequence for every sequence.
@@ -116,6 +114,8 @@ def by_sequence(
       shared: operands by name that all sequences see.
       num_heads: N.
       num_kv_heads: K.
+      num_warps: of the kernel's programs; 4 because numbers of heads fill no more, 8 for tables of
+        heads by channels.
       implementation: "triton" on a GPU, "xla" everywhere, None for the best available.
 
     Returns:
@@ -131,6 +131,7 @@ def by_sequence(
         function=function,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
+        num_warps=num_warps,
     )
     return found
 
@@ -142,6 +143,7 @@ def _xla(
     function: Callable[[Heads], Results],
     num_heads: int,
     num_kv_heads: int,
+    num_warps: int = 4,
 ) -> tuple[jax.Array, ...]:
     def of_one(row: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         operands = {**shared, **row}
@@ -168,6 +170,7 @@ def by_sequence_triton(
     function: Callable[[Heads], Results],
     num_heads: int,
     num_kv_heads: int,
+    num_warps: int = 4,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     """As `by_sequence`.
@@ -178,6 +181,7 @@ def by_sequence_triton(
       function: of `Heads`.
       num_heads: N.
       num_kv_heads: K.
+      num_warps: of a program.
       interpret: run on any platform, slowly; for tests.
 
     Raises:
@@ -216,9 +220,7 @@ def by_sequence_triton(
             pl.BlockSpec((x.shape[0], None, x.shape[2]), lambda row: (0, row, 0)) for x in shapes
         ),
         out_shape=shapes,
-        compiler_params=pltriton.CompilerParams(
-            num_warps=4 if num_heads <= _FEW_HEADS else 8, num_stages=1
-        ),
+        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="by_sequence",
     )(*rows.values(), *shared.values())

@@ -69,7 +69,7 @@ class Case:
       context_tokens: of each row.
       sets: plan sets, the first of which everything else is measured with.
       curve: further plan sets, of a curve.
-      details: whether to measure splits, the predictor, GPU idle and recovery, too.
+      details: whether to measure splits, GPU idle and recovery, too.
       places: of the summaries, for the plan sets.
     """
 
@@ -230,12 +230,10 @@ class _Bench(Cells):
                 rows.append(measure.planning())
             if case.details and place == "device":
                 rows.append(measure.idle(place, first, sets[first], True))
-        rows.append(measure.row("device", GROUP, baseline, False))
+        for name, plan in ((GROUP, baseline), (first, sets[first])):
+            for split in SPLITS if case.details else SPLITS[:1]:
+                rows.append(measure.row("device", name, plan, False, split))
         if case.details:
-            for split in SPLITS:
-                rows.append(measure.row("device", first, sets[first], False, split))
-            for split in SPLITS[1:]:
-                rows.append(measure.row("device", GROUP, baseline, False, split))
             rows.append(measure.recovery())
         rows.append(measure.row("host", GROUP, baseline, False))
         for factor in sorted({plan.union_factor for plan in sets.values()}):

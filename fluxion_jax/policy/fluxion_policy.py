@@ -134,6 +134,7 @@ class FluxionPolicy:
                 "threshold": threshold,
                 "margin": margin,
             },
+            num_warps=8,
         )
         return Plan(
             granularity=granularity,

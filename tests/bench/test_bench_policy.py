@@ -49,9 +49,8 @@ def test_every_cell_has_its_figures(measured):
     group, first = policy.GROUP, CASE.sets[0]
     assert keys == [
         *((name, "device", "adaptive", True) for name in CASE.sets),
-        (group, "device", "adaptive", False),
+        *((group, "device", split, False) for split in policy.SPLITS),
         *((first, "device", split, False) for split in policy.SPLITS),
-        *((group, "device", split, False) for split in ("host", "device")),
         (group, "host", "adaptive", False),
         (policy.PER_HEAD, "host", "adaptive", False),
     ]

@@ -35,7 +35,7 @@ from fluxion_jax.errors import (
     require_number,
 )
 from fluxion_jax.jitting import jit
-from fluxion_jax.policy.protocol import Features, Plan, Policy
+from fluxion_jax.policy.protocol import NEWEST_TOKENS, Features, Plan, Policy, needs_sketch
 from fluxion_jax.policy.scheduler import observe
 from fluxion_jax.policy.split import Split
 from fluxion_jax.sharded import AllHeads, on_shards
@@ -273,10 +273,11 @@ def decode_attention(
     planned = cache.active & (cache.lengths < cache.max_tokens)
     resident = window_mask(cache.layout, cache.lengths + 1, cache.host_len) & active[:, None]
     enter = _enter_window_on_gpu if target_platform() == "gpu" else _enter_window
-    window_state, window, flush, exponents = enter(
-        cache, index, q, k_new, v_new, active, resident, scale
-    )
     sketch = cache.sketch[index] if cache.sketch else None
+    window_state, window_scores, window, flush, exponents = enter(
+        cache, index, q, k_new, v_new, active, resident, scale,
+        sketch is not None and needs_sketch(policy),
+    )  # fmt: skip
     answered = window_mask(cache.layout, cache.lengths + 1, cache.host_len) & planned[:, None]
     features = Features(
         q,
@@ -290,6 +291,7 @@ def decode_attention(
         window_k=window[0],
         window_positions=window_positions(cache.layout, cache.lengths + 1, answered),
         sketch=sketch,
+        window_scores=window_scores,
     )
     plan = _plan(policy, features, cache.lengths + 1)
     if cache.num_host_blocks == 0:
@@ -531,8 +533,10 @@ def _enter_window(
     active: jax.Array,
     resident: jax.Array,
     scale: float,
-) -> tuple[State, tuple[jax.Array, jax.Array], host_ops.Flush, jax.Array]:
+    scored: bool,
+) -> tuple[State, jax.Array | None, tuple[jax.Array, jax.Array], host_ops.Flush, jax.Array]:
     """The new token enters the window and attends to it; the block it pushes out is prepared."""
+    del scored
     dtype = cache.layout.jax_dtype
     k_new, v_new = k_new.astype(dtype), v_new.astype(dtype)
     flush, exponents = make_flush(
@@ -543,7 +547,7 @@ def _enter_window(
         for window, new in ((cache.window_k, k_new), (cache.window_v, v_new))
     )
     state = pallas_kernels.window_attention(q, window_k, window_v, resident, scale=scale)
-    return state, (window_k, window_v), flush, exponents
+    return state, None, (window_k, window_v), flush, exponents
 
 
 def _enter_window_on_gpu(
@@ -555,7 +559,8 @@ def _enter_window_on_gpu(
     active: jax.Array,
     resident: jax.Array,
     scale: float,
-) -> tuple[State, tuple[jax.Array, jax.Array], host_ops.Flush, jax.Array]:
+    scored: bool,
+) -> tuple[State, jax.Array | None, tuple[jax.Array, jax.Array], host_ops.Flush, jax.Array]:
     """The same in one kernel, which knows by itself what is resident and what has failed."""
     del active, resident
     layout = cache.layout
@@ -572,12 +577,14 @@ def _enter_window_on_gpu(
         sinks=layout.sink_tokens,
         least_exponent=MIN_EXPONENT,
         scale=scale,
+        newest_tokens=NEWEST_TOKENS if scored else None,
     )
     first_block = host_tokens(layout, cache.lengths) // BLOCK_TOKENS
     flush = host_ops.Flush(
         step.block_k, step.block_v, step.summaries, step.shift, first_block, step.num_blocks
     )
-    return (step.out, step.lse), (step.window_k, step.window_v), flush, step.exponents
+    window = (step.window_k, step.window_v)
+    return (step.out, step.lse), step.scores, window, flush, step.exponents
 
 
 def _make_work(

@@ -35,5 +35,6 @@ from pallas_kernels.scoring import score_units as score_units
 from pallas_kernels.selection import select_units as select_units
 from pallas_kernels.update_summaries import update_summaries as update_summaries
 from pallas_kernels.window_attention import window_attention as window_attention
+from pallas_kernels.window_scores import window_scores as window_scores
 from pallas_kernels.window_step import WindowStep as WindowStep
 from pallas_kernels.window_step import window_step as window_step

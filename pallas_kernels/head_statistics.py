@@ -5,7 +5,7 @@ Attention over the drawn tokens, each weighted by the tokens of its run, estimat
 the host; the bounds tell what the sample may have missed. All that needs a pass over keys or values
 is done here, so that what a policy makes of it are a few operations on numbers of each head.
 
-Axes: B batch, N query heads, K KV heads, G = N // K, M runs, W window slots, H head size.
+Axes: B batch, N query heads, K KV heads, G = N // K, M runs, H head size.
 """
 
 from __future__ import annotations
@@ -105,8 +105,7 @@ def head_statistics(
     q: jax.Array,
     window_out: jax.Array,
     window_lse: jax.Array,
-    window_k: jax.Array,
-    window_positions: jax.Array,
+    window_scores: jax.Array,
     newest: jax.Array,
     runs: jax.Array,
     host_tokens: jax.Array,
@@ -115,8 +114,6 @@ def head_statistics(
     *,
     scale: float,
     run_tokens: int,
-    sink_tokens: int,
-    newest_tokens: int,
     implementation: Implementation = None,
 ) -> jax.Array:
     """Looks at the sample, the window and earlier queries with the queries of a step.
@@ -125,9 +122,8 @@ def head_statistics(
       q: float32 `[B, N, H]`, not scaled.
       window_out: float32 `[B, N, H]`, attention over the window.
       window_lse: float32 `[B, N]`, its log-sum-exp.
-      window_k: `[B, K, W, H]`, keys of the window.
-      window_positions: int32 `[B, W]`, -1 for slots that hold no token; those may hold anything.
-      newest: int32 `[B]`, the largest of them.
+      window_scores: float32 `[B, N, 3]`, see `window_scores`.
+      newest: int32 `[B]`, the largest position in the window.
       runs: `[B, K, M, 4, H]`: a drawn key, its value, the negated minimum and the maximum of the
         run's keys. Runs that hold no token may hold anything.
       host_tokens: int32 `[B]`, of which the runs take `run_tokens` each, the last one the rest.
@@ -136,8 +132,6 @@ def head_statistics(
       probe_q: float32 `[B, N, H]`.
       scale: factor on the scores.
       run_tokens: tokens of a run.
-      sink_tokens: positions below it are sinks.
-      newest_tokens: positions above `newest` less this many are the newest.
       implementation: "triton" on a GPU, "xla" everywhere, None for the best available.
 
     Returns:
@@ -151,8 +145,7 @@ def head_statistics(
         q,
         window_out,
         window_lse,
-        window_k,
-        window_positions,
+        window_scores,
         newest,
         runs,
         host_tokens,
@@ -160,8 +153,6 @@ def head_statistics(
         probe_q,
         scale=scale,
         run_tokens=run_tokens,
-        sink_tokens=sink_tokens,
-        newest_tokens=newest_tokens,
     )
     return found
 
@@ -178,8 +169,7 @@ def _xla(
     q: jax.Array,
     window_out: jax.Array,
     window_lse: jax.Array,
-    window_k: jax.Array,
-    window_positions: jax.Array,
+    window_scores: jax.Array,
     newest: jax.Array,
     runs: jax.Array,
     host_tokens: jax.Array,
@@ -188,8 +178,6 @@ def _xla(
     *,
     scale: float,
     run_tokens: int,
-    sink_tokens: int,
-    newest_tokens: int,
 ) -> jax.Array:
     batch, heads, _ = q.shape
     kv_heads, count = runs.shape[1:3]
@@ -241,16 +229,7 @@ def _xla(
     nats = -(share * jnp.log(jnp.maximum(share, 1e-30))).sum(axis=-1)
     nats += (share * jnp.where(exists, log_weight, 0.0)[:, None]).sum(axis=-1)
 
-    resident = (window_positions >= 0)[:, None]
-    # A slot that holds no token may hold anything.
-    keys = jnp.where(resident[..., None], window_k.astype(jnp.float32), 0.0)
-    window = jnp.where(resident, by_head(products(grouped, keys)) * scale, -jnp.inf)
-    window_peak = window.max(axis=-1)
-    position, last = window_positions[:, None], newest[:, None, None]
-
-    def part(slots: jax.Array) -> jax.Array:
-        return jax.nn.logsumexp(jnp.where(resident & slots, window, -jnp.inf), axis=-1)
-
+    window_peak, sink_lse, newest_lse = jnp.moveaxis(window_scores, -1, 0)
     mass = jax.nn.sigmoid(jnp.clip(host_lse - window_lse, -LARGEST_ODDS, LARGEST_ODDS))
     change = host_out - window_out
     parity = (newest + 1) & 1
@@ -283,8 +262,8 @@ def _xla(
         change_norm=_norm(change),
         whole_norm=_norm(window_out + mass[..., None] * change),
         window_peak=window_peak,
-        sink_lse=part(position < sink_tokens),
-        newest_lse=part(position > last - newest_tokens),
+        sink_lse=sink_lse,
+        newest_lse=newest_lse,
         query_norm=_norm(q),
         previous_product=(q * previous).sum(axis=-1),
         previous_norm=_norm(previous),

@@ -1,17 +1,17 @@
 """The statistics of `head_statistics` in two Pallas kernels, for a GPU.
 
 XLA takes about thirty for them, each of which takes longer to start than to run. The first reads
-keys and values, a tile of runs or of window slots in each program, for all heads of the group; the
-second has a program for each head and only numbers to read.
+keys, values and bounds, a tile of runs in each program, for all heads of the group; the second has
+a program for each head and only numbers to read.
 
-Axes: B batch, N query heads, K KV heads, G = N // K, M runs, W window slots, H head size.
+Axes: B batch, N query heads, K KV heads, G = N // K, M runs, H head size.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ LARGEST_ODDS = 30.0
 """Odds of a part that is empty, and of one that is everything, must stay numbers."""
 
 TILE = 64
-"""Runs or window slots of a program."""
+"""Runs of a program."""
 
 # Of a matrix on the tensor cores; heads that are missing are zeros.
 _LEAST_ROWS = 16
@@ -42,8 +42,7 @@ def head_statistics_triton(
     q: jax.Array,
     window_out: jax.Array,
     window_lse: jax.Array,
-    window_k: jax.Array,
-    window_positions: jax.Array,
+    window_scores: jax.Array,
     newest: jax.Array,
     runs: jax.Array,
     host_tokens: jax.Array,
@@ -52,8 +51,6 @@ def head_statistics_triton(
     *,
     scale: float,
     run_tokens: int,
-    sink_tokens: int,
-    newest_tokens: int,
     interpret: bool = False,
 ) -> jax.Array:
     """Computes the statistics.
@@ -63,8 +60,7 @@ def head_statistics_triton(
       q: see `head_statistics`, as for all that follow.
       window_out: float32 `[B, N, H]`.
       window_lse: float32 `[B, N]`.
-      window_k: `[B, K, W, H]`.
-      window_positions: int32 `[B, W]`.
+      window_scores: float32 `[B, N, 3]`.
       newest: int32 `[B]`.
       runs: `[B, K, M, 4, H]`.
       host_tokens: int32 `[B]`.
@@ -72,8 +68,6 @@ def head_statistics_triton(
       probe_q: float32 `[B, N, H]`.
       scale: factor on the scores.
       run_tokens: tokens of a run.
-      sink_tokens: positions below it are sinks.
-      newest_tokens: so many are the newest.
       interpret: run on any platform, slowly; for tests.
 
     Returns:
@@ -88,9 +82,8 @@ def head_statistics_triton(
         )
     batch, heads, head_dim = q.shape
     kv_heads, num_runs = runs.shape[1:3]
-    slots = window_k.shape[2]
     tasks, group = batch * kv_heads, heads // kv_heads
-    run_tiles, window_tiles = pl.cdiv(num_runs, TILE), pl.cdiv(slots, TILE)
+    tiles = pl.cdiv(num_runs, TILE)
     q = q.astype(jnp.float32).reshape(tasks, group, head_dim)
     silence_triton_deprecation()
 
@@ -102,56 +95,25 @@ def head_statistics_triton(
 
     number = pl.BlockSpec((1,), row)
 
-    def tile_of(program: jax.Array) -> jax.Array:
-        """The tile of runs of a program: two have the same, others none that they use."""
-        return jnp.where(
-            program < run_tiles, program, jnp.minimum(program, 2 * run_tiles - 1) - run_tiles
-        )
-
-    def tile_of_runs(*shape: int) -> pl.BlockSpec:
-        """Part of an array with an axis of tiles; programs of window slots have none of it."""
-        return pl.BlockSpec(
-            (None, None, *shape),
-            lambda t, tile: (t, tile_of(tile)) + (0,) * len(shape),
-        )
+    def of_tile(*shape: int) -> pl.BlockSpec:
+        """Part of an array with an axis of tiles."""
+        return pl.BlockSpec((None, None, *shape), lambda t, _, tile: (t, tile) + (0,) * len(shape))
 
     floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     # By tile: scores and bounds of its runs, norms of its keys and values, the state of attention
     # over it without its division, the sums of its keys and values.
     partials = (
-        floats((tasks, run_tiles, group, 2, TILE)),
-        floats((tasks, run_tiles, 2, TILE)),
-        floats((tasks, run_tiles, group)),
-        floats((tasks, run_tiles, group, head_dim)),
-        floats((tasks, run_tiles, 2, head_dim)),
-        floats((tasks, window_tiles, group, 3)),
+        floats((tasks, tiles, group, 2, TILE)),
+        floats((tasks, tiles, 2, TILE)),
+        floats((tasks, tiles, group)),
+        floats((tasks, tiles, group, head_dim)),
+        floats((tasks, tiles, 2, head_dim)),
     )
     found = pl.pallas_call(
-        functools.partial(
-            _read_tile,
-            run_tiles=run_tiles,
-            scale=scale,
-            run_tokens=run_tokens,
-            sink_tokens=sink_tokens,
-            newest_tokens=newest_tokens,
-            interpret=interpret,
-        ),
-        grid=(tasks, 2 * run_tiles + window_tiles),
-        in_specs=[
-            task(group, head_dim),
-            task(num_runs, 4, head_dim),
-            number,
-            task(slots, head_dim),
-            pl.BlockSpec((None, slots), lambda t, *_: (t // kv_heads, 0)),
-            number,
-        ],
-        out_specs=[
-            *(tile_of_runs(*x.shape[2:]) for x in partials[:-1]),
-            pl.BlockSpec(
-                (None, None, group, 3),
-                lambda t, tile: (t, jnp.maximum(tile - 2 * run_tiles, 0), 0, 0),
-            ),
-        ],
+        functools.partial(_read_tile, scale=scale, run_tokens=run_tokens, interpret=interpret),
+        grid=(tasks, 2, tiles),
+        in_specs=[task(group, head_dim), task(num_runs, 4, head_dim), number],
+        out_specs=[of_tile(*x.shape[2:]) for x in partials],
         out_shape=partials,
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
@@ -160,9 +122,6 @@ def head_statistics_triton(
         q,
         runs.reshape(tasks, num_runs, 4, head_dim),
         host_tokens.astype(jnp.int32),
-        window_k.reshape(tasks, slots, head_dim),
-        window_positions.astype(jnp.int32),
-        newest.astype(jnp.int32),
     )
 
     def of_head(*shape: int) -> pl.BlockSpec:
@@ -180,16 +139,16 @@ def head_statistics_triton(
             of_head(head_dim),
             of_head(head_dim),
             lse,
+            of_head(3),
             number,
             previous,
             number,
             of_head(head_dim),
-            pl.BlockSpec((None, run_tiles, None, 2, TILE), lambda t, g: (t, 0, g, 0, 0)),
-            task(run_tiles, 2, TILE),
-            pl.BlockSpec((None, run_tiles, None), lambda t, g: (t, 0, g)),
-            pl.BlockSpec((None, run_tiles, None, head_dim), lambda t, g: (t, 0, g, 0)),
-            task(run_tiles, 2, head_dim),
-            pl.BlockSpec((None, window_tiles, None, 3), lambda t, g: (t, 0, g, 0)),
+            pl.BlockSpec((None, tiles, None, 2, TILE), lambda t, g: (t, 0, g, 0, 0)),
+            task(tiles, 2, TILE),
+            pl.BlockSpec((None, tiles, None), lambda t, g: (t, 0, g)),
+            pl.BlockSpec((None, tiles, None, head_dim), lambda t, g: (t, 0, g, 0)),
+            task(tiles, 2, head_dim),
         ],
         out_specs=of_head(len(names)),
         out_shape=floats((tasks, group, len(names))),
@@ -200,6 +159,7 @@ def head_statistics_triton(
         q,
         window_out.astype(jnp.float32).reshape(tasks, group, head_dim),
         window_lse.reshape(tasks, group),
+        window_scores.reshape(tasks, group, 3),
         host_tokens.astype(jnp.int32),
         previous_q.reshape(batch, 2, kv_heads, group, head_dim),
         newest.astype(jnp.int32),
@@ -230,32 +190,25 @@ def _read_tile(
     q_ref: Any,
     runs_ref: Any,
     host_tokens_ref: Any,
-    window_k_ref: Any,
-    positions_ref: Any,
-    newest_ref: Any,
     scores_ref: Any,
     norms_ref: Any,
     largest_ref: Any,
     out_ref: Any,
     sums_ref: Any,
-    window_ref: Any,
     *,
-    run_tiles: int,
     scale: float,
     run_tokens: int,
-    sink_tokens: int,
-    newest_tokens: int,
     interpret: bool,
 ) -> None:
     """Scores of a tile for all heads of the group, and sums over it."""
     group, head_dim = q_ref.shape
-    num_runs, slots = runs_ref.shape[0], window_k_ref.shape[0]
+    num_runs = runs_ref.shape[0]
     channel, in_head = _channels(head_dim)
     lane = jnp.arange(TILE, dtype=jnp.int32)
     head = jnp.arange(max(_LEAST_ROWS, pl.next_power_of_2(group)), dtype=jnp.int32)
     by_channel, by_lane = _grid_of(head, channel), _grid_of(head, lane)
     exists = head < group
-    tile = pl.program_id(1)
+    of_bounds, tile = pl.program_id(1) > 0, pl.program_id(2)
     in_group = exists[:, None] & in_head[None, :]
     dtype = runs_ref.dtype
     # Not by reductions, which would take longer than everything else.
@@ -277,28 +230,23 @@ def _read_tile(
         # In a loop, or all parts would take up registers at once.
         return jax.lax.fori_loop(0, PARTS, add, (queries, nothing))[1]
 
-    def of_runs(first: jax.Array) -> tuple[jax.Array, jax.Array, Callable[[int], jax.Array]]:
-        """Tokens of a tile's runs, whether they hold any, and a function that loads their rows."""
-        run = first * TILE + lane
-        tokens = jnp.clip(host_tokens_ref[0] - run * run_tokens, 0, run_tokens)
-        held = (tokens > 0) & (run < num_runs)
-        at = _grid_of(run, channel)
-        mask = held[:, None] & in_head[None, :]
+    run = tile * TILE + lane
+    tokens = jnp.clip(host_tokens_ref[0] - run * run_tokens, 0, run_tokens)
+    held = (tokens > 0) & (run < num_runs)
+    at = _grid_of(run, channel)
+    rows_held = held[:, None] & in_head[None, :]
 
-        def load(i: int) -> jax.Array:
-            where = (at[0], jnp.full_like(at[0], i), at[1])
-            return pltriton.load(runs_ref.at[where], mask=mask, other=0.0)
-
-        return tokens, held, load
+    def load(i: int) -> jax.Array:
+        where = (at[0], jnp.full_like(at[0], i), at[1])
+        return pltriton.load(runs_ref.at[where], mask=rows_held, other=0.0)
 
     def store_scores(scores: jax.Array, i: int) -> None:
         where = (by_lane[0], jnp.full_like(by_lane[0], i), by_lane[1])
         pltriton.store(scores_ref.at[where], scores * scale, mask=by_lane[0] < group)
 
     # Bounds apart: programs that hold less at once run beside each other.
-    @pl.when(tile < run_tiles)
+    @pl.when(~of_bounds)
     def _() -> None:
-        tokens, held, load = of_runs(tile)
         log_weight = jnp.where(
             held, jnp.log(jnp.maximum(tokens, 1).astype(jnp.float32)), _MINUS_INFINITY
         )
@@ -319,40 +267,17 @@ def _read_tile(
         out = product(parts_for(jnp.exp(weighted - finite[:, None]), dtype), v, 0)
         pltriton.store(out_ref.at[by_channel], out, mask=in_group)
 
-    @pl.when((tile >= run_tiles) & (tile < 2 * run_tiles))
+    @pl.when(of_bounds)
     def _() -> None:
-        _, _, load = of_runs(tile - run_tiles)
         upper = with_queries(jnp.maximum(queries, 0.0), load(3))
         store_scores(upper + with_queries(jnp.maximum(-queries, 0.0), load(2)), 1)
-
-    @pl.when(tile >= 2 * run_tiles)
-    def _() -> None:
-        slot = (tile - 2 * run_tiles) * TILE + lane
-        position = pltriton.load(positions_ref.at[slot], mask=slot < slots, other=-1)
-        resident = position >= 0
-        mask = resident[:, None] & in_head[None, :]
-        keys = pltriton.load(window_k_ref.at[_grid_of(slot, channel)], mask=mask, other=0.0)
-        scores = with_queries(queries, keys) * scale
-        sinks = resident & (position < sink_tokens)
-        recent = resident & (position > newest_ref[0] - newest_tokens)
-
-        def among(slots: jax.Array) -> jax.Array:
-            slots = jnp.broadcast_to(slots[None, :], scores.shape)
-            return jnp.where(slots, scores, _MINUS_INFINITY)
-
-        found = (
-            jnp.max(among(resident), axis=1),
-            _log_sum_exp(among(sinks), 1),
-            _log_sum_exp(among(recent), 1),
-        )
-        for i, of_heads in enumerate(found):
-            pltriton.store(window_ref.at[head, jnp.full_like(head, i)], of_heads, mask=exists)
 
 
 def _conclude(
     q_ref: Any,
     window_out_ref: Any,
     window_lse_ref: Any,
+    window_scores_ref: Any,
     host_tokens_ref: Any,
     previous_ref: Any,
     newest_ref: Any,
@@ -362,7 +287,6 @@ def _conclude(
     largest_ref: Any,
     out_ref: Any,
     sums_ref: Any,
-    window_ref: Any,
     statistics_ref: Any,
     *,
     names: tuple[str, ...],
@@ -370,10 +294,9 @@ def _conclude(
     run_tokens: int,
 ) -> None:
     """What the tiles say together, for one head."""
-    run_tiles, head_dim = out_ref.shape
-    window_tiles = window_ref.shape[0]
+    tiles, head_dim = out_ref.shape
     channel, in_head = _channels(head_dim)
-    tile = jnp.arange(pl.next_power_of_2(run_tiles), dtype=jnp.int32)
+    tile = jnp.arange(pl.next_power_of_2(tiles), dtype=jnp.int32)
     run = jnp.arange(tile.size * TILE, dtype=jnp.int32)
     tokens = jnp.clip(host_tokens_ref[0] - run * run_tokens, 0, run_tokens)
     exists = (tokens > 0) & (run < num_runs)
@@ -391,7 +314,7 @@ def _conclude(
         """The sum over tiles of vectors of channels."""
         at = _grid_of(tile, channel)
         where = (at[0], *(jnp.full_like(at[0], i) for i in index), at[1])
-        return pltriton.load(ref.at[where], mask=(at[0] < run_tiles) & in_head[None, :], other=0.0)
+        return pltriton.load(ref.at[where], mask=(at[0] < tiles) & in_head[None, :], other=0.0)
 
     def vector(ref: Any) -> jax.Array:
         return pltriton.load(ref, mask=in_head, other=0.0)
@@ -421,20 +344,13 @@ def _conclude(
     # A run's logarithm of tokens less that of its share, which is exact where the share underflows.
     surprise = jnp.where(exists, finite_lse - scores, 0.0)
 
-    tile_largest = pltriton.load(largest_ref.at[tile], mask=tile < run_tiles, other=_MINUS_INFINITY)
+    tile_largest = pltriton.load(largest_ref.at[tile], mask=tile < tiles, other=_MINUS_INFINITY)
     weight = jnp.exp(tile_largest - finite_lse)
     host_out = jnp.sum(weight[:, None] * of_tiles(out_ref), axis=0)
 
-    window_tile = jnp.arange(pl.next_power_of_2(window_tiles), dtype=jnp.int32)
-
-    def of_window(column: int) -> jax.Array:
-        where = (window_tile, jnp.full_like(window_tile, column))
-        mask = window_tile < window_tiles
-        return pltriton.load(window_ref.at[where], mask=mask, other=_MINUS_INFINITY)
-
     q, window_out, probe = (vector(ref.at[channel]) for ref in (q_ref, window_out_ref, probe_ref))
     previous = vector(previous_ref.at[(newest_ref[0] + 1) & 1, channel])
-    window_lse, window_peak = window_lse_ref[0], jnp.max(of_window(0))
+    window_lse, window_peak = window_lse_ref[0], window_scores_ref[0]
     odds = jnp.clip(host_lse - window_lse, -LARGEST_ODDS, LARGEST_ODDS)
     mass = 1.0 / (1.0 + jnp.exp(-odds))
     change = host_out - window_out
@@ -464,8 +380,8 @@ def _conclude(
         "change_norm": norm(change),
         "whole_norm": norm(window_out + mass * change),
         "window_peak": window_peak,
-        "sink_lse": _log_sum_exp(of_window(1)),
-        "newest_lse": _log_sum_exp(of_window(2)),
+        "sink_lse": window_scores_ref[1],
+        "newest_lse": window_scores_ref[2],
         "query_norm": norm(q),
         "previous_product": jnp.sum(q * previous),
         "previous_norm": norm(previous),

@@ -11,6 +11,7 @@ tokens of a block, H head size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,8 @@ class WindowStep(NamedTuple):
       exponents: int32 `[B, K, H]`, grown to what the block needs if it leaves.
       shift: int32 `[B, K, H]`, by how much they grew.
       num_blocks: int32 `[B]`, 1 where the block leaves the window, else 0.
+      scores: float32 `[B, N, 3]`, as `window_scores` gives them for the new token's window; `-inf`
+        for rows that take no part. None unless the newest tokens are counted.
     """
 
     out: jax.Array
@@ -59,9 +62,12 @@ class WindowStep(NamedTuple):
     exponents: jax.Array
     shift: jax.Array
     num_blocks: jax.Array
+    scores: jax.Array | None
 
 
-@functools.partial(traced_once, constants=["sinks", "least_exponent", "scale", "interpret"])
+@functools.partial(
+    traced_once, constants=["sinks", "least_exponent", "scale", "newest_tokens", "interpret"]
+)
 def window_step(
     q: jax.Array,
     k_new: jax.Array,
@@ -76,6 +82,7 @@ def window_step(
     sinks: int,
     least_exponent: int,
     scale: float,
+    newest_tokens: int | None = None,
     interpret: bool = False,
 ) -> WindowStep:
     """Takes a token into the window, attends to it, and prepares the block that leaves.
@@ -94,6 +101,8 @@ def window_step(
       sinks: first slots, that never leave.
       least_exponent: of a channel whose keys are all zero.
       scale: multiplies `q . k`.
+      newest_tokens: so many, the new one among them, are the newest of the scores; None leaves the
+        scores out.
       interpret: run on any platform, slowly; for tests.
 
     Raises:
@@ -124,10 +133,16 @@ def window_step(
     window_shape = jax.ShapeDtypeStruct((tasks, slots, head_dim), dtype)
     block_shape = jax.ShapeDtypeStruct((tasks, BLOCK_TOKENS, head_dim), dtype)
     per_channel = jax.ShapeDtypeStruct((tasks, head_dim), jnp.int32)
+    scored = newest_tokens is not None
     silence_triton_deprecation()
     found = pl.pallas_call(
         functools.partial(
-            _kernel, group=group, sinks=sinks, least_exponent=least_exponent, scale=scale
+            _kernel,
+            group=group,
+            sinks=sinks,
+            least_exponent=least_exponent,
+            scale=scale,
+            newest_tokens=newest_tokens,
         ),
         grid=(tasks, group + 1),
         in_specs=[of_head, channels, channels, window, window, channels, row, row, once],
@@ -139,6 +154,7 @@ def window_step(
             whole_task(2, head_dim),
             *[channels] * 2,
             row,
+            *[pl.BlockSpec((None, None, 3), lambda task, i: (task, head_of(i), 0))] * scored,
         ],
         out_shape=[
             jax.ShapeDtypeStruct((tasks, group, head_dim), jnp.float32),
@@ -148,6 +164,7 @@ def window_step(
             jax.ShapeDtypeStruct((tasks, 2, head_dim), jnp.int8),
             *[per_channel] * 2,
             jax.ShapeDtypeStruct((batch,), jnp.int32),
+            *[jax.ShapeDtypeStruct((tasks, group, 3), jnp.float32)] * scored,
         ],
         input_output_aliases={3: 2, 4: 3},
         compiler_params=pltriton.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
@@ -164,7 +181,7 @@ def window_step(
         active.astype(jnp.int32),
         status,
     )
-    out, lse, window_k, window_v, block_k, block_v, summaries, grown, shift, num_blocks = found
+    out, lse, window_k, window_v, block_k, block_v, summaries, grown, shift, num_blocks = found[:10]
     heads = (batch, kv_heads)
     return WindowStep(
         out.reshape(q.shape),
@@ -177,6 +194,7 @@ def window_step(
         grown.reshape(*heads, head_dim),
         shift.reshape(*heads, head_dim),
         num_blocks,
+        found[10].reshape(batch, num_heads, 3) if scored else None,
     )
 
 
@@ -200,11 +218,12 @@ def _kernel(
     grown_ref: Any,
     shift_ref: Any,
     num_blocks_ref: Any,
-    *,
+    *scores_ref: Any,
     group: int,
     sinks: int,
     least_exponent: int,
     scale: float,
+    newest_tokens: int | None,
 ) -> None:
     """A query head's attention; a task's last program writes what belongs to the whole group.
 
@@ -235,14 +254,25 @@ def _kernel(
         entered = jnp.broadcast_to((wanted & is_new)[:, None], shape)
         return jnp.where(entered, jnp.broadcast_to(new[None, :], shape), rows)
 
+    def behind(slot: jax.Array) -> jax.Array:
+        """How many tokens the newest one of a ring's slot is behind the one that enters."""
+        distance = newest - (slot - sinks)
+        return jnp.where(distance < 0, distance + ring, distance)
+
     def resident(slot: jax.Array) -> jax.Array:
-        # How many tokens the newest one of a slot is behind the one that enters.
-        behind = newest - (slot - sinks)
-        behind = jnp.where(behind < 0, behind + ring, behind)
-        stream = length - sinks - behind
+        stream = length - sinks - behind(slot)
         recent = (slot >= sinks) & (slot < slots) & (stream >= first) & (stream >= 0)
         return (((slot < sinks) & (slot <= length)) | recent) & (active > 0)
 
+    def is_sink(slot: jax.Array) -> jax.Array:
+        return slot < sinks
+
+    def is_newest(slot: jax.Array) -> jax.Array:
+        # A sink is among them while the sequence is short.
+        position = jnp.where(is_sink(slot), slot, length - behind(slot))
+        return position > length - newest_tokens
+
+    parts = (is_sink, is_newest) if scores_ref else ()
     tile_bytes = TILE_SLOTS * channel.size * k_ref.dtype.itemsize
     tiles = max(1, min(pl.cdiv(slots, TILE_SLOTS), _STEP_BYTES // tile_bytes))
 
@@ -254,7 +284,7 @@ def _kernel(
         )
 
         def attend(step: jax.Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
-            largest, total, weighted = sums
+            largest, total, weighted, of_parts = sums
             start = step * (tiles * TILE_SLOTS)
             slot = [
                 start + tile * TILE_SLOTS + jnp.arange(TILE_SLOTS, dtype=jnp.int32)
@@ -267,26 +297,39 @@ def _kernel(
                 jnp.where(here, jnp.sum(k.astype(jnp.float32) * q[None, :], axis=1), -jnp.inf)
                 for here, k in zip(wanted, keys, strict=True)
             ]
-            new_largest = jnp.maximum(largest, jnp.max(functools.reduce(jnp.maximum, scores)))
-            finite = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
-            weights = [jnp.exp(score - finite) for score in scores]
-            decay = jnp.exp(largest - finite)
+            new_largest, weights, decay = _weigh(scores, largest)
             terms = [
                 weight[:, None] * v.astype(jnp.float32)
                 for weight, v in zip(weights, values, strict=True)
             ]
+
+            def among(part: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
+                return [
+                    jnp.where(part(x), score, -jnp.inf)
+                    for x, score in zip(slot, scores, strict=True)
+                ]
+
             return (
                 new_largest,
                 total * decay + jnp.sum(functools.reduce(jnp.add, weights)),
                 weighted * decay + jnp.sum(functools.reduce(jnp.add, terms), axis=0),
+                tuple(
+                    _add(among(part), *so_far) for part, so_far in zip(parts, of_parts, strict=True)
+                ),
             )
 
-        start = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros(channel.shape, jnp.float32))
+        nothing = (jnp.float32(-jnp.inf), jnp.float32(0.0))
+        start = (*nothing, jnp.zeros(channel.shape, jnp.float32), (nothing,) * len(parts))
         steps = pl.cdiv(slots, tiles * TILE_SLOTS)
-        largest, total, weighted = jax.lax.fori_loop(0, steps, attend, start)
+        largest, total, weighted, of_parts = jax.lax.fori_loop(0, steps, attend, start)
         divisor = jnp.where(total == 0.0, 1.0, total)
         pltriton.store(out_ref.at[channel], weighted / divisor, mask=in_head)
         lse_ref[0] = jnp.where(total == 0.0, -jnp.inf, largest + jnp.log(divisor))
+        # Both terms are -inf of a part without tokens.
+        found = (largest, *(most + jnp.log(of_part) for most, of_part in of_parts))
+        for ref in scores_ref:
+            for i, score in enumerate(found):
+                ref[i] = score
 
     @pl.when(pl.program_id(1) == group)
     def _() -> None:
@@ -330,6 +373,24 @@ def _kernel(
         for ref, new_ref in ((k_ref, k_new_ref), (v_ref, v_new_ref)):
             new = pltriton.load(new_ref.at[channel], mask=in_head, other=0)
             pltriton.store(ref.at[new_slot, channel], new, mask=entering)
+
+
+def _weigh(
+    scores: Sequence[jax.Array], largest: jax.Array
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """The largest score so far, weights relative to it, and the factor on earlier sums."""
+    new_largest = jnp.maximum(largest, jnp.max(functools.reduce(jnp.maximum, scores)))
+    finite = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
+    weights = [jnp.exp(score - finite) for score in scores]
+    return new_largest, weights, jnp.exp(largest - finite)
+
+
+def _add(
+    scores: Sequence[jax.Array], largest: jax.Array, total: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A part's largest score and sum of weights: its own, for it may lie far below the others."""
+    largest, weights, decay = _weigh(scores, largest)
+    return largest, total * decay + jnp.sum(functools.reduce(jnp.add, weights))
 
 
 def _on_host(length: jax.Array, sinks: int, ring: int) -> jax.Array:

@@ -28,7 +28,8 @@ def idle_share(run: Callable[[], Any]) -> dict[str, Any]:
     Returns:
       JSON-ready: `idle_fraction` of the time from the first kernel to the end of the last in which
       none runs that works, copies included; `waiting_fraction`, in which only one runs that waits
-      for the host (part of the idle share); `kernels_s`, time by kernel, the longest first.
+      for the host (part of the idle share); `working_s`, in which one works; `kernels_s`, time by
+      kernel, the longest first.
 
     Raises:
       FluxionError: the trace shows no kernels.
@@ -70,6 +71,7 @@ def shares(events: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "idle_fraction": 1.0 - working / span,
         "waiting_fraction": (_covered(kernels) - working) / span,
+        "working_s": 1e-6 * working,
         "kernels_s": {name: 1e-6 * us for name, us in by_name.most_common(_MOST_NAMED)},
     }
 

@@ -37,7 +37,7 @@ import pallas_kernels
 from fluxion_jax.cache.layout import BLOCK_TOKENS
 from fluxion_jax.cache.sketch import PROBES, run_blocks
 from fluxion_jax.errors import ConfigError
-from fluxion_jax.policy.protocol import Features
+from fluxion_jax.policy.protocol import NEWEST_TOKENS, Features
 from pallas_kernels import HEADS, LARGEST_ODDS, Heads, HeadStatistics
 
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -104,7 +104,6 @@ NUM_FEATURES = len(NAMES)
 _LEAST = 1e-6
 # Of scores, which are natural logarithms: bounds that differ by less are as good as equal.
 _LEAST_DEVIATION = 1e-3
-_NEWEST_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +139,22 @@ def look(features: Features, *, implementation: pallas_kernels.Implementation = 
         )
     newest = features.window_positions.max(axis=-1)
     run_tokens = run_blocks(features.capacity_blocks) * BLOCK_TOKENS
+    window_scores = features.window_scores
+    if window_scores is None:
+        window_scores = pallas_kernels.window_scores(
+            features.q,
+            features.window_k,
+            features.window_positions,
+            newest,
+            scale=features.scale,
+            sink_tokens=features.layout.sink_tokens,
+            newest_tokens=NEWEST_TOKENS,
+        )
     found = pallas_kernels.head_statistics(
         features.q,
         features.window_out,
         features.window_lse,
-        features.window_k,
-        features.window_positions,
+        window_scores,
         newest,
         sketch.runs,
         features.host_tokens,
@@ -153,8 +162,6 @@ def look(features: Features, *, implementation: pallas_kernels.Implementation = 
         sketch.probe_q,
         scale=features.scale,
         run_tokens=run_tokens,
-        sink_tokens=features.layout.sink_tokens,
-        newest_tokens=_NEWEST_TOKENS,
         implementation=implementation,
     )
     rows = {

@@ -18,6 +18,9 @@ import numpy as np
 from fluxion_jax.cache.layout import KVLayout
 from fluxion_jax.cache.sketch import Sketch
 
+NEWEST_TOKENS = 16
+"""So many tokens of the window are its newest, the current one among them."""
+
 
 class Features(NamedTuple):
     """What a policy may look at.
@@ -38,6 +41,9 @@ class Features(NamedTuple):
       window_positions: int32 `[B, W]`, position of the token in each slot, -1 where none counts.
       sketch: what the device knows of the host cache; None if its layout wants none, or the
         capacity is 0.
+      window_scores: float32 `[B, N, 3]`, the largest score in the window, the log-sum-exp of the
+        sinks' scores and that of the `NEWEST_TOKENS` newest ones', where the window's kernel brings
+        them along; None elsewhere, for they follow from `window_k`.
     """
 
     q: jax.Array
@@ -52,6 +58,7 @@ class Features(NamedTuple):
     window_k: jax.Array
     window_positions: jax.Array
     sketch: Sketch | None
+    window_scores: jax.Array | None = None
 
 
 class Plan(NamedTuple):

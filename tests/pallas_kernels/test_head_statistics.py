@@ -16,13 +16,13 @@ EXECUTIONS = [
     pytest.param("interpreted", id="interpreted"),
     pytest.param("triton", id="gpu", marks=pytest.mark.gpu),
 ]
-CONSTANTS = {"scale": 0.11, "run_tokens": 48, "sink_tokens": 5, "newest_tokens": 16}
+CONSTANTS = {"scale": 0.11, "run_tokens": 48}
 NAMES = HeadStatistics._fields
 BATCH, KV_HEADS = 3, 2
 
 
-def operands(head_dim=64, group=3, num_runs=37, slots=45, dtype="float32", seed=0, size=1.5):
-    """Rows with all runs, with some and with none; slots without a token and slots in disorder."""
+def operands(head_dim=64, group=3, num_runs=37, dtype="float32", seed=0, size=1.5):
+    """Rows with all runs, with some and with none; windows with and without sinks."""
     rng = np.random.default_rng(seed)
     heads = KV_HEADS * group
 
@@ -35,17 +35,14 @@ def operands(head_dim=64, group=3, num_runs=37, slots=45, dtype="float32", seed=
     # What no token has reached may hold anything.
     runs[1, :, num_runs // 2 + 1 :] = np.nan
     runs[2] = np.inf
-    positions = np.stack([rng.permutation(slots) + offset for offset in (0, 900, 7)])
-    positions[:, rng.permutation(slots)[: slots // 5]] = -1
-    window_k = normal(BATCH, KV_HEADS, slots, head_dim)
-    window_k[np.broadcast_to((positions < 0)[:, None], window_k.shape[:3])] = np.nan
+    window_scores = normal(BATCH, heads, 3, scale=3.0)
+    window_scores[1, :, 1] = -np.inf
     return {
         "q": normal(BATCH, heads, head_dim, scale=size),
         "window_out": normal(BATCH, heads, head_dim),
         "window_lse": normal(BATCH, heads, scale=3.0),
-        "window_k": jnp.asarray(window_k, dtype),
-        "window_positions": positions.astype(np.int32),
-        "newest": positions.max(axis=1).astype(np.int32),
+        "window_scores": window_scores,
+        "newest": np.asarray([40, 943, 51], np.int32),
         "runs": jnp.asarray(runs, dtype),
         "host_tokens": host_tokens,
         "previous_q": normal(BATCH, 2, heads, head_dim),
@@ -71,7 +68,7 @@ def log_sum_exp(x):
     return np.max(x) + np.log(np.sum(np.exp(x - np.max(x))))
 
 
-def of_one_head(given, row, head, group, scale, run_tokens, sink_tokens, newest_tokens):
+def of_one_head(given, row, head, group, scale, run_tokens):
     """The statistics in float64, one head at a time."""
     task = head // group
     wide = {name: np.asarray(jnp.asarray(x, jnp.float32), float) for name, x in given.items()}
@@ -90,10 +87,7 @@ def of_one_head(given, row, head, group, scale, run_tokens, sink_tokens, newest_
     change = host_out - out
     with np.errstate(over="ignore"):
         mass = 1 / (1 + np.exp(-np.clip(host_lse - lse, -30, 30)))
-    position = given["window_positions"][row]
-    resident = position >= 0
-    window = scale * wide["window_k"][row, task][resident] @ q
-    position = position[resident]
+    window_peak, sink_lse, newest_lse = given["window_scores"][row, head]
     previous = wide["previous_q"][row, (given["newest"][row] - 1) % 2, head]
     probe = wide["probe_q"][row, head]
     norm = np.linalg.norm
@@ -121,7 +115,7 @@ def of_one_head(given, row, head, group, scale, run_tokens, sink_tokens, newest_
         "above_1_percent": (u + w > lse + np.log(0.01)).sum(),
         "above_10_percent": (u + w > lse + np.log(0.1)).sum(),
         "above_window": (u > lse).sum(),
-        "above_window_peak": (u > window.max()).sum(),
+        "above_window_peak": (u > window_peak).sum(),
         "within_1_of_peak": (u > top - 1).sum(),
         "within_4_of_peak": (u > top - 4).sum(),
         "out_product": host_out @ out,
@@ -129,9 +123,9 @@ def of_one_head(given, row, head, group, scale, run_tokens, sink_tokens, newest_
         "window_out_norm": norm(out),
         "change_norm": norm(change),
         "whole_norm": norm(out + mass * change),
-        "window_peak": window.max(),
-        "sink_lse": log_sum_exp(window[position < sink_tokens]),
-        "newest_lse": log_sum_exp(window[position > given["newest"][row] - newest_tokens]),
+        "window_peak": window_peak,
+        "sink_lse": sink_lse,
+        "newest_lse": newest_lse,
         "query_norm": norm(q),
         "previous_product": q @ previous,
         "previous_norm": norm(previous),
@@ -159,25 +153,38 @@ def expected(given, **constants):
 
 
 def assert_close(got, wanted, close=2e-5):
+    # Sums on tensor cores are as exact as float32 of their size: on an H100 the deviation of two
+    # bounds of about 60 was off by 6e-5. So a deviation's error counts relative to that size, too.
+    sizes = {
+        "score_deviation": got.score_peak,
+        "bound_deviation": got.bound_peak,
+        "key_norm_deviation": got.key_norm,
+    }
     for name in NAMES:
+        size = np.max(np.abs(sizes.get(name, 0.0)))
         np.testing.assert_allclose(
-            getattr(got, name), getattr(wanted, name), rtol=close, atol=close, err_msg=name
+            getattr(got, name),
+            getattr(wanted, name),
+            rtol=close,
+            atol=close * max(1.0, 0.1 * size),
+            err_msg=name,
         )
 
 
 @pytest.mark.parametrize("execution", ["xla", *EXECUTIONS])
 @pytest.mark.parametrize(
-    ("head_dim", "group", "num_runs", "slots", "dtype"),
+    ("head_dim", "group", "num_runs", "dtype"),
     [
-        (64, 3, 37, 45, "float32"),
-        (128, 4, 64, 336, "bfloat16"),
-        (96, 7, 31, 33, "float16"),
-        (72, 1, 33, 32, "float32"),
-        (256, 8, 2, 20, "bfloat16"),
+        (64, 3, 37, "float32"),
+        (128, 4, 64, "bfloat16"),
+        (128, 4, 300, "bfloat16"),
+        (96, 7, 31, "float16"),
+        (72, 1, 33, "float32"),
+        (256, 8, 2, "bfloat16"),
     ],
 )
-def test_equals_numpy(execution, head_dim, group, num_runs, slots, dtype):
-    given = operands(head_dim, group, num_runs, slots, dtype)
+def test_equals_numpy(execution, head_dim, group, num_runs, dtype):
+    given = operands(head_dim, group, num_runs, dtype)
     assert_close(run(execution, given), expected(given))
 
 
@@ -212,9 +219,9 @@ def test_no_kernel_without_a_gpu():
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_branches_over_one_sample_equal_each_alone(execution):
-    given = operands(64, 3, 37, 45, "bfloat16")
-    others = operands(64, 3, 37, 45, "bfloat16", seed=1)
-    own = ("q", "window_out", "window_lse", "previous_q", "probe_q")
+    given = operands(64, 3, 37, "bfloat16")
+    others = operands(64, 3, 37, "bfloat16", seed=1)
+    own = ("q", "window_out", "window_lse", "window_scores", "previous_q", "probe_q")
     axes = [0 if name in own else None for name in given]
     stacked = [
         np.stack([x, others[name]]) if name in own else jnp.asarray(x) for name, x in given.items()

@@ -12,8 +12,13 @@ import pytest
 import fluxion_jax as fx
 from fluxion_jax.cache.append import make_flush
 from fluxion_jax.cache.summaries import MIN_EXPONENT
-from fluxion_jax.cache.window import window_mask, write_token
-from pallas_kernels import UnsupportedImplementationError, window_attention, window_step
+from fluxion_jax.cache.window import window_mask, window_positions, write_token
+from pallas_kernels import (
+    UnsupportedImplementationError,
+    window_attention,
+    window_scores,
+    window_step,
+)
 from tests.pallas_kernels import lowering
 
 EXECUTIONS = [
@@ -63,8 +68,24 @@ def by_xla(cache, q, k_new, v_new, active):
     return state, windows, flush, exponents
 
 
-def by_kernel(step, cache, q, k_new, v_new, active, status=0):
-    return jax.jit(functools.partial(step, sinks=32, least_exponent=MIN_EXPONENT, scale=SCALE))(
+def scores_by_xla(cache, q, k_new, v_new, active, newest_tokens=16):
+    layout, lengths = cache.layout, cache.lengths
+    window_k = write_token(layout, cache.window_k[0], k_new, lengths, active)
+    resident = window_mask(layout, lengths + 1, cache.host_len) & active[:, None]
+    return window_scores(
+        q,
+        window_k,
+        window_positions(layout, lengths + 1, resident),
+        lengths,
+        scale=SCALE,
+        sink_tokens=32,
+        newest_tokens=newest_tokens,
+    )
+
+
+def by_kernel(step, cache, q, k_new, v_new, active, status=0, newest_tokens=None):
+    constants = {"sinks": 32, "least_exponent": MIN_EXPONENT, "scale": SCALE}
+    return jax.jit(functools.partial(step, newest_tokens=newest_tokens, **constants))(
         *(q, k_new, v_new, cache.window_k[0], cache.window_v[0], cache.exponents[0]),
         *(cache.lengths, active, jnp.full(1, status, jnp.int32)),
     )
@@ -96,7 +117,33 @@ def check(got, want, active):
 def test_equals_the_operations_that_it_stands_for(step, dtype, head_dim, group):
     arguments = operands(dtype, head_dim, group)
     active = jnp.asarray([True] * 8 + [False])
-    check(by_kernel(step, *arguments, active), by_xla(*arguments, active), active)
+    got, want = by_kernel(step, *arguments, active), by_xla(*arguments, active)
+    check(got, want, active)
+    assert got.scores is None
+    scored = by_kernel(step, *arguments, active, newest_tokens=16)
+    check(scored, want, active)
+    close = {"rtol": 1e-5, "atol": 2e-5}
+    np.testing.assert_allclose(scored.scores, scores_by_xla(*arguments, active), **close)
+    assert np.isneginf(np.asarray(scored.scores)[-1]).all()
+
+
+@pytest.mark.parametrize("step", EXECUTIONS)
+@pytest.mark.parametrize("newest_tokens", [1, 16, 30])
+@pytest.mark.parametrize("below", [0.0, 400.0])
+def test_scores_of_sinks_and_of_the_newest_at_every_length(step, newest_tokens, below):
+    """Also where the sinks are among the newest, and far below what the window attends to."""
+    lengths = [*range(0, 100, 7), 31, 32, 33, 4001]
+    cache, _, _, v_new = operands("float32", 64, 2, lengths)
+    rng = np.random.default_rng(1)
+    window_k = np.asarray(rng.normal(size=cache.window_k[0].shape), np.float32)
+    window_k[:, :, :32, 0] -= below / SCALE
+    cache = cache.replace(window_k=(jnp.asarray(window_k),))
+    q = jnp.asarray(rng.normal(size=(len(lengths), 4, 64)), jnp.float32).at[..., 0].set(1.0)
+    k_new = jnp.asarray(rng.normal(size=(len(lengths), 2, 64)), jnp.float32)
+    arguments, active = (cache, q, k_new, v_new), jnp.ones(len(lengths), bool)
+    got = by_kernel(step, *arguments, active, newest_tokens=newest_tokens)
+    want = scores_by_xla(*arguments, active, newest_tokens)
+    np.testing.assert_allclose(got.scores, want, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("step", EXECUTIONS)

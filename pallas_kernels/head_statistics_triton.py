@@ -179,11 +179,10 @@ def _grid_of(rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
 
 
-def _log_sum_exp(x: jax.Array, axis: int = 0) -> jax.Array:
-    largest = jnp.max(x, axis=axis)
+def _log_sum_exp(x: jax.Array) -> jax.Array:
+    largest = jnp.max(x)
     finite = jnp.where(largest == _MINUS_INFINITY, jnp.zeros_like(largest), largest)
-    subtracted = x - (finite[:, None] if axis else finite)
-    return finite + jnp.log(jnp.sum(jnp.exp(subtracted), axis=axis))
+    return finite + jnp.log(jnp.sum(jnp.exp(x - finite)))
 
 
 def _read_tile(

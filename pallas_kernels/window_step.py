@@ -260,7 +260,8 @@ def _kernel(
         return jnp.where(distance < 0, distance + ring, distance)
 
     def resident(slot: jax.Array) -> jax.Array:
-        stream = length - sinks - behind(slot)
+        distance = behind(slot)
+        stream = length - sinks - distance
         recent = (slot >= sinks) & (slot < slots) & (stream >= first) & (stream >= 0)
         return (((slot < sinks) & (slot <= length)) | recent) & (active > 0)
 

@@ -142,6 +142,16 @@ MUTATIONS = (
         ("tests/pallas_kernels/test_window_step.py",),
     ),
     Mutation(
+        "window kernel: one token too many is among the newest",
+        "pallas_kernels/window_step.py",
+        "position > length - newest_tokens",
+        "position >= length - newest_tokens",
+        (
+            "tests/pallas_kernels/test_window_step.py"
+            "::test_scores_of_sinks_and_of_the_newest_at_every_length",
+        ),
+    ),
+    Mutation(
         "native host: a failed step goes on",
         "host_ops/csrc/request.cc",
         "if (failed(work)) std::fill",

@@ -87,7 +87,8 @@ def test_the_report_shows_every_row_and_gain(measured):
     )
     assert text.count("scheduler, ") == 2
     assert "recovery, tiny-4000-6000-b2: " in text
-    assert "us to split by itself" in text
+    assert "planning, tiny-4000-6000-b2: " in text
+    assert "us a layer longer" in text
 
 
 def test_a_second_run_measures_nothing(measured):

@@ -31,9 +31,9 @@ SCALE = 0.125
 LENGTHS = [0, 17, 32, 79, 80, 95, 96, 111, 4001]
 
 
-def operands(dtype, head_dim, group, lengths=LENGTHS, seed=0):
+def operands(dtype, head_dim, group, lengths=LENGTHS, seed=0, sinks=32, recent=48):
     rng = np.random.default_rng(seed)
-    layout = fx.KVLayout(1, 2, head_dim, dtype, sink_tokens=32, recent_tokens=48)
+    layout = fx.KVLayout(1, 2, head_dim, dtype, sink_tokens=sinks, recent_tokens=recent)
     batch, kv_heads = len(lengths), 2
 
     def normal(*shape, size=1.0):
@@ -78,13 +78,14 @@ def scores_by_xla(cache, q, k_new, v_new, active, newest_tokens=16):
         window_positions(layout, lengths + 1, resident),
         lengths,
         scale=SCALE,
-        sink_tokens=32,
+        sink_tokens=layout.sink_tokens,
         newest_tokens=newest_tokens,
     )
 
 
 def by_kernel(step, cache, q, k_new, v_new, active, status=0, newest_tokens=None):
-    constants = {"sinks": 32, "least_exponent": MIN_EXPONENT, "scale": SCALE}
+    sinks = cache.layout.sink_tokens
+    constants = {"sinks": sinks, "least_exponent": MIN_EXPONENT, "scale": SCALE}
     return jax.jit(functools.partial(step, newest_tokens=newest_tokens, **constants))(
         *(q, k_new, v_new, cache.window_k[0], cache.window_v[0], cache.exponents[0]),
         *(cache.lengths, active, jnp.full(1, status, jnp.int32)),
@@ -147,6 +148,33 @@ def test_scores_of_sinks_and_of_the_newest_at_every_length(step, newest_tokens, 
 
 
 @pytest.mark.parametrize("step", EXECUTIONS)
+@pytest.mark.parametrize("low", ["sinks", "newest", "others"])
+@pytest.mark.parametrize("sinks", [0, 64])
+def test_scores_of_a_part_are_exact_over_several_steps_of_the_loop(step, low, sinks):
+    """Whichever of them holds the largest score of the window, and the others far below it."""
+    lengths = [20, 287, 1000, 1003]
+    cache, q, k_new, v_new = operands("float32", 256, 2, lengths, sinks=sinks, recent=224)
+    layout = cache.layout
+    everywhere = jnp.ones((len(lengths), layout.window_tokens), bool)
+    positions = window_positions(layout, cache.lengths + 1, everywhere)
+    sink, newest = positions < sinks, positions > (cache.lengths - 16)[:, None]
+    chosen = {"sinks": sink, "newest": newest, "others": ~sink & ~newest}[low][:, None]
+    rng = np.random.default_rng(1)
+    window_k = jnp.asarray(rng.normal(size=cache.window_k[0].shape), jnp.float32)
+    window_k = window_k.at[..., 0].set(jnp.where(chosen, -400.0 / SCALE, 0.0))
+    k_new = k_new.at[..., 0].set(-400.0 / SCALE if low == "newest" else 0.0)
+    q = jnp.asarray(rng.normal(size=q.shape), jnp.float32).at[..., 0].set(1.0)
+    cache = cache.replace(window_k=(window_k,))
+    arguments, active = (cache, q, k_new, v_new), jnp.ones(len(lengths), bool)
+    got = np.asarray(by_kernel(step, *arguments, active, newest_tokens=16).scores)
+    np.testing.assert_allclose(got, scores_by_xla(*arguments, active), rtol=1e-5, atol=2e-5)
+    assert np.isneginf(got[:, :, 1]).all() == (sinks == 0)
+    if low != "others":
+        column = {"sinks": 1, "newest": 2}[low]
+        assert (got[1:, :, 0] - got[1:, :, column] > 300.0).all()
+
+
+@pytest.mark.parametrize("step", EXECUTIONS)
 def test_a_window_step_after_step(step):
     """Each step takes what the one before left."""
     cache, *_ = operands("bfloat16", 64, 2, [60, 90])
@@ -190,19 +218,24 @@ def test_faults_stay_where_they_are(step):
 def test_after_an_error_all_rows_stay_as_they_are(step, status):
     arguments = operands("float32", 64, 2)
     cache = arguments[0]
-    got = by_kernel(step, *arguments, jnp.ones(len(LENGTHS), bool), status)
+    active = jnp.ones(len(LENGTHS), bool)
+    got = by_kernel(step, *arguments, active, status, newest_tokens=16)
     assert np.isneginf(np.asarray(got.lse)).all()
+    assert np.isneginf(np.asarray(got.scores)).all()
     assert not np.asarray(got.num_blocks).any()
     np.testing.assert_array_equal(got.window_k, cache.window_k[0])
     np.testing.assert_array_equal(got.window_v, cache.window_v[0])
     np.testing.assert_array_equal(got.exponents, cache.exponents[0])
 
 
-def test_is_one_kernel_on_a_gpu():
+@pytest.mark.parametrize("newest_tokens", [None, 16])
+def test_is_one_kernel_on_a_gpu(newest_tokens):
     cache, q, k_new, v_new = operands("bfloat16", 128, 4)
     arrays = (q, k_new, v_new, cache.window_k[0], cache.window_v[0], cache.exponents[0])
     text = lowering.lower_for_cuda(
-        functools.partial(window_step, sinks=32, least_exponent=-60, scale=SCALE),
+        functools.partial(
+            window_step, sinks=32, least_exponent=-60, scale=SCALE, newest_tokens=newest_tokens
+        ),
         *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, cache.lengths)),
         jax.ShapeDtypeStruct(cache.lengths.shape, jnp.bool_),
         jax.ShapeDtypeStruct((1,), jnp.int32),

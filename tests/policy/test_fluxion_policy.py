@@ -16,10 +16,10 @@ from fluxion_jax.calibration.storage import make_policy
 from fluxion_jax.decode import decode_chunk
 from fluxion_jax.models import Decoder, ModelConfig
 from fluxion_jax.policy import FluxionPolicy, parse_policy
-from fluxion_jax.policy.features import head_features
+from fluxion_jax.policy.features import NAMES, head_features
 from fluxion_jax.policy.fluxion_policy import DEFAULT_TOLERANCE, Safety
 from fluxion_jax.policy.head_predictor import HeadPredictor
-from fluxion_jax.policy.protocol import Features
+from fluxion_jax.policy.protocol import NEWEST_TOKENS, Features
 from pallas_kernels.by_sequence import by_sequence_triton
 from tests.generation import tiny
 
@@ -89,6 +89,31 @@ def test_the_plan_is_what_predictor_safety_and_selector_say():
     np.testing.assert_array_equal(
         (np.asarray(plan.notes.streaming_logit) > 0), np.asarray(needs.streaming) > 0.1
     )
+
+
+def test_features_are_the_same_whether_the_windows_kernel_brings_its_scores_or_not():
+    features = a_layer([1024, 176, 0])
+    sinks = features.layout.sink_tokens
+    slot = jnp.broadcast_to(
+        jnp.arange(features.layout.window_tokens), (3, features.layout.window_tokens)
+    )
+    positions = jnp.where(slot < sinks, slot, slot + 500)
+    features = features._replace(window_positions=positions)
+    scores = pallas_kernels.window_scores(
+        features.q,
+        features.window_k,
+        positions,
+        positions.max(axis=-1),
+        scale=features.scale,
+        sink_tokens=sinks,
+        newest_tokens=NEWEST_TOKENS,
+    )
+    got = head_features(features._replace(window_scores=scores))
+    np.testing.assert_array_equal(got, head_features(features))
+    raised = head_features(features._replace(window_scores=scores + 1.0))
+    for name in ("sink_odds", "newest_odds", "window_peak_odds"):
+        column = NAMES.index(name)
+        np.testing.assert_allclose(raised[..., column], got[..., column] + 1.0, atol=1e-5)
 
 
 def test_a_larger_tolerance_takes_its_own_safety():

@@ -22,9 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_table import MAX_GROUP, BlockTable, block_table
 from pallas_kernels.cache_rows import row_operand
-from pallas_kernels.compat import compute_capability, mosaic_load, target_platform
+from pallas_kernels.compat import compute_capability, mosaic_load
 from pallas_kernels.merge_splits_triton import merge_splits
-from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.registry import UnsupportedImplementationError, require_gpu
 
 TILE_TOKENS = 64
 """Tokens of one loop step: the rows of the register layout in which a warpgroup reduces."""
@@ -122,10 +122,7 @@ def attend_to_table(
 
 
 def _check_device() -> None:
-    if target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
-        )
+    require_gpu()
     capability = compute_capability()
     if capability is not None and capability < (9, 0):
         raise UnsupportedImplementationError(

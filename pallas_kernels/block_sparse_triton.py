@@ -24,9 +24,9 @@ from jax.experimental.pallas import triton as pltriton
 from pallas_kernels.block_list_triton import block_table_triton
 from pallas_kernels.block_table import MAX_GROUP, BlockTable
 from pallas_kernels.cache_rows import row_operand, row_spec, task_index, task_spec
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
+from pallas_kernels.compat import silence_triton_deprecation
 from pallas_kernels.merge_splits_triton import merge_splits
-from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.registry import UnsupportedImplementationError, require_gpu
 
 
 class Tiling(NamedTuple):
@@ -170,10 +170,7 @@ def attend_to_table(
 
 
 def _check(head_dim: int, block_tokens: int, group: int, interpret: bool) -> None:
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
-        )
+    require_gpu(interpret)
     for name, size in (("head size", head_dim), ("tokens of a block", block_tokens)):
         if size & (size - 1):
             raise UnsupportedImplementationError(

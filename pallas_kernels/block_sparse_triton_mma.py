@@ -22,10 +22,10 @@ from jax.experimental.pallas import triton as pltriton
 from pallas_kernels.block_list_triton import block_table_triton
 from pallas_kernels.block_table import MAX_GROUP, BlockTable
 from pallas_kernels.cache_rows import row_operand
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
+from pallas_kernels.compat import silence_triton_deprecation
 from pallas_kernels.exact_products import cut_float32
 from pallas_kernels.merge_shares_triton import load_padded, merge_shares
-from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.registry import UnsupportedImplementationError, require_gpu
 from pallas_kernels.shares import shares
 
 
@@ -100,10 +100,7 @@ def share_attention_triton_mma(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attends to the blocks from a boundary on; see `pallas_kernels.share_attention`."""
     _, num_kv_heads, num_blocks, block_tokens, head_dim = k.shape
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
-        )
+    require_gpu(interpret)
     if k.dtype != jnp.bfloat16:
         raise UnsupportedImplementationError(
             f"expected bfloat16 keys and values, got {k.dtype}; use 'triton'"

@@ -26,10 +26,9 @@ from pallas_kernels.compat import (
     compute_capability,
     mosaic_load,
     mosaic_store,
-    target_platform,
 )
 from pallas_kernels.merge_shares_triton import merge_shares
-from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.registry import UnsupportedImplementationError, require_gpu
 
 TILE_TOKENS = 64
 """Tokens of one loop step: the rows of a tensor-core instruction."""
@@ -124,10 +123,7 @@ def share_attention_wgmma(
 
 
 def _check_device() -> None:
-    if target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
-        )
+    require_gpu()
     capability = compute_capability()
     if capability is not None and capability[0] != 9:
         raise UnsupportedImplementationError(

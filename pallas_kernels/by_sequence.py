@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import Implementation, UnsupportedImplementationError, dispatch
+from pallas_kernels.compat import silence_triton_deprecation
+from pallas_kernels.registry import Implementation, dispatch, require_gpu
 
 HEADS = slice(None)
 """In an index: every query head."""
@@ -187,10 +187,7 @@ def by_sequence_triton(
     Raises:
       UnsupportedImplementationError: not on a GPU.
     """
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
-        )
+    require_gpu(interpret)
     sizes: dict[str, Any] = {
         "function": function,
         "num_heads": num_heads,

@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.cache_rows import row_operand, row_spec, task_index, task_spec
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import Implementation, UnsupportedImplementationError, dispatch
+from pallas_kernels.compat import silence_triton_deprecation
+from pallas_kernels.registry import Implementation, dispatch, require_gpu
 
 TILE_BYTES = 16 * 1024
 """What one program copies: enough in flight for the bus, few enough registers."""
@@ -85,10 +85,7 @@ def copy_blocks_triton(
     interpret: bool = False,
 ) -> jax.Array:
     """The kernel; see `copy_blocks`. With `interpret` it runs on any platform, slowly."""
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
-        )
+    require_gpu(interpret)
     kv_heads, _, tokens, head_dim = cache.shape[1:]
     task_size = num_blocks * tokens * head_dim
     tile = TILE_BYTES // cache.dtype.itemsize

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import Implementation, UnsupportedImplementationError, dispatch
+from pallas_kernels.compat import silence_triton_deprecation
+from pallas_kernels.registry import Implementation, dispatch, require_gpu
 
 # Of a program; few, because the programs of so few rows must fill the chip.
 _ROWS, _OUTPUTS = 16, 32
@@ -82,10 +82,7 @@ def dense_layer_triton(
     Raises:
       UnsupportedImplementationError: not on a GPU.
     """
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
-        )
+    require_gpu(interpret)
     rows, outputs = x.shape[1 if inputs_first else 0], kernel.shape[1]
     silence_triton_deprecation()
     result: jax.Array = pl.pallas_call(

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import UnsupportedImplementationError, traced_once
+from pallas_kernels.compat import silence_triton_deprecation
+from pallas_kernels.registry import UnsupportedImplementationError, require_gpu, traced_once
 
 # Of which all pairs fit into registers.
 _MOST_TASKS = 128
@@ -82,10 +82,7 @@ def divide_work(
     Raises:
       UnsupportedImplementationError: not on a GPU, or too many tasks.
     """
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; divide with XLA"
-        )
+    require_gpu(interpret, advice="divide with XLA")
     batch, kv_heads = granularity.shape
     tasks, group = batch * kv_heads, budget_tokens.shape[1] // kv_heads
     if tasks > _MOST_TASKS:

@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.cache_rows import row_operand, row_spec
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
+from pallas_kernels.compat import silence_triton_deprecation
 from pallas_kernels.merge_states import State
-from pallas_kernels.registry import UnsupportedImplementationError, traced_once
+from pallas_kernels.registry import require_gpu, traced_once
 from pallas_kernels.update_summaries import (
     programs_of_task,
     table_index,
@@ -90,10 +90,7 @@ def finish_layer(
     Raises:
       UnsupportedImplementationError: not on a GPU.
     """
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use XLA's operations"
-        )
+    require_gpu(interpret, advice="use XLA's operations")
     batch, num_heads, head_dim = states[0][0].shape
     kv_heads = exponents.shape[1]
     tasks, group = batch * kv_heads, num_heads // kv_heads

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
+from pallas_kernels.compat import silence_triton_deprecation
 from pallas_kernels.exact_products import PARTS, exact_product, largest_part, parts_for
-from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.registry import require_gpu
 
 LARGEST_ODDS = 30.0
 """Odds of a part that is empty, and of one that is everything, must stay numbers."""
@@ -76,10 +76,7 @@ def head_statistics_triton(
     Raises:
       UnsupportedImplementationError: not on a GPU.
     """
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
-        )
+    require_gpu(interpret)
     batch, heads, head_dim = q.shape
     kv_heads, num_runs = runs.shape[1:3]
     tasks, group = batch * kv_heads, heads // kv_heads
@@ -185,6 +182,18 @@ def _log_sum_exp(x: jax.Array) -> jax.Array:
     return finite + jnp.log(jnp.sum(jnp.exp(x - finite)))
 
 
+def _tokens_of(
+    run: jax.Array, host_tokens: jax.Array, num_runs: int, run_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens of runs, and whether they hold any."""
+    tokens = jnp.clip(host_tokens - run * run_tokens, 0, run_tokens)
+    return tokens, (tokens > 0) & (run < num_runs)
+
+
+def _log_weight(tokens: jax.Array, held: jax.Array) -> jax.Array:
+    return jnp.where(held, jnp.log(jnp.maximum(tokens, 1).astype(jnp.float32)), _MINUS_INFINITY)
+
+
 def _read_tile(
     q_ref: Any,
     runs_ref: Any,
@@ -230,8 +239,7 @@ def _read_tile(
         return jax.lax.fori_loop(0, PARTS, add, (queries, nothing))[1]
 
     run = tile * TILE + lane
-    tokens = jnp.clip(host_tokens_ref[0] - run * run_tokens, 0, run_tokens)
-    held = (tokens > 0) & (run < num_runs)
+    tokens, held = _tokens_of(run, host_tokens_ref[0], num_runs, run_tokens)
     at = _grid_of(run, channel)
     rows_held = held[:, None] & in_head[None, :]
 
@@ -246,9 +254,7 @@ def _read_tile(
     # Bounds apart: programs that hold less at once run beside each other.
     @pl.when(~of_bounds)
     def _() -> None:
-        log_weight = jnp.where(
-            held, jnp.log(jnp.maximum(tokens, 1).astype(jnp.float32)), _MINUS_INFINITY
-        )
+        log_weight = _log_weight(tokens, held)
         k, v = load(0), load(1)
         ones = [jnp.ones(by_lane[0].shape, dtype if dtype == jnp.bfloat16 else jnp.float32)]
         for i, rows in enumerate((k, v)):
@@ -297,11 +303,8 @@ def _conclude(
     channel, in_head = _channels(head_dim)
     tile = jnp.arange(pl.next_power_of_2(tiles), dtype=jnp.int32)
     run = jnp.arange(tile.size * TILE, dtype=jnp.int32)
-    tokens = jnp.clip(host_tokens_ref[0] - run * run_tokens, 0, run_tokens)
-    exists = (tokens > 0) & (run < num_runs)
-    log_weight = jnp.where(
-        exists, jnp.log(jnp.maximum(tokens, 1).astype(jnp.float32)), _MINUS_INFINITY
-    )
+    tokens, exists = _tokens_of(run, host_tokens_ref[0], num_runs, run_tokens)
+    log_weight = _log_weight(tokens, exists)
     held = jnp.maximum(jnp.sum(exists.astype(jnp.float32)), 1.0)
 
     def of_runs(ref: Any, *index: Any) -> jax.Array:

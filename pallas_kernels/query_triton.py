@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import UnsupportedImplementationError, traced_once
+from pallas_kernels.compat import silence_triton_deprecation
+from pallas_kernels.registry import require_gpu, traced_once
 
 _INT8_MAX = 127
 
@@ -40,10 +40,7 @@ def quantise_query(
     Raises:
       UnsupportedImplementationError: not on a GPU.
     """
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; quantise with XLA"
-        )
+    require_gpu(interpret, advice="quantise with XLA")
     batch, num_heads, head_dim = q.shape
     kv_heads = exponents.shape[1]
     tasks, group = batch * kv_heads, num_heads // kv_heads

@@ -22,6 +22,22 @@ class UnsupportedImplementationError(NotImplementedError):
     """An implementation cannot do what was asked; the text says why and what to do."""
 
 
+def require_gpu(interpret: bool = False, advice: str = "use 'xla'") -> None:
+    """Declines the work of a kernel where it cannot run.
+
+    Args:
+      interpret: whether the kernel is interpreted, which any platform can do.
+      advice: what to do instead.
+
+    Raises:
+      UnsupportedImplementationError: the program that is traced is not for a GPU.
+    """
+    if not interpret and target_platform() != "gpu":
+        raise UnsupportedImplementationError(
+            f"expected a CUDA device, got platform {target_platform()!r}; {advice}"
+        )
+
+
 def dispatch(
     op: str,
     implementation: Implementation,

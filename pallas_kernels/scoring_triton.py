@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.cache_rows import check_offsets, row_operand, row_spec, task_index, task_spec
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.compat import silence_triton_deprecation
+from pallas_kernels.registry import require_gpu
 from pallas_kernels.scoring import BEYOND
 
 TILE_UNITS = 64
@@ -55,10 +55,7 @@ def score_units_triton(
     Raises:
       UnsupportedImplementationError: not on a GPU, or sizes that Triton takes wrongly.
     """
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
-        )
+    require_gpu(interpret)
     batch, num_heads, head_dim = q8.shape
     check_offsets(summaries)
     num_kv_heads, rows = summaries.shape[1:3]

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.bitmaps import WORD_BITS, num_words
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import UnsupportedImplementationError
+from pallas_kernels.compat import silence_triton_deprecation
+from pallas_kernels.registry import UnsupportedImplementationError, require_gpu
 from pallas_kernels.scoring import BEYOND
 
 MAX_BLOCKS = 32768
@@ -93,10 +93,7 @@ def select_units_triton(
 
 
 def _check(num_blocks: int, interpret: bool) -> None:
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use 'xla'"
-        )
+    require_gpu(interpret)
     if num_blocks > MAX_BLOCKS:
         raise UnsupportedImplementationError(
             f"expected at most {MAX_BLOCKS} blocks, got {num_blocks}; use 'xla'"

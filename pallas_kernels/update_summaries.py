@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.cache_rows import check_offsets, row_operand, row_spec
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import UnsupportedImplementationError, traced_once
+from pallas_kernels.compat import silence_triton_deprecation
+from pallas_kernels.registry import require_gpu, traced_once
 
 TILE_ROWS = 64
 """Rows that a program requantises at a time."""
@@ -63,10 +63,7 @@ def update_summaries(
     Raises:
       UnsupportedImplementationError: not on a GPU, or sizes that Triton takes wrongly.
     """
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; write them with XLA"
-        )
+    require_gpu(interpret, advice="write them with XLA")
     check_offsets(summaries)
     silence_triton_deprecation()
     kv_heads, rows, _, head_dim = summaries.shape[1:]

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.compat import silence_triton_deprecation, target_platform
-from pallas_kernels.registry import UnsupportedImplementationError, traced_once
+from pallas_kernels.compat import silence_triton_deprecation
+from pallas_kernels.registry import require_gpu, traced_once
 from pallas_kernels.scoring import BLOCK_TOKENS
 
 TILE_SLOTS = 128
@@ -108,10 +108,7 @@ def window_step(
     Raises:
       UnsupportedImplementationError: not on a GPU.
     """
-    if not interpret and target_platform() != "gpu":
-        raise UnsupportedImplementationError(
-            f"expected a CUDA device, got platform {target_platform()!r}; use XLA's operations"
-        )
+    require_gpu(interpret, advice="use XLA's operations")
     batch, num_heads, head_dim = q.shape
     kv_heads, slots = window_k.shape[1:3]
     tasks, group = batch * kv_heads, num_heads // kv_heads

@@ -25,7 +25,8 @@
 #   train       the shipped model goes on training, on the corpus of examples/build_corpus.py
 #
 # Variables: LIMIT_S (of every part named, default 300), TEST_S (of a file of tests, default 300),
-# JOBS (files of tests at once, default 4), PYTHON, QUICK=--quick. For the evaluations:
+# JOBS (files of tests at once, default 4), PYTHON, QUICK=--quick, CASES (of step and policy, all by
+# default; a report each for what one machine has no time to measure at once). For the evaluations:
 # MODELS (default recall-12m; names or .gguf files), TEXTS and LENGTH of a calibration (900, 16384),
 # CALIBRATE (more of its options, default --training-steps 20000 --error-left 0.005), TOLERANCES, POLICIES (what they are
 # compared with), SAMPLES (of each task and length, ascending multiples of the protocol's batch of 8: each is a table of its own,
@@ -91,6 +92,7 @@ bench() { # bench NAME OPTION...
   shift
   run "$name" "$PYTHON" -m fluxion_jax bench "${name%%-*}" --output "$OUT/$name" "$@"
 }
+cases() { for name in ${CASES:-}; do printf -- '--case %s ' "$name"; done; }
 name_of() { basename "$1" .gguf; }
 fluxions() { # fluxions MODEL: the options that name its tolerances
   local tolerance
@@ -149,10 +151,10 @@ for part in "$@"; do
       bench roundtrip
       FLUXION_CUDA_SYNC=memops bench roundtrip-memops
       ;;
-    step) bench step --budget-s $((limit * 4 / 5)) $QUICK ;;
+    step) bench step --budget-s $((limit * 4 / 5)) $QUICK $(cases) ;;
     long) XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=72 bench step-long --long --budget-s $((limit * 2 / 3)) ;;
     policy)
-      XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=72 bench policy --budget-s $((limit * 2 / 3)) $QUICK
+      XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=72 bench policy --budget-s $((limit * 2 / 3)) $QUICK $(cases)
       ;;
     prefill) bench prefill $QUICK ;;
     evaluate)

@@ -220,11 +220,13 @@ def _add_bench(commands: Any) -> None:
     sizes = step.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="the headline cells only")
     sizes.add_argument("--long", action="store_true", help="512K tokens, and nothing else")
+    _add_case(step)
     step.add_argument("--budget-s", type=float, metavar="S", help="start no cell after S seconds")
     _add_common(step)
     step.set_defaults(run=_bench_step)
     policy = kinds.add_parser("policy", help="plans per head against fixed policies, 8B shapes")
     policy.add_argument("--quick", action="store_true", help="the headline cells only")
+    _add_case(policy)
     policy.add_argument("--budget-s", type=float, metavar="S", help="start no cell after S seconds")
     policy.add_argument(
         "--report", type=Path, metavar="FILE", help="measure nothing, show this report"
@@ -248,6 +250,16 @@ def _add_bench(commands: Any) -> None:
     selection.add_argument("--queries", type=int, default=64, metavar="N", help="of each head")
     _add_common(selection)
     selection.set_defaults(run=_bench_selection)
+
+
+def _add_case(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="this case only, such as llama-3.1-8b-32768-b4; may be repeated",
+    )
 
 
 def _add_plan(commands: Any) -> None:
@@ -533,9 +545,11 @@ def _bench_machine(arguments: argparse.Namespace) -> int:
 
 def _bench_step(arguments: argparse.Namespace) -> int:
     from fluxion_jax.bench import step, step_report
+    from fluxion_jax.bench.cells import with_cases
 
+    settings = step.QUICK if arguments.quick else step.LONG if arguments.long else step.FULL
     report = step.run(
-        step.QUICK if arguments.quick else step.LONG if arguments.long else step.FULL,
+        with_cases(settings, arguments.case),
         arguments.output / "cells" if arguments.output else None,
         lambda line: print(line, file=sys.stderr, flush=True),
         budget_s=arguments.budget_s,
@@ -546,12 +560,13 @@ def _bench_step(arguments: argparse.Namespace) -> int:
 
 def _bench_policy(arguments: argparse.Namespace) -> int:
     from fluxion_jax.bench import policy, policy_report
+    from fluxion_jax.bench.cells import with_cases
 
     if arguments.report:
         report = json.loads(arguments.report.read_text(encoding="utf-8"))
     else:
         report = policy.run(
-            policy.QUICK if arguments.quick else policy.FULL,
+            with_cases(policy.QUICK if arguments.quick else policy.FULL, arguments.case),
             arguments.output / "cells" if arguments.output else None,
             lambda line: print(line, file=sys.stderr, flush=True),
             budget_s=arguments.budget_s,

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fluxion_jax.errors import ConfigError
 from fluxion_jax.whole_files import replaced
+
+
+def with_cases(settings: Any, names: Sequence[str]) -> Any:
+    """The settings of a benchmark with some of its cases only.
+
+    Args:
+      settings: a dataclass with `cases`, each with a `name`.
+      names: of the cases wanted; all of them if there are none.
+
+    Raises:
+      ConfigError: a name is none of a case.
+    """
+    known = {case.name: case for case in settings.cases}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"expected cases out of {', '.join(known)}, got {', '.join(unknown)}")
+    if not names:
+        return settings
+    return dataclasses.replace(settings, cases=tuple(known[name] for name in dict.fromkeys(names)))
 
 
 def cell(folder: Path | None, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

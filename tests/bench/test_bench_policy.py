@@ -155,6 +155,8 @@ def test_the_command_measures_shows_and_shows_again(measured, tmp_path, monkeypa
     shown = capsys.readouterr().out
     report = json.loads((tmp_path / "bench-policy.json").read_text())
     assert report["failed"] == {}
+    assert main(["bench", "policy", "--quick", "--case", "tiny-9-b1"]) != 0
+    assert "cases out of tiny-4000-6000-b2, got tiny-9-b1" in capsys.readouterr().err
     assert {g["plan"] for g in gains(report["rows"])} == {"paper-like", *policy.OURS}
     assert len(gains(report["rows"])) == 2 * (1 + len(policy.OURS))
     file = str(tmp_path / "bench-policy.json")

@@ -10,6 +10,7 @@
 #
 #   smoke       one test of each kind, a minute      kernels    tests of the device's kernels
 #   paths       tests of decode steps, all splits    host       host kernels against memory
+#   files       tests of FILES
 #   roundtrip   handing a layer to the host, by a    device     block-sparse kernels against the buses
 #               kernel and by the driver             machine    ceilings of this machine
 #   step        decode steps at the shapes of 7B     prefill    chunked prefill
@@ -144,6 +145,7 @@ for part in "$@"; do
     smoke) TEST_S=90 tests smoke -k "$smoke" -- $(with_gpu_tests tests/host_ops tests/attention tests/pallas_kernels) ;;
     kernels) tests kernels -k "not round_trip" -- $(with_gpu_tests tests/pallas_kernels tests/host_ops) ;;
     paths) tests paths -- $(with_gpu_tests tests/attention tests/policy) ;;
+    files) tests files -- ${FILES:?expected files of tests in FILES} ;;
     host) JAX_PLATFORMS=cpu bench host --compare 1 --budget-s $((limit * 4 / 5)) $QUICK ;;
     device) bench device $QUICK ;;
     machine) bench machine ;;

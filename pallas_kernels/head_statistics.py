@@ -2,8 +2,8 @@
 
 A sample is a few runs of host tokens: of each a drawn key, its value, and bounds of all its keys.
 Attention over the drawn tokens, each weighted by the tokens of its run, estimates attention over
-the host; the bounds tell what the sample may have missed. All that needs a pass over keys or values
-is done here, so that what a policy makes of it are a few operations on numbers of each head.
+the host; the bounds tell what the sample may have missed. All that needs a pass over the sample is
+done here, so that what a policy makes of it are a few operations on numbers of each head.
 
 Axes: B batch, N query heads, K KV heads, G = N // K, M runs, H head size.
 """

@@ -31,7 +31,7 @@ from fluxion_jax.rope import Rope
 SplitName = Literal["host", "device", "model"]
 DEFAULT_MACHINE = "h100"
 DEFAULT_LAYER_S = 84e-6
-"""See `Machine.layer_s`. Median of eight steps of an 8B-shaped model with 128K tokens on an H100."""
+"""See `Machine.layer_s`. Median of eight steps of an 8B-shaped model, 128K tokens, on an H100."""
 
 
 def _llama(vocab: int, width: int, layers: int, heads: int, kv: int, ff: int) -> ModelConfig:

@@ -152,14 +152,10 @@ def expected(given, **constants):
     return HeadStatistics(*np.moveaxis(np.asarray(rows), -1, 0))
 
 
-def assert_close(got, wanted, close=2e-5):
+def assert_close(got, wanted, close=2e-5, on_tensor_cores=False):
     # Sums on tensor cores are as exact as float32 of their size: on an H100 the deviation of two
-    # bounds of about 60 was off by 6e-5. So a deviation's error counts relative to that size, too.
-    sizes = {
-        "score_deviation": got.score_peak,
-        "bound_deviation": got.bound_peak,
-        "key_norm_deviation": got.key_norm,
-    }
+    # bounds of about 60 was off by 6e-5. So there its error counts relative to that size, too.
+    sizes = {"bound_deviation": wanted.bound_peak} if on_tensor_cores else {}
     for name in NAMES:
         size = np.max(np.abs(sizes.get(name, 0.0)))
         np.testing.assert_allclose(
@@ -185,7 +181,7 @@ def assert_close(got, wanted, close=2e-5):
 )
 def test_equals_numpy(execution, head_dim, group, num_runs, dtype):
     given = operands(head_dim, group, num_runs, dtype)
-    assert_close(run(execution, given), expected(given))
+    assert_close(run(execution, given), expected(given), on_tensor_cores=execution == "triton")
 
 
 @pytest.mark.parametrize("execution", ["xla", *EXECUTIONS])

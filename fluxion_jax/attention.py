@@ -24,7 +24,7 @@ from fluxion_jax.cache.sketch import remember_query
 from fluxion_jax.cache.stacked import first_row_in, on_layer
 from fluxion_jax.cache.summaries import MIN_EXPONENT, quantise_query
 from fluxion_jax.cache.window import window_mask, window_positions, write_token
-from fluxion_jax.division import divide, ranked_units, unknown_granularity
+from fluxion_jax.division import divide, unknown_granularity
 from fluxion_jax.errors import (
     ConfigError,
     UnsupportedError,
@@ -304,16 +304,17 @@ def decode_attention(
             _no_host_work(plan, window_state, execution, return_selection),
         )
 
-    work, plan_status = _make_work(
+    work, ranked_units, plan_status = _make_work(
         q, cache, index, plan, planned, split.at_pace(cache.pace), execution
     )
-    work = _select_on_device(work, cache, index) if cache.layout.summaries == "device" else work
+    if cache.layout.summaries == "device":
+        work = _select_on_device(work, ranked_units, cache, index)
 
     full_state, cache = _attend_everything(
         work, flush, window_state, cache, index, scale, execution
     )
     device, collected = _attend_host_cache(
-        q, work, flush, window_state, cache, index, scale, split, execution, return_selection
+        q, work, ranked_units, flush, window_state, cache, index, scale, split, execution, return_selection
     )
     host_state = (collected.out, collected.lse)
     states = [window_state]
@@ -415,6 +416,7 @@ class _DeviceShare(NamedTuple):
 def _attend_host_cache(
     q: jax.Array,
     work: host_ops.Work,
+    ranked_units: jax.Array,
     flush: host_ops.Flush,
     window_state: State,
     cache: HostKV,
@@ -429,7 +431,7 @@ def _attend_host_cache(
     rows = cache.first_row
     on_device, work = work, _unless_failed(work, cache)
     if split.sides == "device":
-        device = _device_share(q, on_device, cache, index, scale, execution)
+        device = _device_share(q, on_device, ranked_units, cache, index, scale, execution)
         read = device.state[1]
         return device, _write_only(q, work, flush, read, k, v, summaries, rows, execution)
 
@@ -445,9 +447,9 @@ def _attend_host_cache(
     # The device share waits for the tick, or XLA could run it before the host has begun.
     q, tick = jax.lax.optimization_barrier((q, tick))
     if split.sides == "host":
-        device = _no_device_share(q, on_device, k.shape[2])
+        device = _no_device_share(q, on_device, ranked_units, k.shape[2])
     else:
-        device = _device_share(q, on_device, cache, index, scale, execution)
+        device = _device_share(q, on_device, ranked_units, cache, index, scale, execution)
     collected = host_ops.collect(
         tick,
         work,
@@ -491,7 +493,7 @@ def _write_only(
         implementation=execution.host,
     )
     nothing = jnp.zeros_like(work.boundary)
-    state = _no_device_share(q, work, k.shape[2])
+    state = _no_device_share(q, work, nothing, k.shape[2])
     return host_ops.Collected(
         k,
         v,
@@ -595,11 +597,11 @@ def _make_work(
     active: jax.Array,
     split: Split,
     execution: Execution,
-) -> tuple[host_ops.Work, jax.Array]:
+) -> tuple[host_ops.Work, jax.Array, jax.Array]:
     """Turns the plan into units, and cuts every task between host and device.
 
     Returns:
-      The work, and statuses `[B * K]` of what is wrong with the plan: their own, for that of the
+      The work, the units of each task that have to be scored, and statuses `[B * K]` of what is wrong with the plan: their own, for that of the
       cache differs from layer to layer, and nothing of this one has to wait until they are one.
     """
     host_blocks = jnp.where(active, host_tokens(cache.layout, cache.lengths) // BLOCK_TOKENS, 0)
@@ -619,7 +621,7 @@ def _make_work(
         cancel=cache.cancel,
         bitmap=None,
     )
-    return work, (division.unknown * STATUS_PLAN).reshape(-1)
+    return work, division.ranked_units, division.status.reshape(-1)
 
 
 def _select(
@@ -643,10 +645,12 @@ def _select(
     )
 
 
-def _select_on_device(work: host_ops.Work, cache: HostKV, index: int) -> host_ops.Work:
-    ranked = _ranked_units(work) > 0
+def _select_on_device(
+    work: host_ops.Work, ranked_units: jax.Array, cache: HostKV, index: int
+) -> host_ops.Work:
     summaries = cache.summaries[index]
-    return work._replace(bitmap=_select(work, summaries, ranked, first_row_in(cache, summaries)))
+    rows = first_row_in(cache, summaries)
+    return work._replace(bitmap=_select(work, summaries, ranked_units, rows))
 
 
 def _host_arrays(cache: HostKV, index: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -657,6 +661,7 @@ def _host_arrays(cache: HostKV, index: int) -> tuple[jax.Array, jax.Array, jax.A
 def _device_share(
     q: jax.Array,
     work: host_ops.Work,
+    ranked_units: jax.Array,
     cache: HostKV,
     index: int,
     scale: float,
@@ -668,7 +673,6 @@ def _device_share(
         host_ops.retag(x[index], host_ops.DEVICE) for x in (cache.k, cache.v, cache.summaries)
     )
     has_work = work.boundary < work.host_blocks[:, None]
-    units = _ranked_units(work)
 
     def run() -> _DeviceShare:
         if work.bitmap is not None:
@@ -676,8 +680,8 @@ def _device_share(
         else:
             # Not by XLA either, whatever was asked for the blocks.
             scoring = "triton" if target_platform() == "gpu" else None
-            ranked = has_work & (units > 0)
-            bitmap = _select(work, summaries, ranked, cache.first_row, scoring)
+            units = jnp.where(has_work, ranked_units, 0)
+            bitmap = _select(work, summaries, units, cache.first_row, scoring)
         # Where all blocks are the host's none of them is beyond the boundary.
         *state, blocks = pallas_kernels.share_attention(
             q,
@@ -693,12 +697,14 @@ def _device_share(
         bitmap = pallas_kernels.at_or_above(bitmap, nothing)
         scanned = has_work if work.bitmap is None else jnp.ones_like(has_work)
         out, lse = state
-        return _DeviceShare((out, lse), bitmap, blocks, jnp.where(scanned, units, 0))
+        return _DeviceShare((out, lse), bitmap, blocks, jnp.where(scanned, ranked_units, 0))
 
     if target_platform() == "gpu":
         # There a conditional makes the host wait for the device; kernels without work are short.
         return run()
-    return jax.lax.cond(has_work.any(), run, lambda: _no_device_share(q, work, k.shape[2]))
+    return jax.lax.cond(
+        has_work.any(), run, lambda: _no_device_share(q, work, ranked_units, k.shape[2])
+    )
 
 
 def _kernels_over_host_memory(
@@ -723,18 +729,16 @@ def _kernels_over_host_memory(
     return usable
 
 
-def _ranked_units(work: host_ops.Work) -> jax.Array:
-    return ranked_units(work.granularity, work.host_blocks, work.k_units)
-
-
-def _no_device_share(q: jax.Array, work: host_ops.Work, num_blocks: int) -> _DeviceShare:
+def _no_device_share(
+    q: jax.Array, work: host_ops.Work, ranked_units: jax.Array, num_blocks: int
+) -> _DeviceShare:
     batch, heads, _ = q.shape
     nothing = jnp.zeros_like(work.boundary)
     return _DeviceShare(
         (jnp.zeros_like(q), jnp.full((batch, heads), -jnp.inf, jnp.float32)),
         jnp.zeros((batch, heads, pallas_kernels.num_words(num_blocks)), jnp.uint32),
         nothing,
-        nothing if work.bitmap is None else _ranked_units(work),
+        nothing if work.bitmap is None else ranked_units,
     )
 
 

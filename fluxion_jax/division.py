@@ -15,6 +15,7 @@ import pallas_kernels
 from fluxion_jax.cache.layout import BLOCK_TOKENS, GRANULARITIES_TOKENS, KVLayout
 from fluxion_jax.policy.protocol import Plan
 from fluxion_jax.policy.split import Split
+from fluxion_jax.status import STATUS_PLAN
 from pallas_kernels import Division, UnsupportedImplementationError
 from pallas_kernels.bitmaps import fold_last
 
@@ -46,7 +47,7 @@ def unknown_granularity(plan: Plan) -> jax.Array:
     return ~functools.reduce(jnp.logical_or, known)
 
 
-def ranked_units(granularity: jax.Array, host_blocks: jax.Array, k_units: jax.Array) -> jax.Array:
+def _ranked_units(granularity: jax.Array, host_blocks: jax.Array, k_units: jax.Array) -> jax.Array:
     """Units that have to be scored, int32 `[B, K]`; none where all or nothing is wanted."""
     units = -(-host_blocks[:, None] // (granularity // BLOCK_TOKENS))
     wanted = k_units.reshape(*units.shape, -1)
@@ -69,6 +70,7 @@ def _in_one_kernel(
         cut.share,
         cut.ahead_bytes,
         granularities=GRANULARITIES_TOKENS,
+        unknown_status=STATUS_PLAN,
         sides=split.sides,
         block_bytes=layout.block_bytes,
         scanned_bytes=layout.unit_summary_bytes if scans else 0,
@@ -94,8 +96,8 @@ def _by_operations(
     most, all_heads = fold_last(jnp.maximum, upper_bound), fold_last(jnp.add, upper_bound)
     upper_bound = jnp.where(plan.shared, most, all_heads) * unit_blocks
     wanted_blocks = jnp.minimum(upper_bound, host_blocks[:, None])
-    scanned: jax.Array | int = 0
-    if layout.summaries == "host":
-        scanned = ranked_units(granularity, host_blocks, k_units) * layout.unit_summary_bytes
+    ranked_units = _ranked_units(granularity, host_blocks, k_units)
+    scanned = ranked_units * layout.unit_summary_bytes if layout.summaries == "host" else 0
     boundary = split.boundaries(host_blocks, wanted_blocks, layout.block_bytes, scanned)
-    return Division(granularity, unknown.astype(jnp.int32), k_units, boundary)
+    status = jnp.where(unknown, STATUS_PLAN, 0).astype(jnp.int32)
+    return Division(granularity, status, k_units, ranked_units, boundary)

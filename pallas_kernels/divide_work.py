@@ -28,20 +28,31 @@ class Division(NamedTuple):
 
     Attributes:
       granularity: int32 `[B, K]`, the smallest one where the plan's is unknown.
-      unknown: int32 `[B, K]`, 1 there and 0 elsewhere.
+      status: int32 `[B, K]`, the status of that there and 0 elsewhere.
       k_units: int32 `[B, N]`, units that each head selects.
+      ranked_units: int32 `[B, K]`, units that have to be scored; none where all or nothing is
+        selected.
       boundary: int32 `[B, K]`, blocks with an id below it are the host's.
     """
 
     granularity: jax.Array
-    unknown: jax.Array
+    status: jax.Array
     k_units: jax.Array
+    ranked_units: jax.Array
     boundary: jax.Array
 
 
 @functools.partial(
     traced_once,
-    constants=["granularities", "sides", "block_bytes", "scanned_bytes", "least", "interpret"],
+    constants=[
+        "granularities",
+        "unknown_status",
+        "sides",
+        "block_bytes",
+        "scanned_bytes",
+        "least",
+        "interpret",
+    ],
 )
 def divide_work(
     granularity: jax.Array,
@@ -53,6 +64,7 @@ def divide_work(
     ahead: jax.Array,
     *,
     granularities: tuple[int, ...],
+    unknown_status: int,
     sides: str,
     block_bytes: int,
     scanned_bytes: int,
@@ -73,6 +85,7 @@ def divide_work(
       ahead: float32 scalar, bytes.
       granularities: that are known, each twice the one before; the first are the tokens of a
         block, a power of two.
+      unknown_status: of another one.
       sides: "both", or the only one that has work: "host" or "device".
       block_bytes: of a block that is read.
       scanned_bytes: for each unit of a task that has to rank them.
@@ -91,17 +104,24 @@ def divide_work(
         )
     silence_triton_deprecation()
     of_tasks = jax.ShapeDtypeStruct((tasks,), jnp.int32)
-    known, unknown, k_units, boundary = pl.pallas_call(
+    known, status, k_units, ranked_units, boundary = pl.pallas_call(
         functools.partial(
             _kernel,
             kv_heads=kv_heads,
             granularities=granularities,
+            unknown_status=unknown_status,
             sides=sides,
             block_bytes=block_bytes,
             scanned_bytes=scanned_bytes,
             least=least,
         ),
-        out_shape=[of_tasks, of_tasks, jax.ShapeDtypeStruct((tasks, group), jnp.int32), of_tasks],
+        out_shape=[
+            of_tasks,
+            of_tasks,
+            jax.ShapeDtypeStruct((tasks, group), jnp.int32),
+            of_tasks,
+            of_tasks,
+        ],
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="divide_work",
@@ -117,8 +137,9 @@ def divide_work(
     by_task = (batch, kv_heads)
     return Division(
         known.reshape(by_task),
-        unknown.reshape(by_task),
+        status.reshape(by_task),
         k_units.reshape(budget_tokens.shape),
+        ranked_units.reshape(by_task),
         boundary.reshape(by_task),
     )
 
@@ -132,12 +153,14 @@ def _kernel(
     share_ref: Any,
     ahead_ref: Any,
     known_ref: Any,
-    unknown_ref: Any,
+    status_ref: Any,
     k_units_ref: Any,
+    ranked_units_ref: Any,
     boundary_ref: Any,
     *,
     kv_heads: int,
     granularities: tuple[int, ...],
+    unknown_status: int,
     sides: str,
     block_bytes: int,
     scanned_bytes: int,
@@ -175,12 +198,13 @@ def _kernel(
         most, fewest = jnp.maximum(most, selected), jnp.minimum(fewest, selected)
         total += selected
     store(known_ref, granularity, task)
-    store(unknown_ref, jnp.where(known, 0, 1), task)
+    store(status_ref, jnp.where(known, 0, unknown_status), task)
+    ranked = jnp.where((most > 0) & (fewest < units), units, 0)
+    store(ranked_units_ref, ranked, task)
     if sides != "both":
         store(boundary_ref, held if sides == "host" else jnp.zeros_like(held), task)
         return
     upper_bound = jnp.where(load(shared_ref, task) != 0, most, total) << shift
-    ranked = jnp.where((most > 0) & (fewest < units), units, 0)
     size = jnp.minimum(upper_bound, held).astype(jnp.float32) * block_bytes
     size += (ranked * scanned_bytes).astype(jnp.float32)
     store(boundary_ref, _cut(size, held, share_ref[0], ahead_ref[0], least), task)

@@ -31,8 +31,9 @@ def summary_rows(num_blocks: int) -> int:
 
 def unit_shift(granularity: jax.Array) -> jax.Array:
     """Returns log2 of the blocks in a unit, for granularities of 16, 32, 64 or 128 tokens."""
+    # Without comparisons, which Triton takes wrongly of scalars.
     return sum(
-        ((granularity >= coarser).astype(jnp.int32) for coarser in GRANULARITIES[1:]),
+        (jnp.clip(granularity >> (c.bit_length() - 1), 0, 1) for c in GRANULARITIES[1:]),
         start=jnp.zeros_like(granularity),
     )
 
@@ -69,8 +70,9 @@ def score_units(
         of 16-token units first, then those of 32, 64 and 128 tokens.
       granularity: int32 `[B, K]`, out of 16, 32, 64, 128.
       host_blocks: int32 `[B]`, selectable blocks.
-      ranked: bool `[B, K]`, tasks whose units are scored, or None for all of them. The others are
-        treated as if they had no unit, and a kernel does not read their summaries.
+      ranked: bool or int32 `[B, K]`, not 0 for tasks whose units are scored, or None for all of
+        them. The others are treated as if they had no unit, and a kernel does not read their
+        summaries.
       first_row: int32 `[1]` if `summaries` hold several layers, as `[R, K, U, 2, H]` with R >= B:
         the call's sequences are the B rows from this one on, which must be there. None for
         summaries of one layer.
@@ -85,33 +87,30 @@ def score_units(
       ValueError: if the shapes or dtypes do not fit together.
       UnsupportedImplementationError: if no implementation asked for works here.
     """
-    num_blocks = _check(q8, summaries, granularity, host_blocks, first_row)
-    units = num_units(granularity, host_blocks)
-    units = units if ranked is None else jnp.where(ranked, units, 0)
-    unit_row = 2 * num_blocks - ((2 * num_blocks) >> unit_shift(granularity))
+    _check(q8, summaries, granularity, host_blocks, first_row)
+    ranked = jnp.ones_like(granularity) if ranked is None else ranked
     candidates = {"triton": _triton, "xla": _xla}
-    return dispatch(  # type: ignore[no-any-return]
-        "score_units", implementation, candidates, q8, summaries, unit_row, units, first_row
-    )
+    arguments = (q8, summaries, granularity, host_blocks, ranked, first_row)
+    return dispatch("score_units", implementation, candidates, *arguments)  # type: ignore[no-any-return]
 
 
-def _triton(
-    q8: jax.Array,
-    summaries: jax.Array,
-    unit_row: jax.Array,
-    units: jax.Array,
-    first_row: jax.Array | None,
-) -> jax.Array:
+def first_unit_row(shift: jax.Array, num_blocks: int) -> jax.Array:
+    """Returns the summary row of unit 0 of the granularity with this `unit_shift`."""
+    return 2 * num_blocks - ((2 * num_blocks) >> shift)
+
+
+def _triton(*arguments: jax.Array) -> jax.Array:
     from pallas_kernels.scoring_triton import score_units_triton
 
-    return score_units_triton(q8, summaries, unit_row, units, first_row)
+    return score_units_triton(*arguments)
 
 
 def _xla(
     q8: jax.Array,
     summaries: jax.Array,
-    unit_row: jax.Array,
-    units: jax.Array,
+    granularity: jax.Array,
+    host_blocks: jax.Array,
+    ranked: jax.Array,
     first_row: jax.Array | None,
 ) -> jax.Array:
     batch, num_heads, head_dim = q8.shape
@@ -119,6 +118,8 @@ def _xla(
         summaries = jax.lax.dynamic_slice_in_dim(summaries, first_row[0], batch, axis=0)
     num_kv_heads, rows = summaries.shape[1:3]
     num_blocks = rows * 8 // 15
+    units = jnp.where(ranked != 0, num_units(granularity, host_blocks), 0)
+    unit_row = first_unit_row(unit_shift(granularity), num_blocks)
     # max(q * lo, q * hi) is q * lo for a negative q and q * hi otherwise, because lo <= hi: one
     # dot product over both halves of a summary row.
     halves = jnp.concatenate([jnp.minimum(q8, 0), jnp.maximum(q8, 0)], axis=-1)
@@ -141,7 +142,7 @@ def _check(
     granularity: jax.Array,
     host_blocks: jax.Array,
     first_row: jax.Array | None,
-) -> int:
+) -> None:
     batch, num_heads, head_dim = q8.shape
     rows = summaries.shape[2]
     num_blocks = rows * 8 // 15
@@ -163,4 +164,3 @@ def _check(
             f"{q8.dtype} {q8.shape}, {summaries.dtype} {summaries.shape}, {granularity.shape}, "
             f"{host_blocks.shape}; correct the shapes"
         )
-    return num_blocks

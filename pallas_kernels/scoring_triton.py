@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as pltriton
 from pallas_kernels.cache_rows import check_offsets, row_operand, row_spec, task_index, task_spec
 from pallas_kernels.compat import silence_triton_deprecation
 from pallas_kernels.registry import require_gpu
-from pallas_kernels.scoring import BEYOND
+from pallas_kernels.scoring import BEYOND, first_unit_row, unit_shift
 
 TILE_UNITS = 64
 """Units of one program: 16 KiB of summaries at a head size of 128, in flight all at once."""
@@ -33,8 +33,9 @@ _LEAST_HEADS = 16
 def score_units_triton(
     q8: jax.Array,
     summaries: jax.Array,
-    unit_row: jax.Array,
-    units: jax.Array,
+    granularity: jax.Array,
+    host_blocks: jax.Array,
+    ranked: jax.Array,
     first_row: jax.Array | None = None,
     *,
     interpret: bool = False,
@@ -44,8 +45,9 @@ def score_units_triton(
     Args:
       q8: int8 `[B, N, H]`.
       summaries: int8 `[B, K, U, 2, H]`, in device or pinned host memory.
-      unit_row: int32 `[B, K]`, row of the task's unit 0.
-      units: int32 `[B, K]`, units to score; the rows of others are not read.
+      granularity: int32 `[B, K]`, tokens of a unit.
+      host_blocks: int32 `[B]`.
+      ranked: bool or int32 `[B, K]`; where it is 0 no row is read.
       first_row: int32 `[1]`, or None for summaries of one layer.
       interpret: run on any platform, slowly; for tests.
 
@@ -67,6 +69,7 @@ def score_units_triton(
         return pl.BlockSpec((None, *shape), lambda task, _: (task,) + (0,) * len(shape))
 
     scalar = pl.BlockSpec((1,), lambda task, _: (task,))
+    row = pl.BlockSpec((1,), lambda task, _: (task // num_kv_heads,))
     silence_triton_deprecation()
     scores = pl.pallas_call(
         functools.partial(_kernel, num_kv_heads=num_kv_heads, group=group),
@@ -75,6 +78,7 @@ def score_units_triton(
             whole_task(group, head_dim),
             task_spec(summaries.shape, first_row),
             scalar,
+            row,
             scalar,
             *row_spec(first_row),
         ],
@@ -86,8 +90,9 @@ def score_units_triton(
     )(
         q8.reshape(tasks, group, head_dim),
         summaries,
-        unit_row.reshape(-1),
-        units.reshape(-1),
+        granularity.astype(jnp.int32).reshape(-1),
+        host_blocks.astype(jnp.int32),
+        ranked.astype(jnp.int32).reshape(-1),
         *row_operand(first_row),
     )
     return scores.reshape(batch, num_heads, num_blocks)
@@ -96,8 +101,9 @@ def score_units_triton(
 def _kernel(
     q_ref: Any,
     summaries_ref: Any,
-    unit_row_ref: Any,
-    units_ref: Any,
+    granularity_ref: Any,
+    host_blocks_ref: Any,
+    ranked_ref: Any,
     *refs: Any,
     num_kv_heads: int,
     group: int,
@@ -109,7 +115,9 @@ def _kernel(
     channel = jnp.arange(max(pl.next_power_of_2(head_dim), _LEAST_CHANNELS), dtype=jnp.int32)
     head = jnp.arange(max(pl.next_power_of_2(group), _LEAST_HEADS), dtype=jnp.int32)
     unit = pl.program_id(1) * TILE_UNITS + jnp.arange(TILE_UNITS, dtype=jnp.int32)
-    exists = unit < units_ref[0]
+    shift = unit_shift(granularity_ref[0])
+    units = (host_blocks_ref[0] + (jnp.int32(1) << shift) - 1) >> shift
+    exists = (unit < units) & (ranked_ref[0] != 0)
 
     def load(
         ref: Any, own: tuple[jax.Array, ...], row: jax.Array, wanted: jax.Array, *half: int
@@ -124,7 +132,7 @@ def _kernel(
         mask = jnp.broadcast_to(wanted[:, None] & (channel < head_dim)[None, :], shape)
         return pltriton.load(ref.at[index], mask=mask, other=0)
 
-    row = unit_row_ref[0] + unit
+    row = first_unit_row(shift, out_ref.shape[-1]) + unit
     low, high = (load(summaries_ref, own, row, exists, half) for half in (0, 1))
     q = load(q_ref, (), head, head < group).astype(jnp.int32)
     # max(q * low, q * high) is q * low for a negative q and q * high otherwise, as low <= high.

@@ -51,28 +51,26 @@ def select_units(
       UnsupportedImplementationError: if no implementation asked for works here.
     """
     _check(scores, granularity, host_blocks, k_units, shared)
-    units = num_units(granularity, host_blocks)
-    shift = unit_shift(granularity)
     candidates: dict[str, Callable[..., jax.Array]] = {"triton": _triton, "xla": _xla}
-    arguments = (scores, units, shift, host_blocks, k_units, shared)
+    arguments = (scores, granularity, host_blocks, k_units, shared)
     return dispatch("select_units", implementation, candidates, *arguments)  # type: ignore[no-any-return]
 
 
-def _triton(scores: jax.Array, _units: jax.Array, shift: jax.Array, *rest: jax.Array) -> jax.Array:
+def _triton(*arguments: jax.Array) -> jax.Array:
     from pallas_kernels.selection_triton import select_units_triton
 
-    return select_units_triton(scores, shift, *rest)
+    return select_units_triton(*arguments)
 
 
 def _xla(
     scores: jax.Array,
-    units: jax.Array,
-    shift: jax.Array,
+    granularity: jax.Array,
     host_blocks: jax.Array,
     k_units: jax.Array,
     shared: jax.Array,
 ) -> jax.Array:
     batch, num_heads, num_blocks = scores.shape
+    units, shift = num_units(granularity, host_blocks), unit_shift(granularity)
     num_kv_heads = units.shape[1]
     grouped = scores.reshape(batch, num_kv_heads, -1, num_blocks)
     wanted = k_units.reshape(batch, num_kv_heads, -1)

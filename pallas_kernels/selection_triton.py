@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as pltriton
 from pallas_kernels.bitmaps import WORD_BITS, num_words
 from pallas_kernels.compat import silence_triton_deprecation
 from pallas_kernels.registry import UnsupportedImplementationError, require_gpu
-from pallas_kernels.scoring import BEYOND
+from pallas_kernels.scoring import BEYOND, unit_shift
 
 MAX_BLOCKS = 32768
 """Scores of one program, 64 registers of each of its threads: 512K tokens of a sequence."""
@@ -34,7 +34,7 @@ _HALF_BITS = 16
 
 def select_units_triton(
     scores: jax.Array,
-    shift: jax.Array,
+    granularity: jax.Array,
     host_blocks: jax.Array,
     k_units: jax.Array,
     shared: jax.Array,
@@ -45,7 +45,7 @@ def select_units_triton(
 
     Args:
       scores: int32 `[B, N, P]`.
-      shift: int32 `[B, K]`, log2 of the blocks of a unit.
+      granularity: int32 `[B, K]`, tokens of a unit.
       host_blocks: int32 `[B]`.
       k_units: int32 `[B, N]`.
       shared: bool `[B, K]`.
@@ -59,7 +59,7 @@ def select_units_triton(
     """
     batch, num_heads, num_blocks = scores.shape
     _check(num_blocks, interpret)
-    tasks, kv_heads = shift.size, shift.shape[1]
+    tasks, kv_heads = granularity.size, granularity.shape[1]
     group = num_heads // kv_heads
     words = pl.next_power_of_2(num_words(num_blocks))
 
@@ -84,7 +84,7 @@ def select_units_triton(
     )(
         scores.reshape(tasks, group, num_blocks),
         k_units.reshape(tasks, group),
-        per_task(shift),
+        per_task(granularity),
         host_blocks.astype(jnp.int32),
         per_task(shared != 0),
     )
@@ -103,7 +103,7 @@ def _check(num_blocks: int, interpret: bool) -> None:
 def _kernel(
     scores_ref: Any,
     k_units_ref: Any,
-    shift_ref: Any,
+    granularity_ref: Any,
     host_blocks_ref: Any,
     shared_ref: Any,
     bitmap_ref: Any,
@@ -111,7 +111,8 @@ def _kernel(
     group: int,
 ) -> None:
     head = pl.program_id(1)
-    shift, host_blocks, shared = shift_ref[0], host_blocks_ref[0], shared_ref[0]
+    shift = unit_shift(granularity_ref[0])
+    host_blocks, shared = host_blocks_ref[0], shared_ref[0]
     units = (host_blocks + (jnp.int32(1) << shift) - 1) >> shift
     # Scalar conditions are integers here: the backend takes the two constants of a scalar
     # `where` for booleans.

@@ -13,6 +13,7 @@ import pytest
 import fluxion_jax as fx
 from fluxion_jax.division import divide
 from fluxion_jax.policy import CostModel, modelled, parse_split
+from fluxion_jax.status import STATUS_PLAN
 from pallas_kernels import UnsupportedImplementationError, divide_work
 
 SIZES = (16, 32, 64, 128)
@@ -74,6 +75,13 @@ def in_loops(plan, host_blocks, everything, layout):
     return k_units.reshape(batch, -1), size
 
 
+def ranked_units(plan, host_blocks, k_units):
+    """Units of tasks in which some head wants some of them and not every head wants all."""
+    units = -(-host_blocks[:, None] // (np.asarray(plan.granularity) // 16))
+    mine = k_units.reshape(*units.shape, -1)
+    return np.where((mine.max(axis=-1) > 0) & (mine.min(axis=-1) < units), units, 0)
+
+
 def run(execution, plan, host_blocks, everything, split, layout, monkeypatch):
     if execution == "interpreted":
         monkeypatch.setattr(
@@ -102,7 +110,8 @@ def test_equals_loops(execution, summaries, batch, kv_heads, group, monkeypatch)
         got = run(execution, plan, host_blocks, everything, split, layout, monkeypatch)
         np.testing.assert_array_equal(got.k_units, k_units, err_msg=str(split))
         np.testing.assert_array_equal(got.granularity, plan.granularity)
-        assert not np.asarray(got.unknown).any()
+        assert not np.asarray(got.status).any()
+        np.testing.assert_array_equal(got.ranked_units, ranked_units(plan, host_blocks, k_units))
         if split.sides != "both":
             wanted = blocks if split.sides == "host" else 0 * blocks
         elif split.cost is None:
@@ -152,7 +161,7 @@ def test_an_unknown_granularity_is_told_and_takes_the_smallest(execution, monkey
     plan = plan._replace(granularity=jnp.asarray(faulty))
     host_blocks, everything = np.asarray([100, 60], np.int32), np.zeros(2, bool)
     got = run(execution, plan, host_blocks, everything, parse_split(0.5), layout, monkeypatch)
-    np.testing.assert_array_equal(got.unknown, ~known)
+    np.testing.assert_array_equal(got.status, np.where(known, 0, STATUS_PLAN))
     np.testing.assert_array_equal(got.granularity, np.where(known, faulty, 16))
     np.testing.assert_array_equal(got.k_units, in_loops(plan, host_blocks, everything, layout)[0])
 
@@ -167,7 +176,7 @@ def test_too_many_tasks_are_left_to_xla(monkeypatch):
         divide_work(
             plan.granularity, plan.budget_tokens, plan.shared.astype(int), host_blocks,
             everything.astype(int), jnp.float32(0.5), jnp.float32(0.0), granularities=SIZES,
-            sides="both", block_bytes=1, scanned_bytes=0, least=0, interpret=True,
+            unknown_status=1, sides="both", block_bytes=1, scanned_bytes=0, least=0, interpret=True,
         )  # fmt: skip
 
 
@@ -177,6 +186,6 @@ def test_no_kernel_without_a_gpu():
     with pytest.raises(UnsupportedImplementationError, match="expected a CUDA device"):
         divide_work(
             *(jnp.zeros((1, 1), jnp.int32),) * 3, *(jnp.zeros(1, jnp.int32),) * 2,
-            jnp.float32(0.5), jnp.float32(0.0), granularities=SIZES, sides="both", block_bytes=1,
-            scanned_bytes=0, least=0,
+            jnp.float32(0.5), jnp.float32(0.0), granularities=SIZES, unknown_status=1,
+            sides="both", block_bytes=1, scanned_bytes=0, least=0,
         )  # fmt: skip

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import UnsupportedImplementationError, num_units, score_units, select_units
-from pallas_kernels.scoring import unit_shift
 from pallas_kernels.selection_triton import MAX_BLOCKS, select_units_triton
 from tests.pallas_kernels import lowering, oracle
 
 SCORE = jax.jit(score_units)
 
 
-@jax.jit
-def interpreted(scores, granularity, host_blocks, k_units, shared):
-    _units, shift = num_units(granularity, host_blocks), unit_shift(granularity)
-    return select_units_triton(scores, shift, host_blocks, k_units, shared, interpret=True)
-
-
+interpreted = jax.jit(functools.partial(select_units_triton, interpret=True))
 # What this machine takes by default (on a GPU the kernel), and the kernel interpreted.
 SELECT = [jax.jit(select_units), interpreted]
 LOWEST = np.iinfo(np.int32).min

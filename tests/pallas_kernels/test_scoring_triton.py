@@ -10,20 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import UnsupportedImplementationError, num_units, score_units
-from pallas_kernels.scoring import unit_shift
+from pallas_kernels import UnsupportedImplementationError, score_units
 from pallas_kernels.scoring_triton import score_units_triton
 from tests.pallas_kernels import lowering, oracle
 
 
-@jax.jit
-def interpreted(q8, summaries, granularity, host_blocks, ranked, *, first_row=None):
-    num_blocks = summaries.shape[2] * 8 // 15
-    units = jnp.where(ranked, num_units(granularity, host_blocks), 0)
-    unit_row = 2 * num_blocks - ((2 * num_blocks) >> unit_shift(granularity))
-    return score_units_triton(q8, summaries, unit_row, units, first_row, interpret=True)
-
-
+interpreted = jax.jit(functools.partial(score_units_triton, interpret=True))
 ON_GPU = jax.jit(functools.partial(score_units, implementation="triton"))
 EXECUTIONS = [
     pytest.param(interpreted, id="interpreted"),
@@ -66,7 +58,7 @@ def test_summaries_of_a_layer_among_several(score):
 def test_sizes_whose_offsets_triton_takes_wrongly_are_refused():
     # Traced only: 3 GiB of summaries.
     summaries = jax.ShapeDtypeStruct((3, 8, 1 << 19, 2, 128), jnp.int8)
-    small = [jax.ShapeDtypeStruct((3, 8), jnp.int32)] * 2
+    small = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 8), (3,), (3, 8))]
     with pytest.raises(UnsupportedImplementationError, match="at most 2147483648 bytes"):
         jax.eval_shape(
             functools.partial(score_units_triton, interpret=True),

@@ -6,7 +6,7 @@
 // time: where the bracket misses, all scores are kept.
 //
 // Expects of an ints_*.h: all, load, load_part, store, max_of, min_of, reduce_max, reduce_min, above,
-// equal, number_above, append (stores the named lanes next to each other and returns how many; may
+// equal, add_above, reduce_add, append (stores the named lanes next to each other and returns how many; may
 // write a whole vector), bytes_of_bits (each of 32 bits repeated eight times).
 
 constexpr int32_t kLowest = -2147483647 - 1;
@@ -26,9 +26,10 @@ struct Cut {
   int64_t ties;
 };
 
-inline int32_t middle_of(int32_t low, int32_t high) {
-  return static_cast<int32_t>(low + (static_cast<int64_t>(high) - low) / 2);
-}
+struct Found {
+  int32_t threshold;
+  int64_t above;
+};
 
 inline int32_t low_bits(int64_t n) {
   return n >= 32 ? -1 : static_cast<int32_t>((uint32_t{1} << n) - 1);
@@ -40,30 +41,59 @@ inline int64_t pad(int32_t* values, int64_t count) {
   return (count + kMultiple - 1) / kMultiple * kMultiple;
 }
 
-inline int64_t count_above(const int32_t* values, int64_t padded, int32_t threshold) {
-  const Ints limit = all(threshold);
-  int64_t counts[kTogether] = {};
+// How many values are above each of two thresholds.
+struct Counts {
+  int64_t first;
+  int64_t second;
+};
+
+inline Counts count_above(const int32_t* values, int64_t padded, int32_t first, int32_t second) {
+  const Ints limits[2] = {all(first), all(second)};
+  Ints counts[2][kTogether];
+  for (auto& some : counts) {
+    for (Ints& count : some) count = all(0);
+  }
   for (int64_t i = 0; i < padded; i += kMultiple) {
     for (int64_t j = 0; j < kTogether; ++j) {
-      counts[j] += number_above(load(values + i + j * Ints::kLanes), limit);
+      const Ints v = load(values + i + j * Ints::kLanes);
+      counts[0][j] = add_above(counts[0][j], v, limits[0]);
+      counts[1][j] = add_above(counts[1][j], v, limits[1]);
     }
   }
-  return counts[0] + counts[1] + counts[2] + counts[3];
+  return {reduce_add(counts[0]), reduce_add(counts[1])};
 }
 
-// The cut behind the wanted-th largest value, 0 < wanted <= count, which is in [low, high].
-inline Cut find_cut(const int32_t* values, int64_t padded, int64_t wanted, int32_t low,
-                    int32_t high) {
+// A threshold in [low, high] with `least` to `most` of the values above it if there is one, otherwise
+// one close by; and then how many are above. All `count` values are in [low, high].
+//
+// A pass tries two thresholds: where a straight line between what is known of both ends would put
+// it, which is close for most scores, and the middle, so that no scores take more passes than
+// bisection.
+inline Found find_near(const int32_t* values, int64_t count, int64_t padded, int64_t least,
+                       int64_t most, int32_t low, int32_t high) {
+  int64_t above_low = count;  // Of those not below `low`.
+  int64_t above_high = 0;
   while (low < high) {
-    const int32_t middle = middle_of(low, high);
-    const int64_t count = count_above(values, padded, middle);
-    if (count == wanted) return {middle, 0};
-    // Without a branch, which would be guessed wrong every other time.
-    const bool fewer = count < wanted;
-    high = fewer ? middle : high;
-    low = fewer ? low : middle + 1;
+    const int64_t width = static_cast<int64_t>(high) - low;
+    const float share = static_cast<float>(above_low - least) / static_cast<float>(above_low - above_high);
+    const int64_t way = static_cast<int64_t>(share * static_cast<float>(width));
+    const int32_t guess = static_cast<int32_t>(low + (way < width ? way : width - 1));
+    const int32_t middle = static_cast<int32_t>(low + width / 2);
+    const Counts above = count_above(values, padded, guess, middle);
+    if (above.first >= least && above.first <= most) return {guess, above.first};
+    if (above.second >= least && above.second <= most) return {middle, above.second};
+    const auto narrow = [&](int32_t threshold, int64_t number) {
+      // Without a branch, which would be guessed wrong every other time.
+      const bool fewer = number < least;
+      high = fewer && threshold < high ? threshold : high;
+      above_high = fewer && number > above_high ? number : above_high;
+      low = !fewer && threshold >= low ? threshold + 1 : low;
+      above_low = !fewer && number < above_low ? number : above_low;
+    };
+    narrow(guess, above.first);
+    narrow(middle, above.second);
   }
-  return {low, wanted - count_above(values, padded, low)};
+  return {low, above_high};
 }
 
 // Smallest and largest of count > 0 values.
@@ -81,18 +111,12 @@ inline void find_range(const int32_t* values, int64_t count, int32_t* low, int32
   *high = reduce_max(largest);
 }
 
-// A threshold with `least` to `most` values above it if there is one, otherwise one close by.
-inline int32_t find_near(const int32_t* values, int64_t padded, int64_t least, int64_t most,
-                         int32_t low, int32_t high) {
-  while (low < high) {
-    const int32_t middle = middle_of(low, high);
-    const int64_t count = count_above(values, padded, middle);
-    if (count >= least && count <= most) return middle;
-    const bool fewer = count < least;
-    high = fewer ? middle : high;
-    low = fewer ? low : middle + 1;
-  }
-  return low;
+// The cut behind the wanted-th largest value, 0 < wanted <= count.
+inline Cut find_cut(int32_t* values, int64_t count, int64_t wanted) {
+  int32_t low, high;
+  find_range(values, count, &low, &high);
+  const Found found = find_near(values, count, pad(values, count), wanted, wanted, low, high);
+  return {found.threshold, wanted - found.above};
 }
 
 // Multiples of the golden ratio spread evenly and follow no period of the scores.
@@ -123,11 +147,13 @@ inline void bracket(const int32_t* values, int64_t count, int64_t wanted, int32_
   *low = kLowest;
   *high = kHighest;
   if (rank + margin < kSamples) {
-    *low = find_near(samples, kSamples, rank + margin, rank + margin + kSlack, least, most);
+    const int64_t more = rank + margin;
+    *low = find_near(samples, kSamples, kSamples, more, more + kSlack, least, most).threshold;
   }
   // Where few are above the bracket, keeping them is cheaper than telling them from the others.
   if (rank >= 2 * margin) {
-    *high = find_near(samples, kSamples, rank - margin - kSlack, rank - margin, least, most);
+    const int64_t fewer = rank - margin;
+    *high = find_near(samples, kSamples, kSamples, fewer - kSlack, fewer, least, most).threshold;
   }
 }
 
@@ -285,9 +311,7 @@ void select(const SelectArgs& a) {
     kept = a.units;
     wanted = a.wanted;
   }
-  int32_t low, high;
-  find_range(a.scratch, kept, &low, &high);
-  const Cut cut = find_cut(a.scratch, pad(a.scratch, kept), wanted, low, high);
+  const Cut cut = find_cut(a.scratch, kept, wanted);
   if (a.ratio == 1) write_words<1>(a, cut);
   if (a.ratio == 2) write_words<2>(a, cut);
   if (a.ratio == 4) write_words<4>(a, cut);

@@ -231,7 +231,7 @@ UnionArgs Task::selections() const {
 void Task::cut_union() {
   const Geometry& g = request_->geometry_;
   const UnionArgs args = selections();
-  union_blocks_ = kernels().find_chunks(args, grown(&chunks_, chunks_of(args.limit)));
+  union_blocks_ = kernels().find_chunks(args, grown(&chunks_, chunks_of(args.limit) + 1));
   request_->blocks_read_[index_] = static_cast<int32_t>(union_blocks_);
   grown(&partials_, chunks_of(union_blocks_) * g.group() * (g.head_dim + 2));
 }

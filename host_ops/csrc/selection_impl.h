@@ -13,10 +13,12 @@ constexpr int32_t kLowest = -2147483647 - 1;
 constexpr int32_t kHighest = 2147483647;
 // Bisecting so many takes no longer than thinning them out.
 constexpr int64_t kFew = 768;
-constexpr int64_t kSamples = 128;
+constexpr int64_t kSamples = 64;
 constexpr int64_t kSlack = 2;  // How many samples an end of the bracket may be off.
 // Vectors that are counted together, so that their sums do not wait for each other.
 constexpr int64_t kTogether = 4;
+// Values for which something else is fetched meanwhile.
+constexpr int64_t kStride = 64;
 constexpr int64_t kMultiple = kTogether * Ints::kLanes;
 static_assert(kMultiple <= kSelectPadding && kSamples % kMultiple == 0, "");
 
@@ -158,10 +160,11 @@ inline void bracket(const int32_t* values, int64_t count, int64_t wanted, int32_
 }
 
 // Copies the values above `low` but not above `high` to `kept`, which may be `values`; returns how
-// many, and how many are above `high`. `kTop`: `high` is kHighest. `next` may be null.
-template <bool kTop>
+// many, and how many are above `high`. `kTop`: `high` is kHighest. Before each kStride values `ahead`
+// is told which.
+template <bool kTop, typename Ahead>
 inline int64_t keep_between(const int32_t* values, int64_t count, int32_t low, int32_t high,
-                            const int32_t* next, int32_t* kept, int64_t* over) {
+                            const Ahead& ahead, int32_t* kept, int64_t* over) {
   const Ints bottom = all(low);
   const Ints top = all(high);
   int64_t number = 0;
@@ -176,32 +179,45 @@ inline int64_t keep_between(const int32_t* values, int64_t count, int32_t low, i
     number += append(kept + number, v, lanes);
   };
   int64_t i = 0;
-  for (; i + Ints::kLanes <= count; i += Ints::kLanes) {
-    if (next != nullptr) __builtin_prefetch(next + i);
-    keep(load(values + i));
+  for (; i + kStride <= count; i += kStride) {
+    ahead(i);
+    for (int64_t j = i; j < i + kStride; j += Ints::kLanes) keep(load(values + j));
   }
+  for (; i + Ints::kLanes <= count; i += Ints::kLanes) keep(load(values + i));
   keep(load_part(values + i, count - i, kLowest));
   return number;
+}
+
+// Asks for the words of kStride units, a line at most, to write to them. They were last read on other
+// CPUs. Asked for all at once, they would keep the scores waiting.
+inline void fetch_words(const SelectArgs& a, int64_t unit) {
+  __builtin_prefetch(a.words + unit * a.ratio / 32, 1);
 }
 
 // Thins the scores out to the scratch until few are left, of which the *wanted best count. Returns
 // how many are left, or 0 if a sample misled.
 inline int64_t thin_out(const SelectArgs& a, int64_t* wanted) {
   const int32_t* values = a.scores;
-  const int32_t* next = a.next;
   int64_t count = a.units;
-  while (count > kFew) {
+  const auto keep = [&](const auto& ahead, int64_t* over) {
     int32_t low, high;
-    int64_t over;
     bracket(values, count, *wanted, &low, &high);
-    const int64_t kept =
-        high == kHighest ? keep_between<true>(values, count, low, high, next, a.scratch, &over)
-                         : keep_between<false>(values, count, low, high, next, a.scratch, &over);
+    return high == kHighest
+               ? keep_between<true>(values, count, low, high, ahead, a.scratch, over)
+               : keep_between<false>(values, count, low, high, ahead, a.scratch, over);
+  };
+  const auto fetch_ahead = [&](int64_t unit) {
+    fetch_words(a, unit);
+    if (a.next == nullptr) return;
+    for (int64_t i = 0; i < kStride; i += 16) __builtin_prefetch(a.next + unit + i);
+  };
+  while (count > kFew) {
+    int64_t over;
+    const int64_t kept = values == a.scores ? keep(fetch_ahead, &over) : keep([](int64_t) {}, &over);
     if (over >= *wanted || over + kept < *wanted || kept == count) return 0;
     *wanted -= over;
     count = kept;
     values = a.scratch;
-    next = nullptr;
   }
   return count;
 }
@@ -302,10 +318,13 @@ void fold_heads(const ScoreArgs& a) {
 }
 
 void select(const SelectArgs& a) {
-  // They were last read on other CPUs.
-  for (int64_t i = 0; i * 32 < a.units * a.ratio; i += 16) __builtin_prefetch(a.words + i, 1);
   int64_t wanted = a.wanted;
-  int64_t kept = a.units > kFew ? thin_out(a, &wanted) : 0;
+  int64_t kept = 0;
+  if (a.units > kFew) {
+    kept = thin_out(a, &wanted);
+  } else {
+    for (int64_t unit = 0; unit < a.units; unit += kStride) fetch_words(a, unit);
+  }
   if (kept == 0) {
     keep_all(a);
     kept = a.units;

@@ -85,7 +85,7 @@ TEST(union_of_random_selections) {
 }
 
 TEST(union_of_everything_and_of_nothing) {
-  for (const int64_t words : {1, 2, 7, 16, 37}) {
+  for (const int64_t words : {1, 2, 7, 16, 37, 90}) {
     for (const int64_t limit : {int64_t{0}, int64_t{1}, words * 32 - 5, words * 32}) {
       for (const int64_t group : {1, 4, 64}) {
         compare(std::vector<uint32_t>(group * words, ~uint32_t{0}), words, group, limit);

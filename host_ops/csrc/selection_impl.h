@@ -43,6 +43,12 @@ inline int64_t pad(int32_t* values, int64_t count) {
   return (count + kMultiple - 1) / kMultiple * kMultiple;
 }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+// In place of a branch that would be guessed wrong every other time: `a` where `bits` are all set, `b`
+// where none is.
+inline int64_t chosen(int64_t bits, int64_t a, int64_t b) { return (a & bits) | (b & ~bits); }
+
 // How many values are above each of two thresholds.
 struct Counts {
   int64_t first;
@@ -72,30 +78,33 @@ inline Counts count_above(const int32_t* values, int64_t padded, int32_t first, 
 // it, which is close for most scores, and the middle, so that no scores take more passes than
 // bisection.
 inline Found find_near(const int32_t* values, int64_t count, int64_t padded, int64_t least,
-                       int64_t most, int32_t low, int32_t high) {
+                       int64_t most, int64_t low, int64_t high) {
   int64_t above_low = count;  // Of those not below `low`.
   int64_t above_high = 0;
+  const auto within = [&](int64_t number) {
+    return static_cast<uint64_t>(number - least) <= static_cast<uint64_t>(most - least);
+  };
+  const auto narrow = [&](int64_t threshold, int64_t number) {
+    const int64_t fewer = (number - least) >> 63;
+    high = chosen(fewer, smaller(threshold, high), high);
+    above_high = chosen(fewer, larger(number, above_high), above_high);
+    low = chosen(fewer, low, larger(threshold + 1, low));
+    above_low = chosen(fewer, above_low, smaller(number, above_low));
+  };
   while (low < high) {
-    const int64_t width = static_cast<int64_t>(high) - low;
-    const float share = static_cast<float>(above_low - least) / static_cast<float>(above_low - above_high);
+    const int64_t width = high - low;
+    const float share =
+        static_cast<float>(above_low - least) / static_cast<float>(above_low - above_high);
     const int64_t way = static_cast<int64_t>(share * static_cast<float>(width));
-    const int32_t guess = static_cast<int32_t>(low + (way < width ? way : width - 1));
+    const int32_t guess = static_cast<int32_t>(low + smaller(way, width - 1));
     const int32_t middle = static_cast<int32_t>(low + width / 2);
     const Counts above = count_above(values, padded, guess, middle);
-    if (above.first >= least && above.first <= most) return {guess, above.first};
-    if (above.second >= least && above.second <= most) return {middle, above.second};
-    const auto narrow = [&](int32_t threshold, int64_t number) {
-      // Without a branch, which would be guessed wrong every other time.
-      const bool fewer = number < least;
-      high = fewer && threshold < high ? threshold : high;
-      above_high = fewer && number > above_high ? number : above_high;
-      low = !fewer && threshold >= low ? threshold + 1 : low;
-      above_low = !fewer && number < above_low ? number : above_low;
-    };
+    if (within(above.first)) return {guess, above.first};
+    if (within(above.second)) return {middle, above.second};
     narrow(guess, above.first);
     narrow(middle, above.second);
   }
-  return {low, above_high};
+  return {static_cast<int32_t>(low), above_high};
 }
 
 // Smallest and largest of count > 0 values.

@@ -1,17 +1,18 @@
 // Exact selection of the best units, written once over the `Ints` of an instruction set.
 //
-// The cut between chosen and not chosen is bisected, and one pass compares and writes the bitmap.
+// The cut between chosen and not chosen is narrowed down, and one pass compares and writes the bitmap.
 // Many scores are first thinned out: a sample brackets the cut between two values, and one pass
 // keeps the scores between them; then again, until few are left. What a sample says can only cost
 // time: where the bracket misses, all scores are kept.
 //
-// Expects of an ints_*.h: all, load, load_part, store, max_of, min_of, reduce_max, reduce_min, above,
-// equal, add_above, reduce_add, append (stores the named lanes next to each other and returns how many; may
-// write a whole vector), bytes_of_bits (each of 32 bits repeated eight times).
+// Expects write_units of widen_impl.h and of an ints_*.h: all, load, load_part, store, max_of, min_of,
+// reduce_max, reduce_min, above, equal, add_above (adds 1 to the lanes whose number is above),
+// reduce_add, append (stores the named lanes next to each other and returns how many; may write a
+// whole vector).
 
 constexpr int32_t kLowest = -2147483647 - 1;
 constexpr int32_t kHighest = 2147483647;
-// Bisecting so many takes no longer than thinning them out.
+// Narrowing down so many takes no longer than thinning them out.
 constexpr int64_t kFew = 768;
 constexpr int64_t kSamples = 64;
 constexpr int64_t kSlack = 2;  // How many samples an end of the bracket may be off.
@@ -28,6 +29,7 @@ struct Cut {
   int64_t ties;
 };
 
+// A threshold, and how many values are above it.
 struct Found {
   int32_t threshold;
   int64_t above;
@@ -236,43 +238,6 @@ inline void keep_all(const SelectArgs& a) {
   int64_t u = 0;
   for (; u + Ints::kLanes <= a.units; u += Ints::kLanes) store(a.scratch + u, load(a.scores + u));
   store(a.scratch + u, load_part(a.scores + u, a.units - u, kLowest));
-}
-
-// Repeats each of the lowest 32 / kRatio bits kRatio times.
-template <int kRatio>
-constexpr uint32_t widen_bits(uint32_t bits) {
-  for (int half = 16 / kRatio; half > 0; half /= 2) {
-    const uint32_t every =
-        static_cast<uint32_t>(0xffffffffu / ((uint64_t{1} << half * kRatio) - 1));
-    bits = (bits | bits << half * (kRatio - 1)) & every * ((1u << half) - 1);
-  }
-  return bits * ((1u << kRatio) - 1);
-}
-
-// Each byte with its bits repeated kRatio times.
-template <int kRatio>
-struct Widened {
-  uint32_t bits[256] = {};
-  constexpr Widened() {
-    for (uint32_t byte = 0; byte < 256; ++byte) bits[byte] = widen_bits<kRatio>(byte);
-  }
-};
-constexpr Widened<2> kTwice;
-constexpr Widened<4> kFourTimes;
-
-// The words of `count` <= 32 units.
-template <int kRatio>
-inline void write_units(uint32_t bits, int64_t count, uint32_t* words) {
-  if (kRatio == 8 && count == 32) return bytes_of_bits(bits, words);
-  for (int64_t i = 0; i * 32 < count * kRatio; ++i) {
-    const uint32_t part = bits >> i * (32 / kRatio);
-    if constexpr (kRatio == 1) words[i] = part;
-    if constexpr (kRatio == 2) {
-      words[i] = kTwice.bits[part & 255] | kTwice.bits[part >> 8 & 255] << 16;
-    }
-    if constexpr (kRatio == 4) words[i] = kFourTimes.bits[part & 255];
-    if constexpr (kRatio == 8) words[i] = widen_bits<8>(part & 15);
-  }
 }
 
 // One bit for each of 32 scores, those behind `count` being 0.

@@ -16,6 +16,7 @@ namespace {
 #include "exp_impl.h"
 #include "kernels_impl.h"
 #include "score_impl.h"
+#include "widen_impl.h"
 #include "selection_impl.h"
 #include "union_impl.h"
 

@@ -30,25 +30,14 @@ void write_empty(const Geometry& g, const CollectOut& out) {
 
 // Asks for what collect reads and writes behind the tasks.
 void fetch_results(const Request& request, const FlushView& flush, const CollectOut& out) {
-  constexpr int64_t kMost = int64_t{1} << 14;  // Twice that stays in the nearest cache.
   fetch(flush.first_block, 1);
   fetch(flush.num_blocks, 1);
   fetch(out.times, 4 * kTimes);
-  if (request.out() == out.out) return;
-  const int64_t rows = request.geometry().batch * request.geometry().heads;
-  const int64_t bytes = std::min(4 * rows * request.geometry().head_dim, kMost);
-  fetch(request.lse(), 4 * rows);
-  fetch_to_write(out.lse, 4 * rows);
-  fetch(request.out(), bytes);
-  fetch_to_write(out.out, bytes);
+  if (request.status() == kOk) request.fetch_results({out.out, out.lse});
 }
 
 void write_results(const Request& request, const CollectOut& out) {
-  if (request.out() != out.out) {
-    const int64_t rows = request.geometry().batch * request.geometry().heads;
-    std::copy_n(request.out(), rows * request.geometry().head_dim, out.out);
-    std::copy_n(request.lse(), rows, out.lse);
-  }
+  request.write_results({out.out, out.lse});
   std::copy(request.blocks_read().begin(), request.blocks_read().end(), out.blocks_read);
   std::copy(request.units_scanned().begin(), request.units_scanned().end(), out.units_scanned);
   if (out.selection != nullptr) request.write_selection(out.selection);
@@ -184,8 +173,8 @@ void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& c
       run.slots.release(slot);
     } else {
       Request& request = *slot->request;
-      // Nobody may write there who could be left behind, or whose results are not wanted.
-      if (!may_leave && request.geometry() == geometry) request.write_to(out.out, out.lse);
+      // Nobody may write there who could be left behind, or whose results are of another size.
+      if (!may_leave && request.geometry() == geometry) request.write_to({out.out, out.lse});
       const Clock::time_point claimed = Clock::now();
       const bool finished = finish(run, request, may_leave);
       times[kWaited] = seconds(Clock::now() - claimed);

@@ -75,6 +75,8 @@ struct CollectOut {
 // cache that lies elsewhere than at submit counts as copied as well, because the tasks may have read
 // memory that was reused.
 //
+// Tasks that end meanwhile write straight to `out`, unless `may_leave`.
+//
 // A task past its time is cut off at its next part and waited for, unless `may_leave`: then a
 // thread that is stuck is left behind with its slot. It may still read the cache until `drain` has
 // waited for it, so this is for callers that would otherwise hold up a device.

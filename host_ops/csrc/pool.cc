@@ -65,8 +65,12 @@ Pool::Pool(int threads, std::vector<int> cpus, Clock::duration spin)
 
 Pool::~Pool() { set_threads(1); }
 
-void Pool::push(Job* job, int64_t parts, Turn turn, bool one_of_many) {
-  push_all(1, [&](int64_t) { return std::pair(job, parts); }, turn, one_of_many);
+void Pool::push(Job* job, int64_t parts, Turn turn, bool one_of_many, int64_t first) {
+  job->next_ = nullptr;
+  job->parts_ = parts;
+  job->next_part_ = first;
+  job->one_of_many_ = one_of_many;
+  push_chain(job, job, parts - first, turn);
 }
 
 void Pool::push_chain(Job* first, Job* last, int64_t parts, Turn turn) {
@@ -80,7 +84,7 @@ void Pool::push_chain(Job* first, Job* last, int64_t parts, Turn turn) {
       if (head_ != nullptr) head_->next_part_ = head_part_;
       last->next_ = head_;
       head_ = first;
-      head_part_ = 0;
+      head_part_ = first->next_part_;
       if (tail_ == nullptr) tail_ = last;
     } else {
       tail_->next_ = first;

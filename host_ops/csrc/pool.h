@@ -78,9 +78,10 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // Enqueues `parts` > 0 parts. The job must not be queued already. As one of many, whoever takes
-  // some of it takes a share of all that is queued, as with push_all.
-  void push(Job* job, int64_t parts, Turn turn = Turn::kLast, bool one_of_many = false);
+  // Enqueues parts [first, parts), at least one. The job must not be queued already. As one of many,
+  // whoever takes some of it takes a share of all that is queued, as with push_all.
+  void push(Job* job, int64_t parts, Turn turn = Turn::kLast, bool one_of_many = false,
+            int64_t first = 0);
 
   // The same for several jobs at once, which are named with their parts by `job_at(i)` and share one
   // piece of work in parts of about the same size: whoever takes some takes a share of all that is

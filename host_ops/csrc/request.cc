@@ -89,8 +89,43 @@ void Request::write_selection(uint32_t* selection) const {
 void Request::write_nothing(int64_t batch, int64_t kv_head) {
   const Geometry& g = geometry_;
   const int64_t row = batch * g.heads + kv_head * g.group();
-  std::fill_n(out_ + row * g.head_dim, g.group() * g.head_dim, 0.0f);
-  std::fill_n(lse_ + row, g.group(), -std::numeric_limits<float>::infinity());
+  std::fill_n(own_.out + row * g.head_dim, g.group() * g.head_dim, 0.0f);
+  std::fill_n(own_.lse + row, g.group(), -std::numeric_limits<float>::infinity());
+}
+
+// Calls `body` with the first row of each group whose results lie elsewhere than in `results`.
+template <typename Body>
+void Request::each_unwritten(const Results& results, const Body& body) const {
+  const Geometry& g = geometry_;
+  for (int64_t i = 0; i < task_count_; ++i) {
+    if (tasks_[i]->written() != results.out) body(tasks_[i]->index() * g.group());
+  }
+  if (task_count_ == g.batch * g.kv_heads) return;
+  for (int64_t group = 0; group < g.batch * g.kv_heads; ++group) {
+    if (!has_work(group / g.kv_heads, group % g.kv_heads)) body(group * g.group());
+  }
+}
+
+void Request::fetch_results(const Results& results) const {
+  const int64_t elements = geometry_.group() * geometry_.head_dim;
+  int64_t bytes = 0;
+  each_unwritten(results, [&](int64_t row) {
+    bytes += 4 * elements;
+    if (bytes > kFetchedBytes / 2) return;
+    fetch(own_.out + row * geometry_.head_dim, 4 * elements);
+    fetch(own_.lse + row, 4 * geometry_.group());
+    fetch_to_write(results.out + row * geometry_.head_dim, 4 * elements);
+    fetch_to_write(results.lse + row, 4 * geometry_.group());
+  });
+}
+
+void Request::write_results(const Results& results) const {
+  const int64_t group = geometry_.group();
+  const int64_t head_dim = geometry_.head_dim;
+  each_unwritten(results, [&](int64_t row) {
+    std::copy_n(own_.out + row * head_dim, group * head_dim, results.out + row * head_dim);
+    std::copy_n(own_.lse + row, group, results.lse + row);
+  });
 }
 
 // Asks for what submit reads and writes, as far as it lies where it did the last time. Each of the
@@ -154,8 +189,8 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   const Geometry& g = geometry_;
   own_out_.resize(g.batch * g.heads * g.head_dim);
   own_lse_.resize(g.batch * g.heads);
-  out_ = own_out_.data();
-  lse_ = own_lse_.data();
+  own_ = {own_out_.data(), own_lse_.data()};
+  results_.store(&own_, std::memory_order_relaxed);
   blocks_read_.assign(g.batch * g.kv_heads, 0);
   units_scanned_.assign(g.batch * g.kv_heads, 0);
   if (status != kOk) return status;
@@ -192,11 +227,9 @@ void Request::fetch_state(int64_t first_row) {
   fetch_copies(first_row, first_row + geometry_.group());
 }
 
-void Request::write_to(float* out, float* lse) {
-  if (started_.load(std::memory_order_relaxed)) return;
-  if (task_count_ < geometry_.batch * geometry_.kv_heads) return;
-  out_ = out;
-  lse_ = lse;
+void Request::write_to(Results results) {
+  given_ = results;
+  results_.store(&given_, std::memory_order_release);
 }
 
 void Request::refuse(uint32_t status) {

@@ -42,6 +42,7 @@ void Task::prepare(Request* request, int64_t batch, int64_t kv_head) {
   kv_head_ = kv_head;
   index_ = batch * request->geometry_.kv_heads + kv_head;
   union_blocks_ = 0;
+  written_ = nullptr;
   for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
   const Geometry& g = request->geometry_;
   int64_t blocks = std::min(request->boundary_[index_], request->host_blocks_[batch]);
@@ -115,15 +116,18 @@ void Task::run(int64_t first, int64_t last) noexcept {
     guarded([&] { conclude(); });
     const Stage ended = stage_;
     const bool more = begin_next();
-    // What one thread has to do alone, this one does at once.
-    const bool goes_on = more && (parts_ <= 1 || request_->pool_->threads() == 1);
-    const Clock::time_point now = goes_on ? Clock::now() : covered.leave();
+    const bool alone = more && (parts_ <= 1 || request_->pool_->threads() == 1);
+    const Clock::time_point now = alone ? Clock::now() : covered.leave();
     charge(ended, now - since);
     if (!more) return request_->task_finished(stage_ns_);
-    if (!goes_on) return queue_parts();
-    since = now;
     first = 0;
     last = parts_;
+    since = now;
+    if (alone) continue;
+    // Others are still to find out that there are parts, so the first one is begun here.
+    last = 1;
+    queue_parts();
+    since = covered.enter();
   }
 }
 
@@ -155,15 +159,16 @@ bool Task::begin_next() {
 // the head before.
 int64_t Task::selecting_parts() const {
   const Pool& pool = *request_->pool_;
-  const bool alone = shared_ || units_ <= kAloneUnits || pool.queued() >= pool.threads();
+  const bool alone = shared_ || units_ <= kAloneUnits || pool.queued() >= 2 * pool.threads();
   return alone ? 1 : request_->geometry_.group();
 }
 
+// All but the first.
 void Task::queue_parts() {
   // Others wait for what a selection leads to. Chunks of all tasks are one piece of work: only those
   // that end the layer need to be taken one by one.
   const bool selects = stage_ == Stage::kSelect;
-  request_->pool_->push(this, parts_, selects ? Turn::kNext : Turn::kLast, !selects);
+  request_->pool_->push(this, parts_, selects ? Turn::kNext : Turn::kLast, !selects, 1);
 }
 
 // Consecutive parts are scored as one.
@@ -231,7 +236,7 @@ UnionArgs Task::selections() const {
 void Task::cut_union() {
   const Geometry& g = request_->geometry_;
   const UnionArgs args = selections();
-  union_blocks_ = kernels().find_chunks(args, grown(&chunks_, chunks_of(args.limit)));
+  union_blocks_ = kernels().find_chunks(args, grown(&chunks_, chunks_of(args.limit) + 1));
   request_->blocks_read_[index_] = static_cast<int32_t>(union_blocks_);
   grown(&partials_, chunks_of(union_blocks_) * g.group() * (g.head_dim + 2));
 }
@@ -266,8 +271,9 @@ void Task::attend(int64_t first, int64_t last) {
 void Task::fetch_what_follows() {
   const Geometry& g = request_->geometry_;
   const int64_t row = batch_ * g.heads + kv_head_ * g.group();
-  fetch_to_write(request_->out_ + row * g.head_dim, 4 * g.group() * g.head_dim);
-  fetch_to_write(request_->lse_ + row, 4 * g.group());
+  const Results results = *request_->results_.load(std::memory_order_acquire);
+  fetch_to_write(results.out + row * g.head_dim, 4 * g.group() * g.head_dim);
+  fetch_to_write(results.lse + row, 4 * g.group());
   request_->fetch_state(row);
 }
 
@@ -300,8 +306,11 @@ void Task::merge() {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
   const float minus_infinity = -std::numeric_limits<float>::infinity();
-  float* out = request_->out_ + (batch_ * g.heads + kv_head_ * group) * g.head_dim;
-  float* lse = request_->lse_ + batch_ * g.heads + kv_head_ * group;
+  const int64_t first_row = batch_ * g.heads + kv_head_ * group;
+  const Results results = *request_->results_.load(std::memory_order_acquire);
+  written_ = results.out;
+  float* out = results.out + first_row * g.head_dim;
+  float* lse = results.lse + first_row;
   std::fill_n(out, group * g.head_dim, 0.0f);
   float tops[kMaxGroup];
   float sums[kMaxGroup] = {};

@@ -12,10 +12,10 @@
 // the caller keeps alive from start to `finished()`. Queries and a given bitmap are copied too, unless
 // they are `lent`: then the caller keeps them until the next prepare, or until nobody will ask for
 // the selection and no thread is in the request. It owns its results, unless `write_to` says where
-// else they go, which then is the caller's to keep alive likewise. It is never destroyed; its memory is
-// reused by the next request in the same slot.
+// else they go, which then is the caller's to keep until `finished()`. It is never destroyed; its memory
+// is reused by the next request in the same slot.
 // Threads: prepare and the results belong to one thread at a time; between start and finished()
-// only the pool touches the tasks. Any thread may call `start`, `when_finished` and `abort`.
+// only the pool touches the tasks. Any thread may call `start`, `write_to`, `when_finished` and `abort`.
 
 #ifndef FLUXION_TASKS_H_
 #define FLUXION_TASKS_H_
@@ -37,7 +37,7 @@
 namespace fluxion {
 
 // Units of a part of scoring. Whoever takes several parts scores them as one.
-constexpr int64_t kScoreUnits = 128;
+constexpr int64_t kScoreUnits = 64;
 // No more units are ranked for a head sooner than another thread could take it over.
 constexpr int64_t kAloneUnits = 512;
 
@@ -51,6 +51,12 @@ struct ChunkList {
   uint64_t head_masks[kMaxChunkBlocks];
 };
 
+// Where results go.
+struct Results {
+  float* out = nullptr;  // [B, N, H]
+  float* lse = nullptr;  // [B, N]
+};
+
 class Task : public Job {
  public:
   void prepare(Request* request, int64_t batch, int64_t kv_head);
@@ -61,6 +67,8 @@ class Task : public Job {
   // An upper bound of what the task reads; the union of the selections is not known beforehand.
   int64_t bytes() const { return bytes_; }
   int64_t index() const { return index_; }
+  // Once it has finished: the `out` that it has written to.
+  const float* written() const { return written_; }
 
   void run(int64_t first, int64_t last) noexcept override;
 
@@ -103,6 +111,7 @@ class Task : public Job {
   Stage stage_ = Stage::kSelect;
   int64_t parts_ = 0;
   std::vector<int32_t> scores_;          // [G, units]; row 0 becomes the maximum where shared.
+  const float* written_ = nullptr;
   int64_t union_blocks_ = 0;             // In the union of the group's selections.
   std::vector<ChunkStart> chunks_;       // Of that union.
   std::vector<float> partials_;          // Per chunk: m [G], l [G], acc [G, H].
@@ -155,9 +164,12 @@ class Request {
   // Instead of prepare, or after it threw: there are no tasks, and the status is this one.
   void refuse(uint32_t status);
 
-  // Before start: where `out` and `lse` go. Has no effect after it, nor where a group has no task,
-  // because then some of them are written already.
-  void write_to(float* out, float* lse);
+  // From now on tasks put their results there, whether or not some have finished before: so most
+  // results go where they are wanted, although the tasks may be under way. Once a request.
+  void write_to(Results results);
+  // Once finished: puts the results there that are not yet, or asks for both their places first.
+  void write_results(const Results& results) const;
+  void fetch_results(const Results& results) const;
 
   // Queues the tasks, the first time it is called after prepare. Does not throw.
   void start(Pool* pool) noexcept;
@@ -184,8 +196,6 @@ class Request {
   const Task& task(int64_t i) const { return *tasks_[i]; }
   int64_t tasks() const { return task_count_; }
   const CacheView& cache() const { return cache_; }
-  const float* out() const { return out_; }                          // [B, N, H]
-  const float* lse() const { return lse_; }                          // [B, N]
   void write_selection(uint32_t* selection) const;                   // [B, N, W]
   const std::vector<int32_t>& blocks_read() const { return blocks_read_; }      // [B, K]
   const std::vector<int32_t>& units_scanned() const { return units_scanned_; }  // [B, K]
@@ -208,6 +218,8 @@ class Request {
   void copy_numbers(const WorkView& work);
   bool has_work(int64_t batch, int64_t kv_head) const;
   void write_nothing(int64_t batch, int64_t kv_head);
+  template <typename Body>
+  void each_unwritten(const Results& results, const Body& body) const;
   bool stopped();
   void fetch_state(int64_t first_row);
   void fail(uint32_t status) { status_.fetch_or(status, std::memory_order_acq_rel); }
@@ -236,19 +248,21 @@ class Request {
   std::vector<std::unique_ptr<Task>> tasks_;  // Grows and keeps its memory.
   int64_t task_count_ = 0;
   std::atomic<bool> started_{false};
-  std::atomic<int64_t> left_{0};         // Tasks not finished; reaches 0 under finish_mutex_.
+  // What the end of a task writes lies side by side.
+  alignas(kLineBytes) std::atomic<int64_t> left_{0};  // Not finished; reaches 0 under finish_mutex_.
+  std::atomic<int64_t> stage_ns_[kStages] = {};  // Of the tasks that have finished.
+  int64_t span_ns_ = 0;                          // Written by whoever finishes the last task.
   std::mutex finish_mutex_;
   std::function<void()> action_;         // Guarded by finish_mutex_.
-  std::atomic<uint32_t> status_{0};
-
-  float* out_ = nullptr;                 // Where results go: the next two, or elsewhere.
-  float* lse_ = nullptr;
+  // All threads look at these before and behind each part.
+  alignas(kLineBytes) std::atomic<uint32_t> status_{0};
+  std::atomic<const Results*> results_{nullptr};  // One of the next two.
+  Results own_;                          // The two vectors.
+  Results given_;
   std::vector<float> own_out_;
   std::vector<float> own_lse_;
   std::vector<int32_t> blocks_read_;
   std::vector<int32_t> units_scanned_;
-  std::atomic<int64_t> stage_ns_[kStages] = {};  // Of the tasks that have finished.
-  int64_t span_ns_ = 0;                          // Written by whoever finishes the last task.
   // By parts of tasks; written by every thread all the time, unlike what lies before.
   alignas(kLineBytes) CoveredTime covered_;
 };

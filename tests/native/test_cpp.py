@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # What threads can race for; a fork under this sanitizer tests only the sanitizer.
 THREADED = ["append_writes", "pool_", "help", "worker", "bits", "cancel", "long", "drain", "meet"]
-THREADED += ["stuck", "stream", "staging"]
+THREADED += ["stuck", "stream", "staging", "results"]
 FUZZ_S = 10
 
 pytestmark = pytest.mark.slow

@@ -413,3 +413,24 @@ TEST(pool_takes_shares_of_a_job_and_of_jobs_that_were_pushed_together) {
   gate.open = true;
   CHECK(pool.help(gate.left, kNever));
 }
+
+TEST(pool_queues_the_parts_behind_those_that_were_begun) {
+  Pool pool(1);
+  for (const Turn turn : {Turn::kLast, Turn::kNext}) {
+    for (const bool behind_another : {false, true}) {
+      CountingJob other(&pool, 3);
+      CountingJob job(&pool, 5);
+      if (behind_another) pool.push(&other, 3);
+      pool.push(&job, 5, turn, true, 2);
+      CHECK_EQ(pool.queued(), behind_another ? 6 : 3);
+      while (pool.run_some()) {
+      }
+      CHECK_EQ(pool.queued(), 0);
+      CHECK_EQ(other.left, behind_another ? 0 : 3);
+      CHECK_EQ(job.left, 2);
+      for (int i = 0; i < 5; ++i) CHECK_EQ(job.runs[i], i < 2 ? 0 : 1);
+      job.run(0, 2);
+      CHECK(job.each_once());
+    }
+  }
+}

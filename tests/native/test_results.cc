@@ -1,0 +1,103 @@
+// Where results go: to the request's own memory, or to where collect wants them.
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <thread>
+
+#include "cases.h"
+#include "check.h"
+#include "tasks.h"
+
+using namespace fluxion;
+using namespace fluxion_tests;
+
+namespace {
+
+struct Arrays {
+  std::vector<float> out, lse;
+
+  explicit Arrays(const Geometry& g) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    out.assign(g.batch * g.heads * g.head_dim, nan);
+    lse.assign(g.batch * g.heads, nan);
+  }
+  Results view() { return {out.data(), lse.data()}; }
+  bool same_bits(const Arrays& other) const {
+    return std::memcmp(out.data(), other.out.data(), 4 * out.size()) == 0 &&
+           std::memcmp(lse.data(), other.lse.data(), 4 * lse.size()) == 0;
+  }
+  int64_t written() const {
+    return std::count_if(lse.begin(), lse.end(), [](float x) { return !std::isnan(x); });
+  }
+};
+
+// Eight groups, of which two have no work.
+Case some_case() {
+  Case c = make_case({2, 12, 4, 24, 72, DType::kFloat32}, 3);
+  select_all(&c);
+  c.boundary[2] = c.boundary[5] = 0;
+  return c;
+}
+
+// Tells where results go once so many tasks have finished, and returns them.
+Arrays run(Request* request, Pool* pool, const Case& c, int64_t finished) {
+  Case copy = c;
+  Arrays arrays(c.g);
+  CHECK_EQ(request->prepare(copy.g, copy.work(), copy.cache(), copy.scale, nullptr, true),
+           uint32_t{kOk});
+  const int64_t tasks = request->tasks();
+  CHECK_EQ(tasks, 6);
+  if (finished == 0) request->write_to(arrays.view());
+  request->start(pool);
+  while (request->left() > tasks - finished) pool->run_some();
+  if (finished > 0) request->write_to(arrays.view());
+  CHECK(pool->help(request->left(), Clock::time_point::max()));
+  const int64_t group = c.g.group();
+  if (pool->threads() == 1) CHECK_EQ(arrays.written(), (tasks - finished) * group);
+  request->fetch_results(arrays.view());
+  request->write_results(arrays.view());
+  CHECK_EQ(arrays.written(), c.g.batch * c.g.heads);
+  return arrays;
+}
+
+}  // namespace
+
+TEST(results_go_where_they_are_wanted_from_any_time_on) {
+  const Case c = some_case();
+  Request request;
+  Pool pool(1);
+  const Arrays first = run(&request, &pool, c, 0);
+  for (int64_t finished = 1; finished <= 6; ++finished) {
+    CHECK(run(&request, &pool, c, finished).same_bits(first));
+  }
+  CHECK_EQ(first.out[2 * 3 * 24], 0.0f);
+  CHECK(std::isinf(first.lse[2 * 3]));
+}
+
+TEST(results_of_many_threads_go_where_they_are_wanted) {
+  const Case c = some_case();
+  Request request;
+  Pool alone(1);
+  const Arrays want = run(&request, &alone, c, 0);
+  Pool pool(3);
+  for (int round = 0; round < 100; ++round) {
+    CHECK(run(&request, &pool, c, round % 7).same_bits(want));
+  }
+}
+
+TEST(results_that_nobody_wants_elsewhere_stay_with_the_request) {
+  Case c = some_case();
+  Request request;
+  Pool pool(1);
+  Arrays before = run(&request, &pool, c, 0);
+  const Arrays want = before;
+  // The place of the last time is not that of the next.
+  before = Arrays(c.g);
+  CHECK_EQ(request.prepare(c.g, c.work(), c.cache(), c.scale, nullptr, true), uint32_t{kOk});
+  request.start(&pool);
+  CHECK(pool.help(request.left(), Clock::time_point::max()));
+  CHECK_EQ(before.written(), 0);
+  request.write_results(before.view());
+  CHECK(before.same_bits(want));
+}

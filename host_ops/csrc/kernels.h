@@ -30,6 +30,15 @@ struct AttendArgs {
   int32_t next;                 // A block whose keys will be read next and may be fetched, or -1.
 };
 
+// States of one group, of which the first becomes all of them together.
+struct MergeArgs {
+  float* states;        // Each is m [G], l [G], acc [G, H] as AttendArgs has them.
+  int64_t stride;       // From one state to the next.
+  int32_t count;        // At least 1.
+  int32_t group;
+  int32_t head_dim;
+};
+
 // Exact integer upper bounds of one group over consecutive summary rows.
 struct ScoreArgs {
   const int8_t* q8;     // [G, H]
@@ -99,6 +108,7 @@ struct ChunkStart {
 struct KernelTable {
   const char* name;
   void (*attend[kDTypes])(const AttendArgs&);  // By DType of K and V.
+  void (*merge)(const MergeArgs&);
   void (*score)(const ScoreArgs&);
   void (*fold_heads)(const ScoreArgs&);  // Row 0 of the scores becomes the maximum over the heads.
   void (*select)(const SelectArgs&);

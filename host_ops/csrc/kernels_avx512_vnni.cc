@@ -15,6 +15,7 @@ namespace {
 // The order matters: each of these builds on the names above it.
 #include "exp_impl.h"
 #include "kernels_impl.h"
+#include "merge_impl.h"
 #include "score_impl.h"
 #include "widen_impl.h"
 #include "selection_impl.h"
@@ -22,7 +23,7 @@ namespace {
 
 constexpr KernelTable kTable = {"avx512_vnni",
                                 {attend<float>, attend<BFloat16>, attend<Float16>},
-                                score, fold_heads, select, find_chunks, list_chunk};
+                                merge, score, fold_heads, select, find_chunks, list_chunk};
 
 }  // namespace
 

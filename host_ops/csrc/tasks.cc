@@ -140,7 +140,7 @@ void Task::run_parts(int64_t first, int64_t last) {
 // What belongs to a stage, behind all of its parts.
 void Task::conclude() {
   if (stage_ == Stage::kSelect) cut_union();
-  if (stage_ == Stage::kAttend) merge();
+  if (stage_ == Stage::kAttend) finish();
 }
 
 // Returns whether there is a stage left. One of no parts has only to be concluded.
@@ -234,16 +234,24 @@ UnionArgs Task::selections() const {
 }
 
 void Task::cut_union() {
-  const Geometry& g = request_->geometry_;
   const UnionArgs args = selections();
   union_blocks_ = kernels().find_chunks(args, grown(&chunks_, chunks_of(args.limit) + 1));
   request_->blocks_read_[index_] = static_cast<int32_t>(union_blocks_);
-  grown(&partials_, chunks_of(union_blocks_) * g.group() * (g.head_dim + 2));
+  grown(&states_, std::max<int64_t>(chunks_of(union_blocks_), 1) * state_size());
+  count_unmerged();
 }
 
-float* Task::partial(int64_t chunk) {
-  const Geometry& g = request_->geometry_;
-  return partials_.data() + chunk * g.group() * (g.head_dim + 2);
+int64_t Task::state_size() const {
+  return request_->geometry_.group() * (request_->geometry_.head_dim + 2);
+}
+
+void Task::count_unmerged() {
+  const int64_t chunks = chunks_of(union_blocks_);
+  int32_t* const unmerged = grown(&unmerged_, parts_of(chunks, kMergedChunks));
+  for (int64_t first = 0; first < chunks; first += kMergedChunks) {
+    unmerged[first / kMergedChunks] =
+        static_cast<int32_t>(std::min(kMergedChunks, chunks - first));
+  }
 }
 
 void Task::list(int64_t chunk, ChunkList* listed) const {
@@ -264,6 +272,7 @@ void Task::attend(int64_t first, int64_t last) {
     if (part + 1 < last) list(chunk - 1, &after);
     if (chunk == 0) fetch_what_follows();
     attend_chunk(chunk, lists[part % 2], part + 1 < last ? after.blocks[0] : -1);
+    chunk_attended(chunk);
   }
 }
 
@@ -294,48 +303,51 @@ void Task::attend_chunk(int64_t chunk, const ChunkList& listed, int32_t next) {
   args.head_dim = static_cast<int32_t>(g.head_dim);
   args.scale = request_->scale_;
   args.scratch = grown(&scratch().attention, group * listed.count * kBlockTokens);
-  args.m = partial(chunk);
+  args.m = states_.data() + chunk * state_size();
   args.l = args.m + group;
   args.acc = args.l + group;
   kernels().attend[static_cast<int>(g.dtype)](args);
 }
 
-// Adds up the partials in chunk order, if there are any. A weight of 0 still multiplies, so that a
-// NaN survives.
-void Task::merge() {
+void Task::chunk_attended(int64_t chunk) {
+  const int64_t together = chunk / kMergedChunks;
+  if (__atomic_sub_fetch(&unmerged_[together], 1, __ATOMIC_ACQ_REL) > 0) return;
+  const int64_t first = together * kMergedChunks;
+  merge(first, 1, std::min(kMergedChunks, parts_ - first));
+}
+
+// Merges the states of `count` chunks from `first` on, each `stride` behind the one before, into the
+// first of them.
+void Task::merge(int64_t first, int64_t stride, int64_t count) {
+  if (count < 2) return;
+  MergeArgs args;
+  args.states = states_.data() + first * state_size();
+  args.stride = stride * state_size();
+  args.count = static_cast<int32_t>(count);
+  args.group = static_cast<int32_t>(request_->geometry_.group());
+  args.head_dim = static_cast<int32_t>(request_->geometry_.head_dim);
+  kernels().merge(args);
+}
+
+// The state of all chunks, if there are any, becomes the result.
+void Task::finish() {
   const Geometry& g = request_->geometry_;
   const int64_t group = g.group();
-  const float minus_infinity = -std::numeric_limits<float>::infinity();
   const int64_t first_row = batch_ * g.heads + kv_head_ * group;
   const Results results = *request_->results_.load(std::memory_order_acquire);
   written_ = results.out;
   float* out = results.out + first_row * g.head_dim;
   float* lse = results.lse + first_row;
-  std::fill_n(out, group * g.head_dim, 0.0f);
-  float tops[kMaxGroup];
-  float sums[kMaxGroup] = {};
-  std::fill_n(tops, group, minus_infinity);
-  for (int64_t c = 0; c < parts_; ++c) {
-    const float* m = partial(c);
-    for (int64_t h = 0; h < group; ++h) tops[h] = std::max(tops[h], m[h]);
-  }
-  for (int64_t c = 0; c < parts_; ++c) {
-    const float* part = partial(c);
-    // Other threads have written them.
-    if (c + 1 < parts_) fetch(partial(c + 1), 4 * group * (g.head_dim + 2));
-    for (int64_t h = 0; h < group; ++h) {
-      const float* acc = part + 2 * group + h * g.head_dim;
-      const float weight = part[h] == minus_infinity ? 0.0f : std::exp(part[h] - tops[h]);
-      sums[h] += weight * part[group + h];
-      float* row = out + h * g.head_dim;
-      for (int64_t i = 0; i < g.head_dim; ++i) row[i] += weight * acc[i];
-    }
-  }
+  merge(0, kMergedChunks, parts_of(parts_, kMergedChunks));
+  const float* m = states_.data();
+  const float* l = m + group;
+  const float* acc = l + group;
   for (int64_t h = 0; h < group; ++h) {
-    lse[h] = sums[h] == 0.0f ? minus_infinity : tops[h] + std::log(sums[h]);
-    if (sums[h] == 0.0f) continue;
-    float* row = out + h * g.head_dim;
-    for (int64_t i = 0; i < g.head_dim; ++i) row[i] /= sums[h];
+    const bool nothing = parts_ == 0 || l[h] == 0.0f;
+    lse[h] = nothing ? -std::numeric_limits<float>::infinity() : m[h] + std::log(l[h]);
+    for (int64_t i = h * g.head_dim; i < (h + 1) * g.head_dim; ++i) {
+      out[i] = nothing ? 0.0f : acc[i] / l[h];
+    }
   }
 }
 

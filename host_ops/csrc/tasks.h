@@ -4,8 +4,8 @@
 // boundary above 0. It runs on the pool in three stages, each cut into parts of a fixed size, so
 // that few large tasks keep as many threads busy as many small ones: scoring by kScoreUnits units,
 // selection by query heads, attention by chunks of up to kMaxChunkBlocks blocks. Whoever finishes
-// the last part of a stage begins the next one, and in the end merges the chunks' partial states in
-// their order. Scores and selections are exact integers and chunks depend only on the work, so the
+// the last part of a stage begins the next one. The chunks' states are merged in their order, some that
+// follow each other first and in the end all. Scores and selections are exact integers and chunks depend only on the work, so the
 // bits of the result depend neither on the number of threads nor on who ran what.
 //
 // Ownership: a request copies the small operands and only points at K, V and the summaries, which
@@ -40,6 +40,10 @@ namespace fluxion {
 constexpr int64_t kScoreUnits = 64;
 // No more units are ranked for a head sooner than another thread could take it over.
 constexpr int64_t kAloneUnits = 512;
+
+// So many chunks are merged by who ends the last of them. All by one thread would take the longer the
+// more there are, while the others wait for the layer to end.
+constexpr int64_t kMergedChunks = 8;
 
 constexpr int kStages = 3;  // Scoring, selection, attention.
 
@@ -91,8 +95,11 @@ class Task : public Job {
   void attend(int64_t first, int64_t last);
   void fetch_what_follows();
   void attend_chunk(int64_t chunk, const ChunkList& listed, int32_t next);
-  void merge();
-  float* partial(int64_t chunk);
+  int64_t state_size() const;
+  void count_unmerged();
+  void chunk_attended(int64_t chunk);
+  void merge(int64_t first, int64_t stride, int64_t count);
+  void finish();
   // Runs what belongs to the stage, unless the request has been stopped.
   template <typename Body>
   void guarded(const Body& body) noexcept;
@@ -114,7 +121,8 @@ class Task : public Job {
   const float* written_ = nullptr;
   int64_t union_blocks_ = 0;             // In the union of the group's selections.
   std::vector<ChunkStart> chunks_;       // Of that union.
-  std::vector<float> partials_;          // Per chunk: m [G], l [G], acc [G, H].
+  std::vector<float> states_;            // Per chunk: m [G], l [G], acc [G, H].
+  std::vector<int32_t> unmerged_;        // Chunks not yet attended to, of each kMergedChunks.
   // Written by all who work on the task, unlike what lies before.
   alignas(kLineBytes) std::atomic<int64_t> parts_left_{0};
   std::atomic<int64_t> stage_ns_[kStages] = {};

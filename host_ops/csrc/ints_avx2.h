@@ -39,7 +39,6 @@ inline void store(int32_t* p, Ints v) {
 }
 inline Ints max_of(Ints a, Ints b) { return {_mm256_max_epi32(a.x, b.x)}; }
 inline Ints min_of(Ints a, Ints b) { return {_mm256_min_epi32(a.x, b.x)}; }
-inline Ints either(Ints a, Ints b) { return {_mm256_or_si256(a.x, b.x)}; }
 inline int32_t reduce_max(Ints v) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v.x), _mm256_extracti128_si256(v.x, 1));
   m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
@@ -55,16 +54,7 @@ inline uint32_t set_of(__m256i lanes) {
 }
 inline uint32_t above(Ints v, Ints t) { return set_of(_mm256_cmpgt_epi32(v.x, t.x)); }
 inline uint32_t equal(Ints v, Ints t) { return set_of(_mm256_cmpeq_epi32(v.x, t.x)); }
-inline Ints add_above(Ints counts, Ints v, Ints t) {
-  return {_mm256_sub_epi32(counts.x, _mm256_cmpgt_epi32(v.x, t.x))};
-}
-inline int32_t reduce_add(const Ints (&v)[4]) {
-  const __m256i sum =
-      _mm256_add_epi32(_mm256_add_epi32(v[0].x, v[1].x), _mm256_add_epi32(v[2].x, v[3].x));
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
+inline int64_t number_above(Ints v, Ints t) { return __builtin_popcount(above(v, t)); }
 inline int append(int32_t* p, Ints v, uint32_t lanes) {
   const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneTable.lane[lanes]));
   store(p, {_mm256_permutevar8x32_epi32(v.x, _mm256_cvtepu8_epi32(order))});

@@ -19,19 +19,11 @@ inline Ints load_part(const int32_t* p, int64_t n, int32_t rest) {
 inline void store(int32_t* p, Ints v) { _mm512_storeu_si512(p, v.x); }
 inline Ints max_of(Ints a, Ints b) { return {_mm512_max_epi32(a.x, b.x)}; }
 inline Ints min_of(Ints a, Ints b) { return {_mm512_min_epi32(a.x, b.x)}; }
-inline Ints either(Ints a, Ints b) { return {_mm512_or_si512(a.x, b.x)}; }
 inline int32_t reduce_max(Ints v) { return _mm512_reduce_max_epi32(v.x); }
 inline int32_t reduce_min(Ints v) { return _mm512_reduce_min_epi32(v.x); }
 inline uint32_t above(Ints v, Ints t) { return _mm512_cmpgt_epi32_mask(v.x, t.x); }
 inline uint32_t equal(Ints v, Ints t) { return _mm512_cmpeq_epi32_mask(v.x, t.x); }
-inline Ints add_above(Ints counts, Ints v, Ints t) {
-  const __mmask16 lanes = _mm512_cmpgt_epi32_mask(v.x, t.x);
-  return {_mm512_mask_sub_epi32(counts.x, lanes, counts.x, _mm512_set1_epi32(-1))};
-}
-inline int32_t reduce_add(const Ints (&v)[4]) {
-  return _mm512_reduce_add_epi32(
-      _mm512_add_epi32(_mm512_add_epi32(v[0].x, v[1].x), _mm512_add_epi32(v[2].x, v[3].x)));
-}
+inline int64_t number_above(Ints v, Ints t) { return __builtin_popcount(above(v, t)); }
 inline int append(int32_t* p, Ints v, uint32_t lanes) {
   // Compressing into memory is slow on some CPUs.
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), v.x));

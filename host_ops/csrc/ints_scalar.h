@@ -36,9 +36,6 @@ inline Ints max_of(Ints a, Ints b) {
 inline Ints min_of(Ints a, Ints b) {
   return each_int([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
-inline Ints either(Ints a, Ints b) {
-  return each_int([&](int i) { return a.lane[i] | b.lane[i]; });
-}
 inline int32_t reduce_max(Ints v) {
   int32_t top = v.lane[0];
   for (int i = 1; i < 8; ++i) top = v.lane[i] > top ? v.lane[i] : top;
@@ -55,15 +52,10 @@ inline uint32_t above(Ints v, Ints t) {
 inline uint32_t equal(Ints v, Ints t) {
   return set_of([&](int i) { return v.lane[i] == t.lane[i]; });
 }
-inline Ints add_above(Ints counts, Ints v, Ints t) {
-  return each_int([&](int i) { return counts.lane[i] + (v.lane[i] > t.lane[i]); });
-}
-inline int32_t reduce_add(const Ints (&v)[4]) {
-  int32_t sum = 0;
-  for (const Ints& some : v) {
-    for (const int32_t x : some.lane) sum += x;
-  }
-  return sum;
+inline int64_t number_above(Ints v, Ints t) {
+  int32_t number = 0;
+  for (int i = 0; i < 8; ++i) number += v.lane[i] > t.lane[i];
+  return number;
 }
 inline int append(int32_t* p, Ints v, uint32_t lanes) {
   int n = 0;

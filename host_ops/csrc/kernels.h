@@ -112,8 +112,7 @@ struct KernelTable {
   void (*score)(const ScoreArgs&);
   void (*fold_heads)(const ScoreArgs&);  // Row 0 of the scores becomes the maximum over the heads.
   void (*select)(const SelectArgs&);
-  // Returns the blocks of the union; `starts` holds one more than
-  // chunks_of(limit) or more, of which those behind the last chunk say nothing.
+  // Returns the blocks of the union; `starts` holds chunks_of(limit) or more.
   int64_t (*find_chunks)(const UnionArgs&, ChunkStart* starts);
   // Writes `count` blocks of the union, and which heads selected them, from a chunk's start on.
   void (*list_chunk)(const UnionArgs&, ChunkStart start, int32_t count, int32_t* blocks,

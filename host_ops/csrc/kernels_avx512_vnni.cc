@@ -17,7 +17,6 @@ namespace {
 #include "kernels_impl.h"
 #include "merge_impl.h"
 #include "score_impl.h"
-#include "widen_impl.h"
 #include "selection_impl.h"
 #include "union_impl.h"
 

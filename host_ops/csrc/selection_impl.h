@@ -1,25 +1,22 @@
 // Exact selection of the best units, written once over the `Ints` of an instruction set.
 //
-// The cut between chosen and not chosen is narrowed down, and one pass compares and writes the bitmap.
+// The cut between chosen and not chosen is bisected, and one pass compares and writes the bitmap.
 // Many scores are first thinned out: a sample brackets the cut between two values, and one pass
 // keeps the scores between them; then again, until few are left. What a sample says can only cost
 // time: where the bracket misses, all scores are kept.
 //
-// Expects write_units of widen_impl.h and of an ints_*.h: all, load, load_part, store, max_of, min_of,
-// reduce_max, reduce_min, above, equal, add_above (adds 1 to the lanes whose number is above),
-// reduce_add, append (stores the named lanes next to each other and returns how many; may write a
-// whole vector).
+// Expects of an ints_*.h: all, load, load_part, store, max_of, min_of, reduce_max, reduce_min, above,
+// equal, number_above, append (stores the named lanes next to each other and returns how many; may
+// write a whole vector), bytes_of_bits (each of 32 bits repeated eight times).
 
 constexpr int32_t kLowest = -2147483647 - 1;
 constexpr int32_t kHighest = 2147483647;
-// Narrowing down so many takes no longer than thinning them out.
+// Bisecting so many takes no longer than thinning them out.
 constexpr int64_t kFew = 768;
-constexpr int64_t kSamples = 64;
+constexpr int64_t kSamples = 128;
 constexpr int64_t kSlack = 2;  // How many samples an end of the bracket may be off.
 // Vectors that are counted together, so that their sums do not wait for each other.
 constexpr int64_t kTogether = 4;
-// Values for which something else is fetched meanwhile.
-constexpr int64_t kStride = 64;
 constexpr int64_t kMultiple = kTogether * Ints::kLanes;
 static_assert(kMultiple <= kSelectPadding && kSamples % kMultiple == 0, "");
 
@@ -29,11 +26,9 @@ struct Cut {
   int64_t ties;
 };
 
-// A threshold, and how many values are above it.
-struct Found {
-  int32_t threshold;
-  int64_t above;
-};
+inline int32_t middle_of(int32_t low, int32_t high) {
+  return static_cast<int32_t>(low + (static_cast<int64_t>(high) - low) / 2);
+}
 
 inline int32_t low_bits(int64_t n) {
   return n >= 32 ? -1 : static_cast<int32_t>((uint32_t{1} << n) - 1);
@@ -45,68 +40,30 @@ inline int64_t pad(int32_t* values, int64_t count) {
   return (count + kMultiple - 1) / kMultiple * kMultiple;
 }
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-// In place of a branch that would be guessed wrong every other time: `a` where `bits` are all set, `b`
-// where none is.
-inline int64_t chosen(int64_t bits, int64_t a, int64_t b) { return (a & bits) | (b & ~bits); }
-
-// How many values are above each of two thresholds.
-struct Counts {
-  int64_t first;
-  int64_t second;
-};
-
-inline Counts count_above(const int32_t* values, int64_t padded, int32_t first, int32_t second) {
-  const Ints limits[2] = {all(first), all(second)};
-  Ints counts[2][kTogether];
-  for (auto& some : counts) {
-    for (Ints& count : some) count = all(0);
-  }
+inline int64_t count_above(const int32_t* values, int64_t padded, int32_t threshold) {
+  const Ints limit = all(threshold);
+  int64_t counts[kTogether] = {};
   for (int64_t i = 0; i < padded; i += kMultiple) {
     for (int64_t j = 0; j < kTogether; ++j) {
-      const Ints v = load(values + i + j * Ints::kLanes);
-      counts[0][j] = add_above(counts[0][j], v, limits[0]);
-      counts[1][j] = add_above(counts[1][j], v, limits[1]);
+      counts[j] += number_above(load(values + i + j * Ints::kLanes), limit);
     }
   }
-  return {reduce_add(counts[0]), reduce_add(counts[1])};
+  return counts[0] + counts[1] + counts[2] + counts[3];
 }
 
-// A threshold in [low, high] with `least` to `most` of the values above it if there is one, otherwise
-// one close by; and then how many are above. All `count` values are in [low, high].
-//
-// A pass tries two thresholds: where a straight line between what is known of both ends would put
-// it, which is close for most scores, and the middle, so that no scores take more passes than
-// bisection.
-inline Found find_near(const int32_t* values, int64_t count, int64_t padded, int64_t least,
-                       int64_t most, int64_t low, int64_t high) {
-  int64_t above_low = count;  // Of those not below `low`.
-  int64_t above_high = 0;
-  const auto within = [&](int64_t number) {
-    return static_cast<uint64_t>(number - least) <= static_cast<uint64_t>(most - least);
-  };
-  const auto narrow = [&](int64_t threshold, int64_t number) {
-    const int64_t fewer = (number - least) >> 63;
-    high = chosen(fewer, smaller(threshold, high), high);
-    above_high = chosen(fewer, larger(number, above_high), above_high);
-    low = chosen(fewer, low, larger(threshold + 1, low));
-    above_low = chosen(fewer, above_low, smaller(number, above_low));
-  };
+// The cut behind the wanted-th largest value, 0 < wanted <= count, which is in [low, high].
+inline Cut find_cut(const int32_t* values, int64_t padded, int64_t wanted, int32_t low,
+                    int32_t high) {
   while (low < high) {
-    const int64_t width = high - low;
-    const float share =
-        static_cast<float>(above_low - least) / static_cast<float>(above_low - above_high);
-    const int64_t way = static_cast<int64_t>(share * static_cast<float>(width));
-    const int32_t guess = static_cast<int32_t>(low + smaller(way, width - 1));
-    const int32_t middle = static_cast<int32_t>(low + width / 2);
-    const Counts above = count_above(values, padded, guess, middle);
-    if (within(above.first)) return {guess, above.first};
-    if (within(above.second)) return {middle, above.second};
-    narrow(guess, above.first);
-    narrow(middle, above.second);
+    const int32_t middle = middle_of(low, high);
+    const int64_t count = count_above(values, padded, middle);
+    if (count == wanted) return {middle, 0};
+    // Without a branch, which would be guessed wrong every other time.
+    const bool fewer = count < wanted;
+    high = fewer ? middle : high;
+    low = fewer ? low : middle + 1;
   }
-  return {static_cast<int32_t>(low), above_high};
+  return {low, wanted - count_above(values, padded, low)};
 }
 
 // Smallest and largest of count > 0 values.
@@ -124,12 +81,18 @@ inline void find_range(const int32_t* values, int64_t count, int32_t* low, int32
   *high = reduce_max(largest);
 }
 
-// The cut behind the wanted-th largest value, 0 < wanted <= count.
-inline Cut find_cut(int32_t* values, int64_t count, int64_t wanted) {
-  int32_t low, high;
-  find_range(values, count, &low, &high);
-  const Found found = find_near(values, count, pad(values, count), wanted, wanted, low, high);
-  return {found.threshold, wanted - found.above};
+// A threshold with `least` to `most` values above it if there is one, otherwise one close by.
+inline int32_t find_near(const int32_t* values, int64_t padded, int64_t least, int64_t most,
+                         int32_t low, int32_t high) {
+  while (low < high) {
+    const int32_t middle = middle_of(low, high);
+    const int64_t count = count_above(values, padded, middle);
+    if (count >= least && count <= most) return middle;
+    const bool fewer = count < least;
+    high = fewer ? middle : high;
+    low = fewer ? low : middle + 1;
+  }
+  return low;
 }
 
 // Multiples of the golden ratio spread evenly and follow no period of the scores.
@@ -160,22 +123,19 @@ inline void bracket(const int32_t* values, int64_t count, int64_t wanted, int32_
   *low = kLowest;
   *high = kHighest;
   if (rank + margin < kSamples) {
-    const int64_t more = rank + margin;
-    *low = find_near(samples, kSamples, kSamples, more, more + kSlack, least, most).threshold;
+    *low = find_near(samples, kSamples, rank + margin, rank + margin + kSlack, least, most);
   }
   // Where few are above the bracket, keeping them is cheaper than telling them from the others.
   if (rank >= 2 * margin) {
-    const int64_t fewer = rank - margin;
-    *high = find_near(samples, kSamples, kSamples, fewer - kSlack, fewer, least, most).threshold;
+    *high = find_near(samples, kSamples, rank - margin - kSlack, rank - margin, least, most);
   }
 }
 
 // Copies the values above `low` but not above `high` to `kept`, which may be `values`; returns how
-// many, and how many are above `high`. `kTop`: `high` is kHighest. Before each kStride values `ahead`
-// is told which.
-template <bool kTop, typename Ahead>
+// many, and how many are above `high`. `kTop`: `high` is kHighest. `next` may be null.
+template <bool kTop>
 inline int64_t keep_between(const int32_t* values, int64_t count, int32_t low, int32_t high,
-                            const Ahead& ahead, int32_t* kept, int64_t* over) {
+                            const int32_t* next, int32_t* kept, int64_t* over) {
   const Ints bottom = all(low);
   const Ints top = all(high);
   int64_t number = 0;
@@ -190,45 +150,32 @@ inline int64_t keep_between(const int32_t* values, int64_t count, int32_t low, i
     number += append(kept + number, v, lanes);
   };
   int64_t i = 0;
-  for (; i + kStride <= count; i += kStride) {
-    ahead(i);
-    for (int64_t j = i; j < i + kStride; j += Ints::kLanes) keep(load(values + j));
+  for (; i + Ints::kLanes <= count; i += Ints::kLanes) {
+    if (next != nullptr) __builtin_prefetch(next + i);
+    keep(load(values + i));
   }
-  for (; i + Ints::kLanes <= count; i += Ints::kLanes) keep(load(values + i));
   keep(load_part(values + i, count - i, kLowest));
   return number;
-}
-
-// Asks for the words of kStride units, a line at most, to write to them. They were last read on other
-// CPUs. Asked for all at once, they would keep the scores waiting.
-inline void fetch_words(const SelectArgs& a, int64_t unit) {
-  __builtin_prefetch(a.words + unit * a.ratio / 32, 1);
 }
 
 // Thins the scores out to the scratch until few are left, of which the *wanted best count. Returns
 // how many are left, or 0 if a sample misled.
 inline int64_t thin_out(const SelectArgs& a, int64_t* wanted) {
   const int32_t* values = a.scores;
+  const int32_t* next = a.next;
   int64_t count = a.units;
-  const auto keep = [&](const auto& ahead, int64_t* over) {
-    int32_t low, high;
-    bracket(values, count, *wanted, &low, &high);
-    return high == kHighest
-               ? keep_between<true>(values, count, low, high, ahead, a.scratch, over)
-               : keep_between<false>(values, count, low, high, ahead, a.scratch, over);
-  };
-  const auto fetch_ahead = [&](int64_t unit) {
-    fetch_words(a, unit);
-    if (a.next == nullptr) return;
-    for (int64_t i = 0; i < kStride; i += 16) __builtin_prefetch(a.next + unit + i);
-  };
   while (count > kFew) {
+    int32_t low, high;
     int64_t over;
-    const int64_t kept = values == a.scores ? keep(fetch_ahead, &over) : keep([](int64_t) {}, &over);
+    bracket(values, count, *wanted, &low, &high);
+    const int64_t kept =
+        high == kHighest ? keep_between<true>(values, count, low, high, next, a.scratch, &over)
+                         : keep_between<false>(values, count, low, high, next, a.scratch, &over);
     if (over >= *wanted || over + kept < *wanted || kept == count) return 0;
     *wanted -= over;
     count = kept;
     values = a.scratch;
+    next = nullptr;
   }
   return count;
 }
@@ -238,6 +185,43 @@ inline void keep_all(const SelectArgs& a) {
   int64_t u = 0;
   for (; u + Ints::kLanes <= a.units; u += Ints::kLanes) store(a.scratch + u, load(a.scores + u));
   store(a.scratch + u, load_part(a.scores + u, a.units - u, kLowest));
+}
+
+// Repeats each of the lowest 32 / kRatio bits kRatio times.
+template <int kRatio>
+constexpr uint32_t widen_bits(uint32_t bits) {
+  for (int half = 16 / kRatio; half > 0; half /= 2) {
+    const uint32_t every =
+        static_cast<uint32_t>(0xffffffffu / ((uint64_t{1} << half * kRatio) - 1));
+    bits = (bits | bits << half * (kRatio - 1)) & every * ((1u << half) - 1);
+  }
+  return bits * ((1u << kRatio) - 1);
+}
+
+// Each byte with its bits repeated kRatio times.
+template <int kRatio>
+struct Widened {
+  uint32_t bits[256] = {};
+  constexpr Widened() {
+    for (uint32_t byte = 0; byte < 256; ++byte) bits[byte] = widen_bits<kRatio>(byte);
+  }
+};
+constexpr Widened<2> kTwice;
+constexpr Widened<4> kFourTimes;
+
+// The words of `count` <= 32 units.
+template <int kRatio>
+inline void write_units(uint32_t bits, int64_t count, uint32_t* words) {
+  if (kRatio == 8 && count == 32) return bytes_of_bits(bits, words);
+  for (int64_t i = 0; i * 32 < count * kRatio; ++i) {
+    const uint32_t part = bits >> i * (32 / kRatio);
+    if constexpr (kRatio == 1) words[i] = part;
+    if constexpr (kRatio == 2) {
+      words[i] = kTwice.bits[part & 255] | kTwice.bits[part >> 8 & 255] << 16;
+    }
+    if constexpr (kRatio == 4) words[i] = kFourTimes.bits[part & 255];
+    if constexpr (kRatio == 8) words[i] = widen_bits<8>(part & 15);
+  }
 }
 
 // One bit for each of 32 scores, those behind `count` being 0.
@@ -292,19 +276,18 @@ void fold_heads(const ScoreArgs& a) {
 }
 
 void select(const SelectArgs& a) {
+  // They were last read on other CPUs.
+  for (int64_t i = 0; i * 32 < a.units * a.ratio; i += 16) __builtin_prefetch(a.words + i, 1);
   int64_t wanted = a.wanted;
-  int64_t kept = 0;
-  if (a.units > kFew) {
-    kept = thin_out(a, &wanted);
-  } else {
-    for (int64_t unit = 0; unit < a.units; unit += kStride) fetch_words(a, unit);
-  }
+  int64_t kept = a.units > kFew ? thin_out(a, &wanted) : 0;
   if (kept == 0) {
     keep_all(a);
     kept = a.units;
     wanted = a.wanted;
   }
-  const Cut cut = find_cut(a.scratch, kept, wanted);
+  int32_t low, high;
+  find_range(a.scratch, kept, &low, &high);
+  const Cut cut = find_cut(a.scratch, pad(a.scratch, kept), wanted, low, high);
   if (a.ratio == 1) write_words<1>(a, cut);
   if (a.ratio == 2) write_words<2>(a, cut);
   if (a.ratio == 4) write_words<4>(a, cut);

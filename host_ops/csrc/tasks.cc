@@ -159,7 +159,7 @@ bool Task::begin_next() {
 // the head before.
 int64_t Task::selecting_parts() const {
   const Pool& pool = *request_->pool_;
-  const bool alone = shared_ || units_ <= kAloneUnits || pool.queued() >= 2 * pool.threads();
+  const bool alone = shared_ || units_ <= kAloneUnits || pool.queued() >= pool.threads();
   return alone ? 1 : request_->geometry_.group();
 }
 
@@ -235,7 +235,7 @@ UnionArgs Task::selections() const {
 
 void Task::cut_union() {
   const UnionArgs args = selections();
-  union_blocks_ = kernels().find_chunks(args, grown(&chunks_, chunks_of(args.limit) + 1));
+  union_blocks_ = kernels().find_chunks(args, grown(&chunks_, chunks_of(args.limit)));
   request_->blocks_read_[index_] = static_cast<int32_t>(union_blocks_);
   grown(&states_, std::max<int64_t>(chunks_of(union_blocks_), 1) * state_size());
   count_unmerged();

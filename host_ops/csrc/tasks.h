@@ -37,7 +37,7 @@
 namespace fluxion {
 
 // Units of a part of scoring. Whoever takes several parts scores them as one.
-constexpr int64_t kScoreUnits = 64;
+constexpr int64_t kScoreUnits = 128;
 // No more units are ranked for a head sooner than another thread could take it over.
 constexpr int64_t kAloneUnits = 512;
 

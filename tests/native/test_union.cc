@@ -39,7 +39,7 @@ void compare(const std::vector<uint32_t>& rows, int64_t words, int64_t group, in
   for (const char* name : {"scalar", "avx2", "avx512", "avx512_vnni"}) {
     const KernelTable* table = find_kernels(name);
     if (table == nullptr) continue;
-    const auto starts = guard(std::vector<ChunkStart>(chunks_of(limit) + 1));
+    const auto starts = guard(std::vector<ChunkStart>(chunks_of(limit)));
     CHECK_EQ(table->find_chunks(args, starts->as<ChunkStart>()), total);
     CHECK(starts->intact());
     for (int64_t chunk = 0; chunk < chunks_of(total); ++chunk) {
@@ -85,7 +85,7 @@ TEST(union_of_random_selections) {
 }
 
 TEST(union_of_everything_and_of_nothing) {
-  for (const int64_t words : {1, 2, 7, 16, 37, 90}) {
+  for (const int64_t words : {1, 2, 7, 16, 37}) {
     for (const int64_t limit : {int64_t{0}, int64_t{1}, words * 32 - 5, words * 32}) {
       for (const int64_t group : {1, 4, 64}) {
         compare(std::vector<uint32_t>(group * words, ~uint32_t{0}), words, group, limit);

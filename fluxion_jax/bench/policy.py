@@ -349,14 +349,16 @@ class _Measure:
         return found and {"kind": "recovery", "case": self.case.name, **found}
 
     def _half_speed(self) -> tuple[int, int]:
-        """Threads by default, and those with which reading goes closest to half as fast."""
+        """Threads that are at work, and those with which reading goes closest to half as fast."""
         ceilings = self.bench.cell("machine", lambda: machine.run(self.bench.settings.machine))
         assert ceilings is not None
         reads = {
             r["threads"]: r["gb_s"]["median"] for r in ceilings["rows"] if r["pipe"] == "host read"
         }
-        threads = max(reads)
-        return threads, min(reads, key=lambda n: abs(reads[n] - reads[threads] / 2))
+        # A GPU's program leaves some CPUs free, with which the ceilings were measured.
+        threads = int(native.info()["threads"])
+        half = max(reads.values()) / 2
+        return threads, min(reads, key=lambda n: abs(reads[n] - half))
 
     def floor(self) -> dict[str, Any]:
         """Steps of a cache that has no host part."""

@@ -67,6 +67,16 @@ def test_every_cell_has_its_figures(measured):
     assert [r["kind"] for r in report["rows"] if r["kind"] != "steps"] == ["planning", "recovery"]
 
 
+def test_recovery_begins_and_ends_with_the_threads_that_are_at_work(monkeypatch):
+    # The ceilings were measured with more.
+    rows = [{"pipe": "host read", "threads": n, "gb_s": {"median": 10.0 * n}} for n in (1, 4, 7)]
+    bench = policy._Bench(TINY, None, lambda _: None, None)
+    monkeypatch.setattr(bench, "cell", lambda *_: {"rows": rows})
+    monkeypatch.setattr(policy.native, "info", lambda: {"threads": 6})
+    measure = policy._Measure(bench, CASE, {}, {})
+    assert measure._half_speed() == (6, 4)
+
+
 def test_the_union_that_was_read_is_the_one_wanted(measured):
     _, report = measured
     for row in (r for r in report["rows"] if r["kind"] == "steps"):

@@ -314,7 +314,17 @@ def decode_attention(
         work, flush, window_state, cache, index, scale, execution
     )
     device, collected = _attend_host_cache(
-        q, work, ranked_units, flush, window_state, cache, index, scale, split, execution, return_selection
+        q,
+        work,
+        ranked_units,
+        flush,
+        window_state,
+        cache,
+        index,
+        scale,
+        split,
+        execution,
+        return_selection,
     )
     host_state = (collected.out, collected.lse)
     states = [window_state]
@@ -601,8 +611,9 @@ def _make_work(
     """Turns the plan into units, and cuts every task between host and device.
 
     Returns:
-      The work, the units of each task that have to be scored, and statuses `[B * K]` of what is wrong with the plan: their own, for that of the
-      cache differs from layer to layer, and nothing of this one has to wait until they are one.
+      The work, the units of each task that have to be scored, and statuses `[B * K]` of what is
+      wrong with the plan: their own, for that of the cache differs from layer to layer, and nothing
+      of this one has to wait until they are one.
     """
     host_blocks = jnp.where(active, host_tokens(cache.layout, cache.lengths) // BLOCK_TOKENS, 0)
     everything = cache.lengths + 1 < execution.dense_below_tokens

@@ -11,6 +11,8 @@ size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,7 @@ def score_units(
     """
     _check(q8, summaries, granularity, host_blocks, first_row)
     ranked = jnp.ones_like(granularity) if ranked is None else ranked
-    candidates = {"triton": _triton, "xla": _xla}
+    candidates: dict[str, Callable[..., jax.Array]] = {"triton": _triton, "xla": _xla}
     arguments = (q8, summaries, granularity, host_blocks, ranked, first_row)
     return dispatch("score_units", implementation, candidates, *arguments)  # type: ignore[no-any-return]
 

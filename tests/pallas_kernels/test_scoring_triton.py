@@ -14,7 +14,6 @@ from pallas_kernels import UnsupportedImplementationError, score_units
 from pallas_kernels.scoring_triton import score_units_triton
 from tests.pallas_kernels import lowering, oracle
 
-
 interpreted = jax.jit(functools.partial(score_units_triton, interpret=True))
 ON_GPU = jax.jit(functools.partial(score_units, implementation="triton"))
 EXECUTIONS = [

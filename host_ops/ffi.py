@@ -110,6 +110,7 @@ def submit(
     call = jax.ffi.ffi_call(
         "fluxion_submit", jax.ShapeDtypeStruct((2,), jnp.int32), has_side_effect=True
     )
+    begins = not compat.traced_for_many()
     tick: jax.Array = call(
         *([] if first_row is None else [first_row]),
         k,
@@ -120,8 +121,10 @@ def submit(
         has_bitmap=bitmap is not None,
         scale=np.float32(scale),
         has_first_row=first_row is not None,
+        # On a GPU the queries are copied to the host anyway.
+        **({} if compat.traced_for_gpu() else {"lends": begins}),
     )
-    if compat.traced_for_many() and not compat.traced_for_gpu():
+    if not begins and not compat.traced_for_gpu():
         # What follows an asynchronous call runs on the thread that completes it. That may be an
         # exchange between devices, which would wait on a worker for devices that wait for workers.
         # So collect begins the tasks.
@@ -150,7 +153,8 @@ def collect(
 
     Args:
       tick: of the `submit` of the same layer and step.
-      work: the same as given to `submit`; only its shapes are used.
+      work: the same as given to `submit`. Its queries are not copied: that they are needed here keeps
+        them where they are for as long.
       k: host cache `[B, K, P, 16, H]`, the same buffers as given to `submit`.
       v: likewise.
       summaries: int8 `[B, K, U, 2, H]`, or None if they are kept on the device.
@@ -209,6 +213,8 @@ def collect(
     new_k, new_v, out, lse, status, times, blocks_read, units_scanned, *rest = call(
         *operands,
         *after,
+        work.q,
+        work.q8,
         has_summaries=summaries is not None,
         return_selection=return_selection,
         has_first_row=bool(rows),

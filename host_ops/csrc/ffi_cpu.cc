@@ -44,14 +44,14 @@ ffi::Error append_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, bool
 }
 
 ffi::Error submit_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, bool has_summaries,
-                          bool has_bitmap, float scale, bool has_first_row) {
+                          bool has_bitmap, float scale, bool has_first_row, bool lends) {
   return guarded([&] {
     Operands in(args, rets);
     SubmitCall call = read_submit(in, has_summaries, has_bitmap, scale, has_first_row);
     if (!in.ok()) return in.error();
     call.work.cancel = *call.cancel;
     if (choose_rows(call.g, call.rows, &call.cache)) {
-      submit(call.g, call.work, call.cache, call.scale, call.tick);
+      submit(call.g, call.work, call.cache, call.scale, call.tick, lends);
     } else {
       std::copy_n(kNoTick, 2, call.tick);
     }
@@ -124,7 +124,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_submit_cpu, fluxion::submit_handler,
                                   .Attr<bool>("has_summaries")
                                   .Attr<bool>("has_bitmap")
                                   .Attr<float>("scale")
-                                  .Attr<bool>("has_first_row"));
+                                  .Attr<bool>("has_first_row")
+                                  .Attr<bool>("lends"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_start_cpu, fluxion::start_handler,
                               xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets());

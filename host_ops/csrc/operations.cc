@@ -1,7 +1,9 @@
 #include "operations.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
+#include <memory>
 
 #include "append.h"
 #include "fetch.h"
@@ -136,8 +138,12 @@ void give_back(Slot* slot) noexcept {
 }
 
 void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
-            int32_t tick[2]) noexcept {
-  fill(reserve(tick), geometry, work, cache, scale);
+            int32_t tick[2], bool lent) noexcept {
+  // At the lease nobody looks. A bitmap is read once more by collect, which may come much later, and
+  // so are queries where there are no workers.
+  static const Lease kept = std::make_shared<std::atomic<bool>>(false);
+  lent = lent && work.bitmap == nullptr && runtime().pool.threads() > 1;
+  fill(reserve(tick), geometry, work, cache, scale, lent ? kept : nullptr);
 }
 
 bool start(const int32_t tick[2], std::function<void()> action) noexcept {
@@ -145,7 +151,10 @@ bool start(const int32_t tick[2], std::function<void()> action) noexcept {
     Runtime& run = runtime();
     // Queued parts that no worker takes would be run by the collect of some other program, at a
     // time when this one may have failed and given its memory back.
-    if (run.pool.threads() < 2) return false;
+    if (run.pool.threads() < 2) {
+      if (action) run.slots.end_loan(tick[0], tick[1]);
+      return false;
+    }
     const bool started = run.slots.start(tick[0], tick[1], &run.pool, std::move(action));
     // The workers begin with the first push, and the system may have refused all of them; or they
     // have been sent home meanwhile. The program waits for `action` before it collects.

@@ -34,9 +34,10 @@ void refuse(Slot* slot, uint32_t status) noexcept;
 // Gives a reserved slot back that will not be filled; it may be null.
 void give_back(Slot* slot) noexcept;
 
-// Both halves at once.
+// Both halves at once. With `lent`, q and q8 are read where they are until the tick has been collected,
+// or until the action that `start` was given is called, or `start` returned false: whichever is first.
 void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
-            int32_t tick[2]) noexcept;
+            int32_t tick[2], bool lent = false) noexcept;
 
 // Lets the pool begin the tasks of a tick. Returns whether the program has to be kept alive, with
 // the memory of its cache, until `action` is called: from then on nobody reads the cache before

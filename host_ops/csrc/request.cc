@@ -45,6 +45,22 @@ void Request::place_queries(const WorkView& work, bool lent) {
   q8_ = lent ? work.q8 : own_q8_.data();
 }
 
+void Request::end_loan() {
+  const Geometry& g = geometry_;
+  // Without tasks there may be nothing at all.
+  if (task_count_ == 0 || started_.load(std::memory_order_relaxed)) return;
+  if (q_ == own_q_.data()) return;
+  copy_array(&own_q_, q_, g.batch * g.heads * g.head_dim);
+  q_ = own_q_.data();
+  if (has_bitmap_) {
+    copy_array(&own_bitmap_, bitmap_, g.batch * g.heads * g.words());
+    bitmap_ = own_bitmap_.data();
+  } else {
+    copy_array(&own_q8_, q8_, g.batch * g.heads * g.head_dim);
+    q8_ = own_q8_.data();
+  }
+}
+
 void Request::place_bitmap(const WorkView& work, bool lent) {
   const int64_t words = geometry_.batch * geometry_.heads * geometry_.words();
   if (!has_bitmap_) {

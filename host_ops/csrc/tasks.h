@@ -169,6 +169,9 @@ class Request {
   uint32_t prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
                    float scale, CancelWord cancel, bool cancel_known, bool lent = false);
 
+  // Before start: copies what is lent. May throw std::bad_alloc.
+  void end_loan();
+
   // Instead of prepare, or after it threw: there are no tasks, and the status is this one.
   void refuse(uint32_t status);
 

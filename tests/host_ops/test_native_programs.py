@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -125,6 +126,32 @@ def test_the_host_works_while_the_program_does_something_else():
     assert 0 < seconds["span"] < 0.3
     assert seconds["waited"] < 0.1
     assert 0 < seconds["own"] < 0.1
+
+
+def test_queries_stay_where_they_are_until_collect():
+    # They are not copied, so the memory that submit is given must not become another value's.
+    case = cases.random_case(SHAPE)
+    work, flush = jax.tree.map(jnp.asarray, (case.work, case.flush))
+
+    def program(cache, q, q8):
+        own = work._replace(q=2.0 * q, q8=q8 + q8)
+        return step(own, *cache, flush)
+
+    text = jax.jit(program).lower(host_cache(case), work.q, work.q8).compile().as_text()
+    operands = {
+        name: set(re.findall(r"%[\w.\-]+", line.split("custom-call(")[1].split("), ")[0]))
+        for line in text.splitlines()
+        for name in re.findall(r'custom_call_target="fluxion_(submit|collect)"', line)
+    }
+    queries = {
+        name
+        for name, shape in re.findall(r"(%[\w.\-]+) = (\w+\[[\d,]*\])", text)
+        for array in (work.q, work.q8)
+        if shape == f"{'f32' if array is work.q else 's8'}[{','.join(map(str, array.shape))}]"
+    }
+    read = operands["submit"] & queries
+    assert len(read) == 2
+    assert read <= operands["collect"]
 
 
 def test_one_thread_is_enough():

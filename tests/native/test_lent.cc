@@ -95,6 +95,59 @@ TEST(what_is_lent_is_read_where_it_lies_and_everything_else_is_copied) {
   CHECK(same_bits(changed_meanwhile(c, other, nullptr, nullptr), want));
 }
 
+TEST(what_a_submit_lends_may_go_when_start_does_not_begin) {
+  const Case c = ragged_case();
+  Case other = c;
+  for (float& x : other.q) x = -x;
+  for (int8_t& x : other.q8) x = static_cast<int8_t>(-x);
+  Case plain = c;
+  Case plain_other = other;
+  const Result want = run(plain);
+  const Result want_other = run(plain_other);
+  // Of workers there are some at submit, and perhaps none at start.
+  for (const int at_submit : {1, 3}) {
+    for (const bool starts : {false, true}) {
+      runtime().pool.set_threads(at_submit);
+      Case mine = c;
+      int32_t tick[2];
+      submit(mine.g, mine.work(), mine.cache(), mine.scale, tick, true);
+      runtime().pool.set_threads(1);
+      if (starts) CHECK(!start(tick, [] {}));
+      mine.q = other.q;
+      mine.q8 = other.q8;
+      const Result r = collect_tick(mine, tick);
+      CHECK_EQ(r.status, 0);
+      CHECK(same_bits(r, at_submit > 1 && !starts ? want_other : want));
+    }
+  }
+  // With workers nobody reads them once the action has been called.
+  runtime().pool.set_threads(3);
+  Case mine = c;
+  int32_t tick[2];
+  submit(mine.g, mine.work(), mine.cache(), mine.scale, tick, true);
+  std::atomic<bool> ended{false};
+  if (start(tick, [&] { ended = true; })) {
+    while (!ended) std::this_thread::yield();
+  }
+  mine.q = other.q;
+  mine.q8 = other.q8;
+  CHECK(same_bits(collect_tick(mine, tick), want));
+}
+
+TEST(a_given_bitmap_is_never_lent_by_a_submit) {
+  runtime().pool.set_threads(3);
+  const Case c = ragged_case();
+  auto bitmap = random_bitmap(c.g);
+  Case mine = c;
+  const Result want = changed_meanwhile(c, c, bitmap.data(), nullptr);
+  WorkView work = mine.work();
+  work.bitmap = bitmap.data();
+  int32_t tick[2];
+  submit(mine.g, work, mine.cache(), mine.scale, tick, true);
+  std::fill(bitmap.begin(), bitmap.end(), 0u);
+  CHECK(same_bits(collect_tick(mine, tick), want));
+}
+
 TEST(a_lent_bitmap_selects_what_a_copied_one_does) {
   const Case c = ragged_case();
   const auto bitmap = random_bitmap(c.g);

@@ -122,7 +122,7 @@ def submit(
         scale=np.float32(scale),
         has_first_row=first_row is not None,
         # On a GPU the queries are copied to the host anyway.
-        **({} if compat.traced_for_gpu() else {"lends": begins}),
+        lends=begins and not compat.traced_for_gpu(),
     )
     if not begins and not compat.traced_for_gpu():
         # What follows an asynchronous call runs on the thread that completes it. That may be an
@@ -153,8 +153,8 @@ def collect(
 
     Args:
       tick: of the `submit` of the same layer and step.
-      work: the same as given to `submit`. Its queries are not copied: that they are needed here keeps
-        them where they are for as long.
+      work: the same as given to `submit`. Its queries are not copied: that they are needed here
+        keeps them where they are for as long.
       k: host cache `[B, K, P, 16, H]`, the same buffers as given to `submit`.
       v: likewise.
       summaries: int8 `[B, K, U, 2, H]`, or None if they are kept on the device.

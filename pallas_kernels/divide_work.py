@@ -28,7 +28,7 @@ class Division(NamedTuple):
 
     Attributes:
       granularity: int32 `[B, K]`, the smallest one where the plan's is unknown.
-      status: int32 `[B, K]`, the status of that there and 0 elsewhere.
+      status: int32 `[B, K]`, `unknown_status` where the plan's granularity is unknown, else 0.
       k_units: int32 `[B, N]`, units that each head selects.
       ranked_units: int32 `[B, K]`, units that have to be scored; none where all or nothing is
         selected.
@@ -85,7 +85,7 @@ def divide_work(
       ahead: float32 scalar, bytes.
       granularities: that are known, each twice the one before; the first are the tokens of a
         block, a power of two.
-      unknown_status: of another one.
+      unknown_status: status of a granularity that is not among them.
       sides: "both", or the only one that has work: "host" or "device".
       block_bytes: of a block that is read.
       scanned_bytes: for each unit of a task that has to rank them.

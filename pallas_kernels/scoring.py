@@ -33,7 +33,7 @@ def summary_rows(num_blocks: int) -> int:
 
 def unit_shift(granularity: jax.Array) -> jax.Array:
     """Returns log2 of the blocks in a unit, for granularities of 16, 32, 64 or 128 tokens."""
-    # Without comparisons, which Triton takes wrongly of scalars.
+    # Not by comparisons: of a scalar Triton takes them for booleans, which do not add up.
     return sum(
         (jnp.clip(granularity >> (c.bit_length() - 1), 0, 1) for c in GRANULARITIES[1:]),
         start=jnp.zeros_like(granularity),

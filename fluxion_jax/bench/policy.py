@@ -349,16 +349,19 @@ class _Measure:
         return found and {"kind": "recovery", "case": self.case.name, **found}
 
     def _half_speed(self) -> tuple[int, int]:
-        """Threads that are at work, and those with which reading goes closest to half as fast."""
+        """Threads that are at work, and fewer with which reading goes closest to half as fast.
+
+        Half of the fastest: on a GPU some CPUs are left free, with which that was measured.
+        """
         ceilings = self.bench.cell("machine", lambda: machine.run(self.bench.settings.machine))
         assert ceilings is not None
         reads = {
             r["threads"]: r["gb_s"]["median"] for r in ceilings["rows"] if r["pipe"] == "host read"
         }
-        # A GPU's program leaves some CPUs free, with which the ceilings were measured.
         threads = int(native.info()["threads"])
         half = max(reads.values()) / 2
-        return threads, min(reads, key=lambda n: abs(reads[n] - half))
+        fewer = [n for n in reads if n < threads] or [1]
+        return threads, min(fewer, key=lambda n: abs(reads.get(n, half) - half))
 
     def floor(self) -> dict[str, Any]:
         """Steps of a cache that has no host part."""
@@ -436,6 +439,7 @@ class _Measure:
             "summaries": place,
             "predicts": predicts,
             "split": split,
+            "threads": native.info()["threads"],
             "step_s": summarise(timed.step_s),
             "start_s": timed.start_s,
             "host_bytes": host_bytes,

@@ -26,8 +26,10 @@ ffi::Error append_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingR
   });
 }
 
+// The staging memory is what is lent here, not what the framework gives.
 ffi::Error submit_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                          bool has_summaries, bool has_bitmap, float scale, bool has_first_row) {
+                          bool has_summaries, bool has_bitmap, float scale, bool has_first_row,
+                          bool) {
   return guarded([&] {
     Operands in(args, rets);
     const SubmitCall call = read_submit(in, has_summaries, has_bitmap, scale, has_first_row);
@@ -71,7 +73,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_submit_cuda, fluxion::submit_handler,
                                   .Attr<bool>("has_summaries")
                                   .Attr<bool>("has_bitmap")
                                   .Attr<float>("scale")
-                                  .Attr<bool>("has_first_row"));
+                                  .Attr<bool>("has_first_row")
+                                  .Attr<bool>("lends"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_start_cuda, fluxion::start_handler,
                               xla::ffi::Ffi::Bind()

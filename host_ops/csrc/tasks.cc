@@ -237,6 +237,7 @@ void Task::cut_union() {
   const UnionArgs args = selections();
   union_blocks_ = kernels().find_chunks(args, grown(&chunks_, chunks_of(args.limit)));
   request_->blocks_read_[index_] = static_cast<int32_t>(union_blocks_);
+  // One at least, so that there is memory for it to lie in.
   grown(&states_, std::max<int64_t>(chunks_of(union_blocks_), 1) * state_size());
   count_unmerged();
 }
@@ -345,8 +346,10 @@ void Task::finish() {
   for (int64_t h = 0; h < group; ++h) {
     const bool nothing = parts_ == 0 || l[h] == 0.0f;
     lse[h] = nothing ? -std::numeric_limits<float>::infinity() : m[h] + std::log(l[h]);
+    // What nothing weighs is 0 or not a number, and that survives.
+    const float divisor = nothing ? 1.0f : l[h];
     for (int64_t i = h * g.head_dim; i < (h + 1) * g.head_dim; ++i) {
-      out[i] = nothing ? 0.0f : acc[i] / l[h];
+      out[i] = parts_ == 0 ? 0.0f : acc[i] / divisor;
     }
   }
 }

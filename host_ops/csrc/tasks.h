@@ -4,18 +4,20 @@
 // boundary above 0. It runs on the pool in three stages, each cut into parts of a fixed size, so
 // that few large tasks keep as many threads busy as many small ones: scoring by kScoreUnits units,
 // selection by query heads, attention by chunks of up to kMaxChunkBlocks blocks. Whoever finishes
-// the last part of a stage begins the next one. The chunks' states are merged in their order, some that
-// follow each other first and in the end all. Scores and selections are exact integers and chunks depend only on the work, so the
-// bits of the result depend neither on the number of threads nor on who ran what.
+// the last part of a stage begins the next one. The chunks' states are merged in their order, some
+// that follow each other first and in the end all. Scores and selections are exact integers and
+// chunks depend only on the work, so the bits of the result depend neither on the number of threads
+// nor on who ran what.
 //
 // Ownership: a request copies the small operands and only points at K, V and the summaries, which
 // the caller keeps alive from start to `finished()`. Queries and a given bitmap are copied too, unless
 // they are `lent`: then the caller keeps them until the next prepare, or until nobody will ask for
 // the selection and no thread is in the request. It owns its results, unless `write_to` says where
-// else they go, which then is the caller's to keep until `finished()`. It is never destroyed; its memory
-// is reused by the next request in the same slot.
+// else they go, which then is the caller's to keep until `finished()`. It is never destroyed; its
+// memory is reused by the next request in the same slot.
 // Threads: prepare and the results belong to one thread at a time; between start and finished()
-// only the pool touches the tasks. Any thread may call `start`, `write_to`, `when_finished` and `abort`.
+// only the pool touches the tasks. Any thread may call `start`, `write_to`, `when_finished` and
+// `abort`.
 
 #ifndef FLUXION_TASKS_H_
 #define FLUXION_TASKS_H_
@@ -229,6 +231,7 @@ class Request {
   void copy_numbers(const WorkView& work);
   bool has_work(int64_t batch, int64_t kv_head) const;
   void write_nothing(int64_t batch, int64_t kv_head);
+  bool keeps_results() const;
   template <typename Body>
   void each_unwritten(const Results& results, const Body& body) const;
   bool stopped();

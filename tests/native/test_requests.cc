@@ -220,8 +220,6 @@ TEST(a_thread_that_is_stuck_is_left_behind_with_its_slot) {
   const Result r = collect_tick(c, next);
   CHECK_EQ(r.status, 0);
   check_result(r, c);
-  // Whoever was left behind wrote nothing where nobody waited for it.
-  CHECK(is_empty(left));
 }
 
 TEST(a_reserved_slot_is_collected_once_it_is_filled) {

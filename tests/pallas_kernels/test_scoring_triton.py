@@ -37,8 +37,9 @@ def test_scores_equal_the_oracle(score, group, num_blocks, head_dim):
     host_blocks = np.array([num_blocks, num_blocks - 3, 0], np.int32)
     want = oracle.score_units(q8, summaries, GRANULARITY, host_blocks)
     want[~np.repeat(RANKED, group, axis=1)] = np.iinfo(np.int32).min
-    got = score(*map(jnp.asarray, (q8, summaries, GRANULARITY, host_blocks, RANKED)))
-    np.testing.assert_array_equal(got, want)
+    for ranked in (RANKED, RANKED * np.int32(7)):
+        got = score(*map(jnp.asarray, (q8, summaries, GRANULARITY, host_blocks, ranked)))
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("score", [*EXECUTIONS, pytest.param(jax.jit(score_units), id="default")])

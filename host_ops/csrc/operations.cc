@@ -15,6 +15,10 @@ namespace {
 // The slot of a tick that carries a status instead of naming a slot.
 constexpr int32_t kFailedSlot = -1;
 
+// Of a lender who does not look at it. Made when the library is loaded, for later there may be no
+// memory.
+const Lease unseen_lease = std::make_shared<std::atomic<bool>>(false);
+
 // How long a part of a task may take to notice that it has been cut off.
 constexpr auto kCutOff = std::chrono::seconds(1);
 
@@ -139,11 +143,12 @@ void give_back(Slot* slot) noexcept {
 
 void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
             int32_t tick[2], bool lent) noexcept {
-  // At the lease nobody looks. A bitmap is read once more by collect, which may come much later, and
-  // so are queries where there are no workers.
-  static const Lease kept = std::make_shared<std::atomic<bool>>(false);
+  Slot* slot = reserve(tick);
+  if (slot == nullptr) return;
+  // A bitmap is read once more by collect, which may come much later, and so are queries where there
+  // are no workers.
   lent = lent && work.bitmap == nullptr && runtime().pool.threads() > 1;
-  fill(reserve(tick), geometry, work, cache, scale, lent ? kept : nullptr);
+  fill(slot, geometry, work, cache, scale, lent ? unseen_lease : nullptr);
 }
 
 bool start(const int32_t tick[2], std::function<void()> action) noexcept {
@@ -152,6 +157,7 @@ bool start(const int32_t tick[2], std::function<void()> action) noexcept {
     // Queued parts that no worker takes would be run by the collect of some other program, at a
     // time when this one may have failed and given its memory back.
     if (run.pool.threads() < 2) {
+      // Who would wait for the action now keeps nothing for it.
       if (action) run.slots.end_loan(tick[0], tick[1]);
       return false;
     }

@@ -87,7 +87,11 @@ void SlotTable::end_loan(int32_t index, int32_t generation) {
   if (slot->state != Slot::State::kInFlight || slot->generation != generation) return;
   if (slot->request == nullptr) return;
   if (slot->lease == nullptr) return;
-  slot->request->end_loan();
+  try {
+    slot->request->end_loan();
+  } catch (...) {
+    slot->request->refuse(kInternal);
+  }
   slot->end_lease();
 }
 

@@ -63,8 +63,8 @@ class SlotTable {
   // called when it has finished. Returns whether `action` will be called.
   bool start(int32_t index, int32_t generation, Pool* pool, std::function<void()> action);
 
-  // Copies what is lent to the request of a tick which may not be started for long. Throws
-  // std::bad_alloc.
+  // Copies what is lent to the request of a tick which may not be started for long. Without memory
+  // collect reports it.
   void end_loan(int32_t index, int32_t generation);
 
   void release(Slot* slot);

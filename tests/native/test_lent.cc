@@ -22,6 +22,15 @@ Case ragged_case() {
   return c;
 }
 
+// The same with all queries the other way round.
+Case negated(Case c) {
+  for (float& x : c.q) x = -x;
+  for (int8_t& x : c.q8) x = static_cast<int8_t>(-x);
+  return c;
+}
+
+Result result_of(Case c) { return run(c); }
+
 std::vector<uint32_t> random_bitmap(const Geometry& g) {
   std::mt19937 rng(11);
   return integers<uint32_t>(rng, g.batch * g.heads * g.words(), 0, UINT32_MAX);
@@ -81,13 +90,9 @@ struct Lent {
 TEST(what_is_lent_is_read_where_it_lies_and_everything_else_is_copied) {
   runtime().pool.set_threads(1);
   const Case c = ragged_case();
-  Case other = c;
-  for (float& x : other.q) x = -x;
-  for (int8_t& x : other.q8) x = static_cast<int8_t>(-x);
-  Case plain = c;
-  Case plain_other = other;
-  const Result want = run(plain);
-  const Result want_other = run(plain_other);
+  const Case other = negated(c);
+  const Result want = result_of(c);
+  const Result want_other = result_of(other);
   CHECK(!same_bits(want, want_other));
   CHECK(same_bits(changed_meanwhile(c, other, nullptr, nullptr), want));
   CHECK(same_bits(changed_meanwhile(c, other, nullptr, make_lease()), want_other));
@@ -97,13 +102,9 @@ TEST(what_is_lent_is_read_where_it_lies_and_everything_else_is_copied) {
 
 TEST(what_a_submit_lends_may_go_when_start_does_not_begin) {
   const Case c = ragged_case();
-  Case other = c;
-  for (float& x : other.q) x = -x;
-  for (int8_t& x : other.q8) x = static_cast<int8_t>(-x);
-  Case plain = c;
-  Case plain_other = other;
-  const Result want = run(plain);
-  const Result want_other = run(plain_other);
+  const Case other = negated(c);
+  const Result want = result_of(c);
+  const Result want_other = result_of(other);
   // Of workers there are some at submit, and perhaps none at start.
   for (const int at_submit : {1, 3}) {
     for (const bool starts : {false, true}) {
@@ -181,9 +182,7 @@ TEST(a_stream_lends_its_staging_memory_to_a_submit) {
       CHECK_EQ(step.submit_on(on), "");
       on.fake.synchronize();
       CHECK(on.stream.drain(Clock::time_point::max()));
-      Case want = step.c;
-      for (float& x : want.q) x = -x;
-      for (int8_t& x : want.q8) x = static_cast<int8_t>(-x);
+      Case want = negated(step.c);
       CHECK(replace_pinned(step.c.q.data(), want.q.data(), 4 * want.q.size()) > 0);
       if (given) {
         CHECK(replace_pinned(bitmap.data(), all.data(), 4 * all.size()) > 0);

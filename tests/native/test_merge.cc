@@ -1,5 +1,6 @@
 // Merging states of attention, against double precision, for every instruction set of this CPU.
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>

@@ -1,5 +1,6 @@
 // Where results go: to the request's own memory, or to where collect wants them.
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -99,4 +100,25 @@ TEST(results_that_nobody_wants_elsewhere_stay_with_the_request) {
   CHECK_EQ(before.written(), 0);
   request.write_results(before.view());
   CHECK(before.same_bits(want));
+}
+
+TEST(a_nan_that_nothing_weighs_reaches_the_result) {
+  Case c = make_case({1, 2, 1, 72, 24, DType::kFloat32}, 3);
+  select_all(&c);
+  // Scores of minus infinity, over which there is no mass.
+  for (float& x : c.q) x = 3e38f;
+  for (int64_t i = 0; i < 24 * kBlockTokens * 72; ++i) c.k.set(i, -3e38f);
+  c.v.set(5 * kBlockTokens * 72 + 7, std::numeric_limits<float>::quiet_NaN());
+  Arrays arrays(c.g);
+  Request request;
+  Pool pool(1);
+  CHECK_EQ(request.prepare(c.g, c.work(), c.cache(), c.scale, nullptr, true), uint32_t{kOk});
+  request.write_to(arrays.view());
+  request.start(&pool);
+  CHECK(pool.help(request.left(), Clock::time_point::max()));
+  for (int64_t h = 0; h < 2; ++h) {
+    CHECK_EQ(arrays.lse[h], -std::numeric_limits<float>::infinity());
+    CHECK(std::isnan(arrays.out[h * 72 + 7]));
+    CHECK_EQ(arrays.out[h * 72 + 8], 0.0f);
+  }
 }

@@ -113,8 +113,8 @@ class LayerStats(NamedTuple):
       device_blocks: int32 `[B, K]`, likewise read by the device out of host memory.
       host_units: int32 `[B, K]`, summaries the host scored.
       device_units: int32 `[B, K]`, summaries the device scored.
-      host_times_s: float32 `[8]`, in the order of `host_ops.TIMES`: `waited`, `busy`, `span`,
-        `scored`, `selected`, `attended`, `own` and `covered`; see `host_ops.Collected`.
+      host_times_s: float32 `[9]`, in the order of `host_ops.TIMES`: `waited`, `busy`, `span`,
+        `scored`, `selected`, `attended`, `own`, `covered` and `scoring`; see `host_ops.Collected`.
       granularity: int32 `[B, K]`, tokens of a unit, as planned.
       budget_tokens: int32 `[B, N]`, as planned.
       clipped: int32 `[B]`, heads that the policy wanted to give more than the host holds.

@@ -65,7 +65,7 @@ class LayerTotals(NamedTuple):
       host_units: int32 `[L]`.
       device_units: int32 `[L]`.
       clipped: int32 `[L]`, heads whose budget was cut to what the host held.
-      host_times_s: float32 `[L, 8]`, in the order of `host_ops.TIMES`.
+      host_times_s: float32 `[L, 9]`, in the order of `host_ops.TIMES`.
       cached_blocks: int32 scalar, host blocks of one layer that could have been read.
       recall: float32 `[L]`, summed over steps of the mean over rows and heads; NaN if not measured.
       output_error: float32 `[L]`, likewise.

@@ -37,7 +37,7 @@ class StepTimeline:
       collect_s: float64 `[L]`, the device was through with it and asked for the host's result.
       done_s: float64 `[L]`, it had the result, and the leaving block was written.
       end_s: the program ended.
-      host_times_s: float64 `[L, 8]`, in the order of `host_ops.TIMES`.
+      host_times_s: float64 `[L, 9]`, in the order of `host_ops.TIMES`.
     """
 
     submit_s: npt.NDArray[np.float64]

@@ -38,7 +38,7 @@ class DecodeStats:
       host_units: int64 `[L]`, summaries the host scored.
       device_units: int64 `[L]`, summaries the device scored.
       clipped: int64 `[L]`, heads whose budget was cut to what the host held, over steps and rows.
-      host_times_s: float64 `[L, 8]`, in the order of `host_ops.TIMES`.
+      host_times_s: float64 `[L, 9]`, in the order of `host_ops.TIMES`.
       recall: float64 `[L]`, mean share of the attention mass that was read, or None.
       output_error: float64 `[L]`, mean error over the step's largest head output, or None.
     """

@@ -18,7 +18,7 @@ STATUS_INTERNAL = 8
 STATUS_NOT_IN_PLACE = 16
 
 # What `Collected.times` holds, in this order; csrc/operations.h says what each one is.
-TIMES = ("waited", "busy", "span", "scored", "selected", "attended", "own", "covered")
+TIMES = ("waited", "busy", "span", "scored", "selected", "attended", "own", "covered", "scoring")
 
 
 class Work(NamedTuple):
@@ -80,11 +80,12 @@ class Collected(NamedTuple):
       out: float32 `[B, N, H]`, attention over the host's share; 0 where it is empty.
       lse: float32 `[B, N]`, natural log; `-inf` where the share is empty.
       status: int32 `[1]`, OR of the `STATUS_*` bits.
-      times: float32 `[8]` in seconds, in the order of `TIMES`: `waited`, collect waited or helped;
+      times: float32 `[9]` in seconds, in the order of `TIMES`: `waited`, collect waited or helped;
         `busy`, threads worked (summed over threads, as are the next but one to three); `span`,
         from submit to the end of the last task; `scored`, `selected` and `attended`, which are
         parts of `busy`; `own`, submit and collect without waiting, with all that they copy and
-        write; `covered`, at least one thread scored, selected or attended. What is none of the
+        write; `covered`, at least one thread scored, selected or attended; `scoring`, from submit
+        to the end of the last scores, or 0 where nothing was scored. What is none of the
         three is `span - covered + own`, with one thread `waited - covered + own`; n threads that
         run tasks were idle for `n * covered - busy` while others worked.
       blocks_read: int32 `[B, K]`, blocks whose K/V were read, each once for the whole group.

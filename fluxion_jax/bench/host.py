@@ -196,7 +196,8 @@ class _Bench:
         self.cache = (k, v, _tiled(summaries, rows, "int8"))
         self.program = _program(head_dim**-0.5)
 
-    def work(self, granularity: int, k_units: int, bitmap: Any) -> Work:
+    def work(self, granularity: int, k_units: int, bitmap: Any, boundary: int | None = None) -> Work:
+        """A layer of random queries; `boundary` is where the host's share ends, None for nowhere."""
         heads = (1, KV_HEADS * self.group)
         q = self.rng.normal(size=(*heads, self.head_dim)).astype(np.float32)
         per_group = np.ones((1, KV_HEADS), np.int32)
@@ -207,7 +208,7 @@ class _Bench:
             k_units=jnp.full(heads, k_units, jnp.int32),
             shared=jnp.asarray(per_group * 0),
             host_blocks=jnp.asarray([self.blocks], jnp.int32),
-            boundary=jnp.asarray(per_group * self.blocks),
+            boundary=jnp.asarray(per_group * (self.blocks if boundary is None else boundary)),
             cancel=jnp.zeros(1, jnp.int32),
             bitmap=bitmap,
         )
@@ -267,8 +268,8 @@ class _Bench:
                 continue
             ceilings.append(keys.nbytes / read_s / 1e9)
             attention.append(blocks * self.block_bytes / attended["span"] / 1e9)
-            scored_s = scored["scored"] + _idle_s(scored, threads)
-            scoring.append(scored_bytes / (scored_s / workers) / 1e9)
+            scored_s = scored["scored"] if threads == 1 else scored["scoring"]
+            scoring.append(scored_bytes / scored_s / 1e9)
             busy_scoring.append(scored_bytes / (scored["scored"] / workers) / 1e9)
             share.append(selected["selected"] / selected["scored"])
         del keys
@@ -295,8 +296,8 @@ class _Bench:
         """Seconds by name of a layer that scores and reads next to nothing else."""
         ceiling.read_all(keys)
         # Other rows are scored before, so that the threads are awake, as they are within a model.
-        before = self.work(16 if granularity > 16 else 32, 1, None)
-        return self.step(before, self.work(granularity, 1, None))[0][1]
+        before = self.work(16 if granularity > 16 else 32, 1, None, 1)
+        return self.step(before, self.work(granularity, 1, None, 1))[0][1]
 
     def compare(
         self, granularity: int, ids: Any, scored_bytes: int, row: dict[str, Any]

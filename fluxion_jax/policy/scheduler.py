@@ -59,7 +59,7 @@ def observe(
       cost: the model, uncorrected.
       host_bytes: float32 scalar, what the host read in this layer.
       device_bytes: float32 scalar, likewise the device out of host memory.
-      times_s: float32 `[8]`, in the order of `host_ops.TIMES`.
+      times_s: float32 `[9]`, in the order of `host_ops.TIMES`.
 
     Returns:
       float32 `[2]`. A side that read less than 64 KiB tells nothing of its rate.

@@ -37,6 +37,7 @@ inline Ints load_part(const int32_t* p, int64_t n, int32_t rest) {
 inline void store(int32_t* p, Ints v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.x);
 }
+inline Ints either(Ints a, Ints b) { return {_mm256_or_si256(a.x, b.x)}; }
 inline Ints max_of(Ints a, Ints b) { return {_mm256_max_epi32(a.x, b.x)}; }
 inline Ints min_of(Ints a, Ints b) { return {_mm256_min_epi32(a.x, b.x)}; }
 inline int32_t reduce_max(Ints v) {

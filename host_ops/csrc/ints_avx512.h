@@ -17,6 +17,7 @@ inline Ints load_part(const int32_t* p, int64_t n, int32_t rest) {
   return {_mm512_mask_loadu_epi32(_mm512_set1_epi32(rest), first_lanes(n), p)};
 }
 inline void store(int32_t* p, Ints v) { _mm512_storeu_si512(p, v.x); }
+inline Ints either(Ints a, Ints b) { return {_mm512_or_si512(a.x, b.x)}; }
 inline Ints max_of(Ints a, Ints b) { return {_mm512_max_epi32(a.x, b.x)}; }
 inline Ints min_of(Ints a, Ints b) { return {_mm512_min_epi32(a.x, b.x)}; }
 inline int32_t reduce_max(Ints v) { return _mm512_reduce_max_epi32(v.x); }

@@ -33,6 +33,9 @@ inline void store(int32_t* p, Ints v) {
 inline Ints max_of(Ints a, Ints b) {
   return each_int([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+inline Ints either(Ints a, Ints b) {
+  return each_int([&](int i) { return a.lane[i] | b.lane[i]; });
+}
 inline Ints min_of(Ints a, Ints b) {
   return each_int([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }

@@ -73,7 +73,7 @@ constexpr int64_t kMaxChunkBlocks = 64;
 
 // How many blocks lie before a chunk. Static, like the next: of inline functions the linker might
 // pick one that was compiled with wide instructions.
-static inline int64_t chunk_begin(int64_t chunk) {
+static inline constexpr int64_t chunk_begin(int64_t chunk) {
   if (chunk <= 8) return chunk * 4;
   if (chunk <= 16) return chunk * 8 - 32;
   if (chunk <= 32) return chunk * 16 - 160;
@@ -104,6 +104,7 @@ struct ChunkStart {
   int32_t word;
   int32_t skip;
 };
+constexpr int64_t kMoreStarts = 2;
 
 struct KernelTable {
   const char* name;
@@ -112,7 +113,8 @@ struct KernelTable {
   void (*score)(const ScoreArgs&);
   void (*fold_heads)(const ScoreArgs&);  // Row 0 of the scores becomes the maximum over the heads.
   void (*select)(const SelectArgs&);
-  // Returns the blocks of the union; `starts` holds chunks_of(limit) or more.
+  // Returns the blocks of the union. `starts` has room for chunks_of(limit) + kMoreStarts; what is
+  // behind those of the union means nothing.
   int64_t (*find_chunks)(const UnionArgs&, ChunkStart* starts);
   // Writes `count` blocks of the union, and which heads selected them, from a chunk's start on.
   void (*list_chunk)(const UnionArgs&, ChunkStart start, int32_t count, int32_t* blocks,

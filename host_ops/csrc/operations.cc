@@ -53,6 +53,7 @@ void read_times(const Request& request, float times[kTimes]) {
   times[kBusy] = static_cast<float>(request.busy_s());
   times[kSpan] = static_cast<float>(request.span_s());
   times[kCovered] = static_cast<float>(request.covered_s());
+  times[kScoring] = static_cast<float>(request.scoring_s());
   times[kScored] = static_cast<float>(request.scored_s());
   times[kSelected] = static_cast<float>(request.selected_s());
   times[kAttended] = static_cast<float>(request.attended_s());

@@ -215,6 +215,7 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   started_.store(false, std::memory_order_relaxed);
   left_.store(0, std::memory_order_relaxed);
   for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
+  scoring_ns_.store(0, std::memory_order_relaxed);
   span_ns_ = 0;
   covered_.reset();
   // Meanwhile the small arrays arrive.
@@ -294,6 +295,13 @@ bool Request::stopped() {
   if (cancel_ == nullptr || !cancel_->load(std::memory_order_acquire)) return false;
   fail(kCancelled);
   return true;
+}
+
+void Request::task_scored(Clock::time_point when) {
+  const int64_t ns = std::chrono::nanoseconds(when - submitted_).count();
+  int64_t last = scoring_ns_.load(std::memory_order_relaxed);
+  while (last < ns && !scoring_ns_.compare_exchange_weak(last, ns, std::memory_order_relaxed)) {
+  }
 }
 
 void Request::task_finished(const std::atomic<int64_t> (&stage_ns)[kStages]) {

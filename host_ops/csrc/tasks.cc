@@ -119,6 +119,7 @@ void Task::run(int64_t first, int64_t last) noexcept {
     const bool alone = more && (parts_ <= 1 || request_->pool_->threads() == 1);
     const Clock::time_point now = alone ? Clock::now() : covered.leave();
     charge(ended, now - since);
+    if (ended == Stage::kScore) request_->task_scored(now);
     if (!more) return request_->task_finished(stage_ns_);
     first = 0;
     last = parts_;
@@ -235,7 +236,8 @@ UnionArgs Task::selections() const {
 
 void Task::cut_union() {
   const UnionArgs args = selections();
-  union_blocks_ = kernels().find_chunks(args, grown(&chunks_, chunks_of(args.limit)));
+  ChunkStart* const starts = grown(&chunks_, chunks_of(args.limit) + kMoreStarts);
+  union_blocks_ = kernels().find_chunks(args, starts);
   request_->blocks_read_[index_] = static_cast<int32_t>(union_blocks_);
   // One at least, so that there is memory for it to lie in.
   grown(&states_, std::max<int64_t>(chunks_of(union_blocks_), 1) * state_size());

@@ -219,6 +219,7 @@ class Request {
   double busy_s() const { return scored_s() + selected_s() + attended_s(); }
   double covered_s() const { return covered_.seconds(); }
   double span_s() const { return 1e-9 * span_ns_; }
+  double scoring_s() const { return 1e-9 * scoring_ns_.load(std::memory_order_relaxed); }
 
  private:
   friend class Task;
@@ -237,6 +238,7 @@ class Request {
   bool stopped();
   void fetch_state(int64_t first_row);
   void fail(uint32_t status) { status_.fetch_or(status, std::memory_order_acq_rel); }
+  void task_scored(Clock::time_point when);
   void task_finished(const std::atomic<int64_t> (&stage_ns)[kStages]);
 
   Geometry geometry_;
@@ -265,6 +267,7 @@ class Request {
   // What the end of a task writes lies side by side.
   alignas(kLineBytes) std::atomic<int64_t> left_{0};  // Not finished; reaches 0 under finish_mutex_.
   std::atomic<int64_t> stage_ns_[kStages] = {};  // Of the tasks that have finished.
+  std::atomic<int64_t> scoring_ns_{0};           // Of the task that was scored last.
   int64_t span_ns_ = 0;                          // Written by whoever finishes the last task.
   std::mutex finish_mutex_;
   std::function<void()> action_;         // Guarded by finish_mutex_.

@@ -8,31 +8,64 @@ constexpr int64_t kWordTile = 16;
 // Which blocks of words [first, first + kWordTile) any head selected; zeros behind the last word.
 inline void any_head(const UnionArgs& a, int64_t first, uint32_t (&any)[kWordTile]) {
   const int64_t words = (a.limit + 31) / 32 - first;
-  for (uint32_t& word : any) word = 0;
-  for (int32_t h = 0; h < a.group; ++h) {
-    const uint32_t* row = a.rows + h * a.stride + first;
-    if (words >= kWordTile) {
-      for (int64_t i = 0; i < kWordTile; ++i) any[i] |= row[i];
-    } else {
-      for (int64_t i = 0; i < words; ++i) any[i] |= row[i];
+  const int32_t* const rows = reinterpret_cast<const int32_t*>(a.rows) + first;
+  for (int64_t i = 0; i < kWordTile; i += Ints::kLanes) {
+    Ints selected = all(0);
+    for (int32_t h = 0; h < a.group; ++h) {
+      const int32_t* row = rows + h * a.stride + i;
+      const bool whole = words - i >= Ints::kLanes;
+      selected = either(selected, whole ? load(row) : load_part(row, words - i, 0));
     }
+    store(reinterpret_cast<int32_t*>(any) + i, selected);
   }
   if (words > kWordTile || a.limit % 32 == 0) return;
   any[words - 1] &= (uint32_t{1} << a.limit % 32) - 1;
 }
 
-int64_t find_chunks(const UnionArgs& a, ChunkStart* starts) {
+// From the first such chunk on all are of kSize blocks, as far as they matter here.
+template <int64_t kSize, int64_t kFirst>
+struct ChunksOf {
+  static constexpr int64_t kBefore = chunk_begin(kFirst);  // Blocks.
+  static_assert(chunk_begin(kFirst + 1) - kBefore == kSize && 64 % kSize == 0, "");
+
+  // Writes all chunks that might begin in the 64 blocks behind `before`, of which there are fewer in
+  // the union. Whether they do is not asked, for the answer would be guessed wrong every other time:
+  // what begins later is overwritten later.
+  static void begin_in_pair(int64_t before, int32_t word, ChunkStart* starts) {
+    const uint64_t behind = static_cast<uint64_t>(before - kBefore) + kSize - 1;
+    const int64_t chunk = kFirst + static_cast<int64_t>(behind / kSize);
+    const int32_t skip = static_cast<int32_t>(kSize - 1 - behind % kSize);
+    for (int32_t i = 0; i < 64 / kSize; ++i) {
+      starts[chunk + i] = {word, skip + i * static_cast<int32_t>(kSize)};
+    }
+  }
+};
+using Middle = ChunksOf<32, 32>;
+using Large = ChunksOf<64, 64>;
+
+int64_t find_chunks(const UnionArgs& args, ChunkStart* starts) {
+  // A copy, which cannot lie where the starts do.
+  const UnionArgs a = args;
   int64_t count = 0;
   int64_t chunk = 0;
-  int64_t next = 0;  // Blocks before that chunk.
+  int64_t next = 0;  // Blocks before that chunk, while chunks are small.
   for (int64_t first = 0; first * 32 < a.limit; first += kWordTile) {
     uint32_t any[kWordTile];
     any_head(a, first, any);
     for (int64_t i = 0; i < kWordTile; i += 2) {
       const int64_t before = count;
-      count += __builtin_popcountll(static_cast<uint64_t>(any[i + 1]) << 32 | any[i]);
-      for (; next < count; next = chunk_begin(++chunk)) {
-        starts[chunk] = {static_cast<int32_t>(first + i), static_cast<int32_t>(next - before)};
+      uint64_t pair;
+      __builtin_memcpy(&pair, any + i, sizeof(pair));
+      count += __builtin_popcountll(pair);
+      const int32_t word = static_cast<int32_t>(first + i);
+      if (before >= Large::kBefore) {
+        Large::begin_in_pair(before, word, starts);
+      } else if (before >= Middle::kBefore) {
+        Middle::begin_in_pair(before, word, starts);
+      } else {
+        for (; next < count; next = chunk_begin(++chunk)) {
+          starts[chunk] = {word, static_cast<int32_t>(next - before)};
+        }
       }
     }
   }

@@ -98,7 +98,7 @@ def test_a_cache_copied_between_submit_and_collect_is_noticed_and_not_written():
 
 def test_the_host_works_while_the_program_does_something_else():
     case = cases.random_case(cases.Shape(num_blocks=400)).with_work(
-        boundary=np.full((2, 3), 400), k_units=np.full((2, 12), 400)
+        boundary=np.full((2, 3), 400), k_units=np.full((2, 12), 40)
     )
     case = case.with_flush(first_block=(0, 0), num_blocks=(0, 0))
 
@@ -124,6 +124,9 @@ def test_the_host_works_while_the_program_does_something_else():
     assert 0 < seconds["covered"] <= seconds["span"] * (1 + 1e-5)
     assert seconds["covered"] <= seconds["busy"] * (1 + 1e-5)
     assert 0 < seconds["span"] < 0.3
+    # Scores are there before the end, and took at least what each thread did of them.
+    assert seconds["scored"] / max(2, threads) <= seconds["scoring"] * (1 + 1e-5)
+    assert seconds["scored"] > 0 and seconds["scoring"] < seconds["span"]
     assert seconds["waited"] < 0.1
     assert 0 < seconds["own"] < 0.1
 

@@ -39,7 +39,7 @@ void compare(const std::vector<uint32_t>& rows, int64_t words, int64_t group, in
   for (const char* name : {"scalar", "avx2", "avx512", "avx512_vnni"}) {
     const KernelTable* table = find_kernels(name);
     if (table == nullptr) continue;
-    const auto starts = guard(std::vector<ChunkStart>(chunks_of(limit)));
+    const auto starts = guard(std::vector<ChunkStart>(chunks_of(limit) + kMoreStarts));
     CHECK_EQ(table->find_chunks(args, starts->as<ChunkStart>()), total);
     CHECK(starts->intact());
     for (int64_t chunk = 0; chunk < chunks_of(total); ++chunk) {

@@ -94,7 +94,9 @@ def collect(
         blocks_read[...], units_scanned[...] = share.blocks_read, share.units_scanned
         selection[...] = share.selection
         elapsed_s = time.perf_counter() - start_s
-        times[...] = (elapsed_s, elapsed_s, elapsed_s, *share.stages_s, 0.0, elapsed_s)
+        # One stage of all tasks after the other.
+        stages_s = share.stages_s
+        times[...] = (elapsed_s, elapsed_s, elapsed_s, *stages_s, 0.0, elapsed_s, stages_s[0])
 
     cache, results = call_in_place(
         run, _to_device(k, v, summaries), result_types, (tick, work, flush, after)

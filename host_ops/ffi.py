@@ -122,7 +122,7 @@ def submit(
         scale=np.float32(scale),
         has_first_row=first_row is not None,
         # On a GPU the queries are copied to the host anyway.
-        lends=begins and not compat.traced_for_gpu(),
+        lends=not compat.traced_for_gpu(),
     )
     if not begins and not compat.traced_for_gpu():
         # What follows an asynchronous call runs on the thread that completes it. That may be an

@@ -35,7 +35,8 @@ void refuse(Slot* slot, uint32_t status) noexcept;
 void give_back(Slot* slot) noexcept;
 
 // Both halves at once. With `lent`, q and q8 are read where they are until the tick has been collected,
-// or until the action that `start` was given is called, or `start` returned false: whichever is first.
+// or until the action that `start` was given is called, whichever is first. Without a start that
+// returned true nobody reads them but collect.
 void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
             int32_t tick[2], bool lent = false) noexcept;
 

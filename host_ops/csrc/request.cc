@@ -45,22 +45,6 @@ void Request::place_queries(const WorkView& work, bool lent) {
   q8_ = lent ? work.q8 : own_q8_.data();
 }
 
-void Request::end_loan() {
-  const Geometry& g = geometry_;
-  // Without tasks there may be nothing at all.
-  if (task_count_ == 0 || started_.load(std::memory_order_relaxed)) return;
-  if (q_ == own_q_.data()) return;
-  copy_array(&own_q_, q_, g.batch * g.heads * g.head_dim);
-  q_ = own_q_.data();
-  if (has_bitmap_) {
-    copy_array(&own_bitmap_, bitmap_, g.batch * g.heads * g.words());
-    bitmap_ = own_bitmap_.data();
-  } else {
-    copy_array(&own_q8_, q8_, g.batch * g.heads * g.head_dim);
-    q8_ = own_q8_.data();
-  }
-}
-
 void Request::place_bitmap(const WorkView& work, bool lent) {
   const int64_t words = geometry_.batch * geometry_.heads * geometry_.words();
   if (!has_bitmap_) {
@@ -113,7 +97,9 @@ void Request::write_nothing(int64_t batch, int64_t kv_head) {
 template <typename Body>
 void Request::each_unwritten(const Results& results, const Body& body) const {
   const Geometry& g = geometry_;
-  for (int64_t i = 0; i < task_count_; ++i) {
+  // Asking every task takes long: other threads have written to it.
+  const bool kept = kept_.load(std::memory_order_relaxed) > 0;
+  for (int64_t i = 0; kept && i < task_count_; ++i) {
     if (tasks_[i]->written() != results.out) body(tasks_[i]->index() * g.group());
   }
   if (task_count_ == g.batch * g.kv_heads) return;
@@ -227,6 +213,7 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   own_lse_.resize(g.batch * g.heads);
   own_ = {own_out_.data(), own_lse_.data()};
   results_.store(&own_, std::memory_order_relaxed);
+  kept_.store(0, std::memory_order_relaxed);
   blocks_read_.assign(g.batch * g.kv_heads, 0);
   units_scanned_.assign(g.batch * g.kv_heads, 0);
   if (status != kOk) return status;

@@ -339,6 +339,7 @@ void Task::finish() {
   const int64_t first_row = batch_ * g.heads + kv_head_ * group;
   const Results results = *request_->results_.load(std::memory_order_acquire);
   written_ = results.out;
+  if (written_ == request_->own_.out) request_->kept_.fetch_add(1, std::memory_order_relaxed);
   float* out = results.out + first_row * g.head_dim;
   float* lse = results.lse + first_row;
   merge(0, kMergedChunks, parts_of(parts_, kMergedChunks));

@@ -171,9 +171,6 @@ class Request {
   uint32_t prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
                    float scale, CancelWord cancel, bool cancel_known, bool lent = false);
 
-  // Before start: copies what is lent. May throw std::bad_alloc.
-  void end_loan();
-
   // Instead of prepare, or after it threw: there are no tasks, and the status is this one.
   void refuse(uint32_t status);
 
@@ -266,6 +263,7 @@ class Request {
   std::atomic<bool> started_{false};
   // What the end of a task writes lies side by side.
   alignas(kLineBytes) std::atomic<int64_t> left_{0};  // Not finished; reaches 0 under finish_mutex_.
+  std::atomic<int64_t> kept_{0};  // Tasks whose results are in the request's own memory.
   std::atomic<int64_t> stage_ns_[kStages] = {};  // Of the tasks that have finished.
   std::atomic<int64_t> scoring_ns_{0};           // Of the task that was scored last.
   int64_t span_ns_ = 0;                          // Written by whoever finishes the last task.

@@ -103,6 +103,7 @@ def by_sequence(
     num_heads: int,
     num_kv_heads: int,
     num_warps: int = 4,
+    programs: int = 1,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, ...]:
     """Calls a function of the heads of a sequence for every sequence.
@@ -116,6 +117,8 @@ def by_sequence(
       num_kv_heads: K.
       num_warps: of the kernel's programs; 4 because numbers of heads fill no more, 8 for tables of
         heads by channels.
+      programs: of a sequence. Each computes its share of each list, and what that follows from:
+        worth it for many results of which each needs little of what the others need.
       implementation: "triton" on a GPU, "xla" everywhere, None for the best available.
 
     Returns:
@@ -132,6 +135,7 @@ def by_sequence(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         num_warps=num_warps,
+        programs=programs,
     )
     return found
 
@@ -144,6 +148,7 @@ def _xla(
     num_heads: int,
     num_kv_heads: int,
     num_warps: int = 4,
+    programs: int = 1,
 ) -> tuple[jax.Array, ...]:
     def of_one(row: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         operands = {**shared, **row}
@@ -171,6 +176,7 @@ def by_sequence_triton(
     num_heads: int,
     num_kv_heads: int,
     num_warps: int = 4,
+    programs: int = 1,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     """As `by_sequence`.
@@ -182,6 +188,7 @@ def by_sequence_triton(
       num_heads: N.
       num_kv_heads: K.
       num_warps: of a program.
+      programs: of a sequence.
       interpret: run on any platform, slowly; for tests.
 
     Raises:
@@ -200,21 +207,22 @@ def by_sequence_triton(
     batch = len(next(iter(rows.values())))
 
     def of_row(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape), lambda row: (row,) + (0,) * len(shape))
+        return pl.BlockSpec((None, *shape), lambda row, _: (row,) + (0,) * len(shape))
 
     silence_triton_deprecation()
     found: tuple[jax.Array, ...] = pl.pallas_call(
-        functools.partial(_kernel, names=(*rows, *shared), **sizes),
-        grid=(batch,),
+        functools.partial(_kernel, names=(*rows, *shared), programs=programs, **sizes),
+        grid=(batch, programs),
         in_specs=[
             *(of_row(x.shape[1:]) for x in rows.values()),
             *(
-                pl.BlockSpec(x.shape, lambda _, axes=x.ndim: (0,) * axes)  # type: ignore[misc]
+                pl.BlockSpec(x.shape, lambda *_, axes=x.ndim: (0,) * axes)  # type: ignore[misc]
                 for x in shared.values()
             ),
         ],
         out_specs=tuple(
-            pl.BlockSpec((x.shape[0], None, x.shape[2]), lambda row: (0, row, 0)) for x in shapes
+            pl.BlockSpec((x.shape[0], None, x.shape[2]), lambda row, _: (0, row, 0))
+            for x in shapes
         ),
         out_shape=shapes,
         compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=1),
@@ -230,6 +238,7 @@ def _kernel(
     function: Callable[[Heads], Results],
     num_heads: int,
     num_kv_heads: int,
+    programs: int,
 ) -> None:
     operands = dict(zip(names, refs, strict=False))
     index = jnp.arange(pl.next_power_of_2(num_heads), dtype=jnp.int32)
@@ -256,12 +265,21 @@ def _kernel(
         return pltriton.load(ref.at[tuple(where)], mask=mask, other=0)
 
     heads = Heads(num_heads, num_kv_heads, index, load, padded=True)
-    for ref, result in zip(refs[len(names) :], function(heads), strict=True):
-        place, kept = index, index < num_heads
-        if isinstance(result, OfGroups):
-            kept &= index % heads.group == 0
-            # No place twice, not even of what is not kept: interpreted, that writes what was there.
-            place = jnp.where(kept, index // heads.group, num_kv_heads + index)
-        for i, x in enumerate(result):
-            x = jnp.broadcast_to(x, index.shape).astype(ref.dtype)
-            pltriton.store(ref.at[jnp.full_like(index, i), place], x, mask=kept)
+
+    def store(program: int) -> None:
+        """A program's share of the results; what it does not store is not computed."""
+        for ref, result in zip(refs[len(names) :], function(heads), strict=True):
+            place, kept = index, index < num_heads
+            if isinstance(result, OfGroups):
+                kept &= index % heads.group == 0
+                # No place twice, not even of what is not kept: interpreted, that writes what was there.
+                place = jnp.where(kept, index // heads.group, num_kv_heads + index)
+            first, last = (len(result) * i // programs for i in (program, program + 1))
+            for i in range(first, last):
+                x = jnp.broadcast_to(result[i], index.shape).astype(ref.dtype)
+                pltriton.store(ref.at[jnp.full_like(index, i), place], x, mask=kept)
+
+    if programs == 1:
+        return store(0)
+    for program in range(programs):
+        pl.when(pl.program_id(1) == program)(functools.partial(store, program))

@@ -196,8 +196,7 @@ class _Bench:
         self.cache = (k, v, _tiled(summaries, rows, "int8"))
         self.program = _program(head_dim**-0.5)
 
-    def work(self, granularity: int, k_units: int, bitmap: Any, boundary: int | None = None) -> Work:
-        """A layer of random queries; `boundary` is where the host's share ends, None for nowhere."""
+    def work(self, granularity: int, k_units: int, bitmap: Any) -> Work:
         heads = (1, KV_HEADS * self.group)
         q = self.rng.normal(size=(*heads, self.head_dim)).astype(np.float32)
         per_group = np.ones((1, KV_HEADS), np.int32)
@@ -208,7 +207,7 @@ class _Bench:
             k_units=jnp.full(heads, k_units, jnp.int32),
             shared=jnp.asarray(per_group * 0),
             host_blocks=jnp.asarray([self.blocks], jnp.int32),
-            boundary=jnp.asarray(per_group * (self.blocks if boundary is None else boundary)),
+            boundary=jnp.asarray(per_group * self.blocks),
             cancel=jnp.zeros(1, jnp.int32),
             bitmap=bitmap,
         )
@@ -293,11 +292,18 @@ class _Bench:
         return row
 
     def scored(self, granularity: int, keys: Any) -> dict[str, float]:
-        """Seconds by name of a layer that scores and reads next to nothing else."""
+        """Seconds by name of a layer that scores, and ranks and reads next to nothing."""
+        # Of a group one head wants one unit, and of its blocks the host's share is the first.
+        one = np.zeros((1, KV_HEADS * self.group), np.int32)
+        one[:, :: self.group] = 1
+        little = {
+            "k_units": jnp.asarray(one),
+            "boundary": jnp.ones((1, KV_HEADS), jnp.int32),
+        }
         ceiling.read_all(keys)
         # Other rows are scored before, so that the threads are awake, as they are within a model.
-        before = self.work(16 if granularity > 16 else 32, 1, None, 1)
-        return self.step(before, self.work(granularity, 1, None, 1))[0][1]
+        before = self.work(16 if granularity > 16 else 32, 1, None)._replace(**little)
+        return self.step(before, self.work(granularity, 1, None)._replace(**little))[0][1]
 
     def compare(
         self, granularity: int, ids: Any, scored_bytes: int, row: dict[str, Any]

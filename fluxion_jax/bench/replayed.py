@@ -9,6 +9,7 @@ compiler can know. Axes: B batch, N query heads, K KV heads, H head size, W wind
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,10 @@ from fluxion_jax.policy import Features, FluxionPolicy, Plan, ReplayPolicy, adap
 from fluxion_jax.policy.fluxion_policy import Safety
 from fluxion_jax.policy.head_predictor import HeadPredictor
 
-_LOOPS = 50
+# A loop goes through several layers: they share what depends on none of them, and what one has read is
+# no longer in the device's caches when it comes again.
+_LAYERS = 8
+_LOOPS = 6
 _REPETITIONS = 5
 
 
@@ -79,11 +83,13 @@ def planning_s(config: ModelConfig, cache: HostKV) -> dict[str, list[float]]:
     """Seconds of a layer's features, prediction, choice and split, one after the other, alone.
 
     On a GPU it is the time in which kernels run, without that of launching them: in a step they
-    are launched while earlier ones run. What the loop itself takes is measured and left out.
+    are launched while earlier ones run. What the loop itself takes is measured and left out. It
+    goes through layers as a step does, each needing the plan of the one before and reading what is
+    its own; what depends on none of them is computed once for all.
 
     Args:
       config: the model's sizes.
-      cache: with a sketch; its first layer is looked at.
+      cache: with a sketch; its first layers are looked at.
 
     Returns:
       `plan`: features, predictor and selector. `split`: with the split, less the plan alone.
@@ -91,21 +97,28 @@ def planning_s(config: ModelConfig, cache: HostKV) -> dict[str, list[float]]:
     policy, layout = random_predictor(config), cache.layout
     heads, head_dim, batch = config.num_heads, config.head_dim, cache.batch
     q = random_array((batch, heads, head_dim), jnp.float32, "device", 1)
-    known = cache.window_k[0], cache.sketch[0], cache.lengths
+    # In a step they come with the window's kernel.
+    window_lse, window_scores = (
+        random_array((batch, heads, *rest), jnp.float32, "device", 2) for rest in ((), (3,))
+    )
+    layers = range(min(_LAYERS, config.num_layers))
+    by_layer = [(cache.window_k[i], cache.sketch[i]) for i in layers]
+    known = by_layer, window_lse, window_scores, cache.lengths
 
     def chain(
         q: jax.Array, known: Any, policy: Any, split: Any, *, predict: bool, cut: bool
     ) -> jax.Array:
-        window_k, sketch, lengths = known
+        by_layer, window_lse, window_scores, lengths = known
         held = host_tokens(layout, lengths)
         host_blocks = held // BLOCK_TOKENS
 
-        def once(_: int, q: jax.Array) -> jax.Array:
+        def plan_layer(q: jax.Array, layer: int) -> jax.Array:
+            window_k, sketch = by_layer[layer]
             features = Features(
                 q,
                 window_out=q,
-                window_lse=q[..., 0],
-                layer=0,
+                window_lse=window_lse,
+                layer=layer,
                 num_kv_heads=config.num_kv_heads,
                 layout=layout,
                 scale=head_dim**-0.5,
@@ -114,8 +127,7 @@ def planning_s(config: ModelConfig, cache: HostKV) -> dict[str, list[float]]:
                 window_k=window_k,
                 window_positions=lengths[:, None] - jnp.arange(window_k.shape[2]),
                 sketch=sketch,
-                # In a step they come with the window's kernel.
-                window_scores=q[..., :3],
+                window_scores=window_scores,
             )
             plan = policy.plan(features, lengths + 1) if predict else _planned_already(features)
             used: Any = plan.budget_tokens
@@ -125,9 +137,14 @@ def planning_s(config: ModelConfig, cache: HostKV) -> dict[str, list[float]]:
             # Each needs the one before.
             return q + 1e-12 * (used + plan.granularity.sum())[..., None]
 
-        return jax.lax.fori_loop(0, _LOOPS, once, q)
+        def step(_: int, q: jax.Array) -> jax.Array:
+            return functools.reduce(plan_layer, layers, q)
+
+        return jax.lax.fori_loop(0, _LOOPS, step, q)
 
     program = jax.jit(chain, static_argnames=("predict", "cut"))
+
+    loops = _LOOPS * len(layers)
 
     def seconds(predict: bool, cut: bool) -> list[float]:
         def run() -> Any:
@@ -136,9 +153,9 @@ def planning_s(config: ModelConfig, cache: HostKV) -> dict[str, list[float]]:
             )
 
         if jax.default_backend() != "gpu":
-            return [s / _LOOPS for s in time_calls(run, _REPETITIONS)]
+            return [s / loops for s in time_calls(run, _REPETITIONS)]
         run()
-        return [idle_share(run)["working_s"] / _LOOPS for _ in range(_REPETITIONS)]
+        return [idle_share(run)["working_s"] / loops for _ in range(_REPETITIONS)]
 
     loop_s = float(np.median(seconds(False, False)))
     alone, with_split = seconds(True, False), seconds(True, True)

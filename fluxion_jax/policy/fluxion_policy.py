@@ -121,7 +121,13 @@ class FluxionPolicy:
             "vectors": predictor.heads[...],
             "tolerance": jnp.asarray(self.tolerance, jnp.float32),
         }
-        (inputs,) = by_sequence(PredictorInputs(seen.formulas), seen.rows, seen.shared | weights)
+        (inputs,) = by_sequence(
+            PredictorInputs(seen.formulas),
+            seen.rows,
+            seen.shared | weights,
+            num_warps=2,
+            programs=4,
+        )
         hidden = predictor.hidden_layers(inputs.reshape(len(inputs), -1))
         threshold, margin = self.safety.at(self.tolerance)
         bias: Any = predictor.out.bias

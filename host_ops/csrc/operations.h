@@ -55,7 +55,7 @@ enum Time {
   kAttended,  // attention, summed over threads
   kOwn,       // submit and collect themselves, without waiting: copies in and out, the flush
   kCovered,   // at least one thread worked; of the span, the rest is handing over
-  kScoring,   // from submit to the end of the last scores, or 0
+  kScoring,   // from start to the end of the last scores, or 0
   kTimes,
 };
 

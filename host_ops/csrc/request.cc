@@ -265,6 +265,7 @@ void Request::refuse(uint32_t status) {
 void Request::start(Pool* pool) noexcept {
   if (started_.exchange(true, std::memory_order_acq_rel)) return;
   pool_ = pool;
+  begun_ = Clock::now();
   pool->push_all(task_count_, [&](int64_t i) {
     return std::pair<Job*, int64_t>(tasks_[i].get(), tasks_[i]->begin_first());
   });
@@ -285,7 +286,7 @@ bool Request::stopped() {
 }
 
 void Request::task_scored(Clock::time_point when) {
-  const int64_t ns = std::chrono::nanoseconds(when - submitted_).count();
+  const int64_t ns = std::chrono::nanoseconds(when - begun_).count();
   int64_t last = scoring_ns_.load(std::memory_order_relaxed);
   while (last < ns && !scoring_ns_.compare_exchange_weak(last, ns, std::memory_order_relaxed)) {
   }

@@ -245,6 +245,7 @@ class Request {
   CancelWord cancel_;
   Pool* pool_ = nullptr;
   Clock::time_point submitted_;
+  Clock::time_point begun_;
 
   const float* q_ = nullptr;             // These three lie in the vectors or with the caller.
   const int8_t* q8_ = nullptr;

@@ -94,19 +94,22 @@ def expected(rows, shared, heads, kv_heads):
     return np.moveaxis(floats, 0, 1), np.moveaxis(counts, 0, 1)
 
 
-def program(execution, heads, kv_heads, function=None):
-    sizes = {"num_heads": heads, "num_kv_heads": kv_heads}
+def program(execution, heads, kv_heads, function=None, programs=1):
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "programs": programs}
     function = Everything(2.5) if function is None else function
     if execution == "interpreted":
         return functools.partial(by_sequence_triton, function=function, interpret=True, **sizes)
     return functools.partial(by_sequence, function, implementation=execution, **sizes)
 
 
+# The second list has fewer results than there are programs.
+@pytest.mark.parametrize("programs", [1, 3])
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize(("heads", "kv_heads"), SHAPES)
-def test_equals_numpy(execution, heads, kv_heads):
+def test_equals_numpy(execution, heads, kv_heads, programs):
     rows, shared = operands(heads)
-    floats, counts, of_groups = jax.jit(program(execution, heads, kv_heads))(rows, shared)
+    run = program(execution, heads, kv_heads, programs=programs)
+    floats, counts, of_groups = jax.jit(run)(rows, shared)
     assert floats.dtype == jnp.float32
     assert counts.dtype == jnp.int32
     wanted_floats, wanted_counts = expected(rows, shared, heads, kv_heads)
@@ -116,11 +119,12 @@ def test_equals_numpy(execution, heads, kv_heads):
     np.testing.assert_array_equal(of_groups[1], np.broadcast_to(np.arange(kv_heads), (3, kv_heads)))
 
 
+@pytest.mark.parametrize("programs", [1, 3])
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_branches_with_rows_of_their_own_equal_each_alone(execution):
+def test_branches_with_rows_of_their_own_equal_each_alone(execution, programs):
     (rows, shared), (others, _) = operands(6), operands(6, seed=1)
     both = {name: np.stack([x, others[name]]) for name, x in rows.items()}
-    run = program(execution, 6, 2)
+    run = program(execution, 6, 2, programs=programs)
     found = jax.jit(jax.vmap(run, (0, None)))(both, shared)
     for i, mine in enumerate((rows, others)):
         for got, wanted in zip(found, jax.jit(run)(mine, shared), strict=True):

@@ -221,8 +221,7 @@ def by_sequence_triton(
             ),
         ],
         out_specs=tuple(
-            pl.BlockSpec((x.shape[0], None, x.shape[2]), lambda row, _: (0, row, 0))
-            for x in shapes
+            pl.BlockSpec((x.shape[0], None, x.shape[2]), lambda row, _: (0, row, 0)) for x in shapes
         ),
         out_shape=shapes,
         compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=1),
@@ -272,7 +271,8 @@ def _kernel(
             place, kept = index, index < num_heads
             if isinstance(result, OfGroups):
                 kept &= index % heads.group == 0
-                # No place twice, not even of what is not kept: interpreted, that writes what was there.
+                # No place twice, not even of what is not kept: interpreted, that writes what was
+                # there.
                 place = jnp.where(kept, index // heads.group, num_kv_heads + index)
             first, last = (len(result) * i // programs for i in (program, program + 1))
             for i in range(first, last):

@@ -72,7 +72,8 @@ def render(report: dict[str, Any]) -> str:
         if r["kind"] == "full":
             continue
         layers = r["layers"]
-        times = dict(zip(TIMES, r["host_times_s"], strict=True))
+        # Older reports lack the last ones.
+        times = dict(zip(TIMES, r["host_times_s"], strict=False))
         total = r["host_bytes"] + r["device_bytes"]
         step = r["step_s"]
         beyond_floor_s = step["median"] - r["floor_s"]

@@ -54,7 +54,8 @@ enum Time {
   kSelected,  // selection, summed over threads
   kAttended,  // attention, summed over threads
   kOwn,       // submit and collect themselves, without waiting: copies in and out, the flush
-  kCovered,   // at least one thread worked; of the span, the rest is handing over
+  kCovered,   // at least one thread worked, for this program or another; of the span, the rest is
+              // handing over
   kScoring,   // from start to the end of the last scores, or 0
   kTimes,
 };

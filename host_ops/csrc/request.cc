@@ -202,8 +202,8 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   left_.store(0, std::memory_order_relaxed);
   for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
   scoring_ns_.store(0, std::memory_order_relaxed);
+  covered_ns_ = 0;
   span_ns_ = 0;
-  covered_.reset();
   // Meanwhile the small arrays arrive.
   place_queries(work, lent);
   const uint32_t status = cancel_known ? validate(work) : kInvalid;
@@ -266,6 +266,7 @@ void Request::start(Pool* pool) noexcept {
   if (started_.exchange(true, std::memory_order_acq_rel)) return;
   pool_ = pool;
   begun_ = Clock::now();
+  covered_before_ns_ = pool->covered_ns();
   pool->push_all(task_count_, [&](int64_t i) {
     return std::pair<Job*, int64_t>(tasks_[i].get(), tasks_[i]->begin_first());
   });
@@ -306,10 +307,15 @@ void Request::task_finished(const std::atomic<int64_t> (&stage_ns)[kStages]) {
   {
     // The request may be reused as soon as the count is 0: only its mutex is touched after that.
     std::lock_guard<std::mutex> lock(finish_mutex_);
-    span_ns_ = std::chrono::nanoseconds(Clock::now() - submitted_).count();
+    const Clock::time_point now = Clock::now();
+    const int64_t most = std::chrono::nanoseconds(now - begun_).count();
+    covered_ns_ = std::clamp<int64_t>(pool->covered_ns() - covered_before_ns_, 0, most);
+    span_ns_ = std::chrono::nanoseconds(now - submitted_).count();
     action.swap(action_);
     left_.store(0, std::memory_order_release);
   }
+  // Neither waking others nor what the framework runs is any part of a task.
+  pool->leave_work();
   pool->notify_done();
   // Last, because the framework may run any part of its program inside this call.
   if (action) action();

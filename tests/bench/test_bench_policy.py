@@ -22,7 +22,7 @@ from fluxion_jax.errors import FluxionError
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.policy import ReplayPolicy, adaptive
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.slow]
 CASE = policy.Case("tiny", (6000, 4000), ("paper:0.5:0.1:2", "paper-like"), details=True)
 TINY = policy.Settings(
     {"tiny": ModelConfig.tiny_llama()},

@@ -19,7 +19,7 @@ from fluxion_jax.bench.step_report import render
 from fluxion_jax.models.config import ModelConfig
 from fluxion_jax.policy import CostModel, adaptive, modelled, parse_policy, split_at
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.slow]
 TINY = step.Settings(
     {"tiny": ModelConfig.tiny_llama()},
     (step.Case("tiny", (2000, 1500), ("fixed:16:0.05", "fixed:32:0.1:group"), baselines=True),),

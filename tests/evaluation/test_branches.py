@@ -299,7 +299,10 @@ class TestSketchedPolicies:
         )
 
     # The runs of the larger cache are of two blocks.
-    @pytest.mark.parametrize("capacity_tokens", [tiny.CAPACITY_TOKENS, 8704])
+    @pytest.mark.parametrize(
+        "capacity_tokens",
+        [tiny.CAPACITY_TOKENS, pytest.param(8704, marks=pytest.mark.slow)],
+    )
     def test_they_answer_and_count_as_in_the_product(self, capacity_tokens):
         prompts = tiny.prompts(self.LENGTHS)
         cache = self.prefilled(prompts, capacity_tokens)

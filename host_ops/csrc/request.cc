@@ -171,11 +171,12 @@ void Request::fetch_operands(const Geometry& g, const WorkView& work, bool lent)
 }
 
 // Asks for what the next submit will write over. Threads that still read rows [first_kept, end_kept)
-// of the queries keep those.
+// of the queries keep those, and the numbers.
 void Request::fetch_copies(int64_t first_kept, int64_t end_kept) {
   for (auto* numbers : {&granularity_, &k_units_, &shared_, &host_blocks_, &boundary_, &blocks_read_,
                         &units_scanned_}) {
-    fetch_to_write(numbers->data(), 4 * static_cast<int64_t>(numbers->size()));
+    const int64_t bytes = 4 * static_cast<int64_t>(numbers->size());
+    first_kept < end_kept ? fetch(numbers->data(), bytes) : fetch_to_write(numbers->data(), bytes);
   }
   const auto fetch_rows = [&](void* data, int64_t size, int64_t row_bytes) {
     char* const bytes = static_cast<char*>(data);

@@ -111,6 +111,8 @@ def submit(
         "fluxion_submit", jax.ShapeDtypeStruct((2,), jnp.int32), has_side_effect=True
     )
     begins = not compat.traced_for_many()
+    # On a GPU the queries are copied to the host anyway.
+    lends = begins and not compat.traced_for_gpu()
     tick: jax.Array = call(
         *([] if first_row is None else [first_row]),
         k,
@@ -121,17 +123,17 @@ def submit(
         has_bitmap=bitmap is not None,
         scale=np.float32(scale),
         has_first_row=first_row is not None,
-        # On a GPU the queries are copied to the host anyway.
-        lends=not compat.traced_for_gpu(),
+        lends=lends,
     )
     if not begins and not compat.traced_for_gpu():
         # What follows an asynchronous call runs on the thread that completes it. That may be an
         # exchange between devices, which would wait on a worker for devices that wait for workers.
         # So collect begins the tasks.
         return tick
-    # Nothing depends on this call, so nothing waits for it but the end of the program.
+    # Nothing depends on this call, so nothing waits for it but the end of the program, and whoever
+    # wants the memory of what is lent, which is why it is given here.
     jax.ffi.ffi_call("fluxion_start", jax.ShapeDtypeStruct((1,), jnp.int32), has_side_effect=True)(
-        tick
+        tick, *((work.q, work.q8) if lends else ())
     )
     return tick
 
@@ -153,8 +155,8 @@ def collect(
 
     Args:
       tick: of the `submit` of the same layer and step.
-      work: the same as given to `submit`. Its queries are not copied: that they are needed here
-        keeps them where they are for as long.
+      work: the same as given to `submit`. Worker threads that select read its queries where they
+        are: that they are needed here keeps them there for as long.
       k: host cache `[B, K, P, 16, H]`, the same buffers as given to `submit`.
       v: likewise.
       summaries: int8 `[B, K, U, 2, H]`, or None if they are kept on the device.

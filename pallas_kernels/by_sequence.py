@@ -1,8 +1,8 @@
 """Many small operations on numbers of heads, for each sequence, in one kernel.
 
 What is written once, for the heads of one sequence, runs as XLA operations for all sequences, or as
-one kernel with a program for each. XLA makes a kernel for every reduction over heads, and of fifty
-numbers of each head one that takes longer than all that it computes.
+one kernel with a program or a few for each. XLA makes a kernel for every reduction over heads, and
+of fifty numbers of each head one that takes longer than all that it computes.
 
 Axes: B batch, N query heads, K KV heads, G = N // K.
 """

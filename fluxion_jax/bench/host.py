@@ -159,7 +159,7 @@ def _shape_rows(
 
     rows = [
         cells.get(
-            f"host-{wanted}-{head_dim}-{group}-{granularity}-{count}-{native.info()['variant']}",
+            f"host-from-start-{wanted}-{head_dim}-{group}-{granularity}-{count}-{native.info()['variant']}",
             f"head size {head_dim}, group {group}, unit {granularity}, {count} threads",
             partial(measure, granularity, count),
         )

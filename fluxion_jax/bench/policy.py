@@ -302,7 +302,7 @@ class _Measure:
             found = planning_s(self.config, stepper.cache)
             return {"plan_s": summarise(found["plan"]), "split_s": found["split"][0]}
 
-        found = self.bench.cell(f"{self.case.name}-planning", measure)
+        found = self.bench.cell(f"{self.case.name}-planning-of-layers", measure)
         return found and {"kind": "planning", "case": self.case.name, **found}
 
     def idle(self, place: str, name: str, plan: PlanSet, predicts: bool) -> dict[str, Any] | None:

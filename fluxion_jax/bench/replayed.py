@@ -28,8 +28,8 @@ from fluxion_jax.policy import Features, FluxionPolicy, Plan, ReplayPolicy, adap
 from fluxion_jax.policy.fluxion_policy import Safety
 from fluxion_jax.policy.head_predictor import HeadPredictor
 
-# A loop goes through several layers: they share what depends on none of them, and what one has
-# read is no longer in the device's caches when it comes again.
+# A loop goes through several layers: they share what depends on none of them, and at the batch of
+# the requirement what one has read is no longer in the device's caches when it comes again.
 _LAYERS = 8
 _LOOPS = 6
 _REPETITIONS = 5
@@ -85,7 +85,8 @@ def planning_s(config: ModelConfig, cache: HostKV) -> dict[str, list[float]]:
     On a GPU it is the time in which kernels run, without that of launching them: in a step they
     are launched while earlier ones run. What the loop itself takes is measured and left out. It
     goes through layers as a step does, each needing the plan of the one before and reading what is
-    its own; what depends on none of them is computed once for all.
+    its own. What XLA moves out of the loop is left out: on a GPU that is what a step's layers
+    share, on a CPU also what follows from a layer's sketch alone.
 
     Args:
       config: the model's sizes.

@@ -73,7 +73,8 @@ def render(report: dict[str, Any]) -> str:
             continue
         layers = r["layers"]
         # Older reports lack the last ones.
-        times = dict(zip(TIMES, r["host_times_s"], strict=False))
+        known = TIMES[: len(r["host_times_s"])]
+        times = dict(zip(known, r["host_times_s"], strict=True))
         total = r["host_bytes"] + r["device_bytes"]
         step = r["step_s"]
         beyond_floor_s = step["median"] - r["floor_s"]

@@ -121,6 +121,7 @@ class FluxionPolicy:
             "vectors": predictor.heads[...],
             "tolerance": jnp.asarray(self.tolerance, jnp.float32),
         }
+        # Many results of a few operations each, on as many numbers as a warp has lanes.
         (inputs,) = by_sequence(
             PredictorInputs(seen.formulas),
             seen.rows,

@@ -146,8 +146,9 @@ void submit(const Geometry& geometry, const WorkView& work, const CacheView& cac
             int32_t tick[2], bool lent) noexcept {
   Slot* slot = reserve(tick);
   if (slot == nullptr) return;
-  // A bitmap is read once more when its selection is returned.
-  lent = lent && work.bitmap == nullptr;
+  // A bitmap is read once more by collect, which may come much later, and so are queries where there
+  // are no workers.
+  lent = lent && work.bitmap == nullptr && runtime().pool.threads() > 1;
   fill(slot, geometry, work, cache, scale, lent ? unseen_lease : nullptr);
 }
 
@@ -156,7 +157,11 @@ bool start(const int32_t tick[2], std::function<void()> action) noexcept {
     Runtime& run = runtime();
     // Queued parts that no worker takes would be run by the collect of some other program, at a
     // time when this one may have failed and given its memory back.
-    if (run.pool.threads() < 2) return false;
+    if (run.pool.threads() < 2) {
+      // Who would wait for the action now keeps nothing for it.
+      if (action) run.slots.end_loan(tick[0], tick[1]);
+      return false;
+    }
     const bool started = run.slots.start(tick[0], tick[1], &run.pool, std::move(action));
     // The workers begin with the first push, and the system may have refused all of them; or they
     // have been sent home meanwhile. The program waits for `action` before it collects.

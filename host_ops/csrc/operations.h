@@ -35,8 +35,7 @@ void refuse(Slot* slot, uint32_t status) noexcept;
 void give_back(Slot* slot) noexcept;
 
 // Both halves at once. With `lent`, q and q8 are read where they are until the tick has been collected,
-// or until the action that `start` was given is called, whichever is first. Without a start that
-// returned true nobody reads them but collect.
+// or until the action that `start` was given is called, or `start` returned false: whichever is first.
 void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
             int32_t tick[2], bool lent = false) noexcept;
 
@@ -54,8 +53,7 @@ enum Time {
   kSelected,  // selection, summed over threads
   kAttended,  // attention, summed over threads
   kOwn,       // submit and collect themselves, without waiting: copies in and out, the flush
-  kCovered,   // at least one thread worked, for this program or another; of the span, the rest is
-              // handing over
+  kCovered,   // at least one thread worked; of the span, the rest is handing over
   kScoring,   // from start to the end of the last scores, or 0
   kTimes,
 };

@@ -22,9 +22,6 @@ constexpr int kMostPauses = 8;
 constexpr int64_t kFetchedJob = 320;
 
 thread_local const Pool* working_for = nullptr;
-// Whose covered time the thread has entered. Many parts follow each other without a pause, and if all
-// threads came and went with each of them, they would wait for each other to do so.
-thread_local const Pool* entered = nullptr;
 
 // The number in an environment variable if it lies within bounds, otherwise `fallback`.
 long environment_number(const char* name, long low, long high, long fallback) {
@@ -156,27 +153,10 @@ void Pool::fetch_queue() {
   if (head_ != nullptr) fetch(head_, kFetchedJob);
 }
 
-void Pool::enter_work() {
-  if (entered == this) return;
-  entered = this;
-  covered_.enter();
-}
-
-void Pool::leave_work() {
-  if (entered != this) return;
-  entered = nullptr;
-  covered_.leave();
-}
-
 bool Pool::run_some() {
   Parts parts;
   if (!pop(&parts)) return false;
-  const Pool* const outside = entered;
-  entered = nullptr;
-  enter_work();
   parts.job->run(parts.first, parts.last);
-  leave_work();
-  entered = outside;
   return true;
 }
 
@@ -215,13 +195,11 @@ void Pool::work(uint64_t epoch) {
   while (!retired()) {
     Parts parts;
     if (pop(&parts)) {
-      enter_work();
       if (woken && maybe_work_.load(std::memory_order_relaxed)) wake(2);
       woken = false;
       parts.job->run(parts.first, parts.last);
       continue;
     }
-    leave_work();
     if (spin_until(ready)) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleeping_;
@@ -231,7 +209,6 @@ void Pool::work(uint64_t epoch) {
     waking_ = std::max(waking_ - 1, 0);
     woken = true;
   }
-  leave_work();
 }
 
 void Pool::start_workers() {

@@ -69,39 +69,6 @@ class Job {
 // each of them waits for what the others look at.
 constexpr size_t kLineBytes = 64;
 
-// The time in which any of several threads works. Every change between none and some is added with
-// its time, so no thread reads what another one wrote. The clock is read within the time that counts,
-// so what is measured is never longer than what was; a thread that is put aside between the clock and
-// the count makes it shorter.
-class CoveredTime {
- public:
-  // Before work and after it, by any thread.
-  void enter() {
-    const bool first = working_.fetch_add(1, std::memory_order_relaxed) == 0;
-    if (first) ns_.fetch_sub(now_ns(), std::memory_order_relaxed);
-  }
-  void leave() {
-    const int64_t now = now_ns();
-    const bool last = working_.fetch_sub(1, std::memory_order_relaxed) == 1;
-    if (last) ns_.fetch_add(now, std::memory_order_relaxed);
-  }
-
-  // Until now. Of a moment in which somebody begins or ends it may say anything; who compares two of
-  // these bounds the difference.
-  int64_t ns() const {
-    const bool some = working_.load(std::memory_order_relaxed) > 0;
-    return ns_.load(std::memory_order_relaxed) + (some ? now_ns() : 0);
-  }
-
- private:
-  static int64_t now_ns() {
-    return std::chrono::nanoseconds(Clock::now().time_since_epoch()).count();
-  }
-
-  std::atomic<int64_t> working_{0};
-  std::atomic<int64_t> ns_{0};
-};
-
 class Pool {
  public:
   // `threads` counts the helping caller: `threads - 1` workers are started, confined to `cpus`
@@ -155,12 +122,6 @@ class Pool {
   // Wakes the callers of `help`; to be called after a counter they wait for has reached 0.
   void notify_done();
 
-  // Nanoseconds in which a thread ran parts, or took the next without waiting for any.
-  int64_t covered_ns() const { return covered_.ns(); }
-
-  // The calling thread, within a part, goes on to what is no part of any job.
-  void leave_work();
-
   // Replaces the workers, after the parts they are in. The calling thread runs what is queued, so
   // that nothing waits for workers that no longer exist. Throws if it is a worker itself, which
   // would have to wait for its own end.
@@ -183,7 +144,6 @@ class Pool {
     int64_t last;
   };
 
-  void enter_work();
   void push_chain(Job* first, Job* last, int64_t parts, Turn turn);
   bool pop(Parts* parts);
   void work(uint64_t epoch);
@@ -208,7 +168,6 @@ class Pool {
   Job* tail_ = nullptr;
   int64_t head_part_ = 0;           // The next part of head_; under the lock.
   std::atomic<int64_t> queued_{0};  // Parts not yet begun; written under queue_lock_.
-  alignas(kLineBytes) CoveredTime covered_;
   alignas(kLineBytes) std::mutex mutex_;  // For going to sleep only.
   std::condition_variable wake_;    // Where workers sleep.
   std::condition_variable done_;    // Where helpers do.

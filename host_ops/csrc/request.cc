@@ -45,6 +45,22 @@ void Request::place_queries(const WorkView& work, bool lent) {
   q8_ = lent ? work.q8 : own_q8_.data();
 }
 
+void Request::end_loan() {
+  const Geometry& g = geometry_;
+  // Without tasks there may be nothing at all.
+  if (task_count_ == 0 || started_.load(std::memory_order_relaxed)) return;
+  if (q_ == own_q_.data()) return;
+  copy_array(&own_q_, q_, g.batch * g.heads * g.head_dim);
+  q_ = own_q_.data();
+  if (has_bitmap_) {
+    copy_array(&own_bitmap_, bitmap_, g.batch * g.heads * g.words());
+    bitmap_ = own_bitmap_.data();
+  } else {
+    copy_array(&own_q8_, q8_, g.batch * g.heads * g.head_dim);
+    q8_ = own_q8_.data();
+  }
+}
+
 void Request::place_bitmap(const WorkView& work, bool lent) {
   const int64_t words = geometry_.batch * geometry_.heads * geometry_.words();
   if (!has_bitmap_) {
@@ -176,7 +192,11 @@ void Request::fetch_copies(int64_t first_kept, int64_t end_kept) {
   for (auto* numbers : {&granularity_, &k_units_, &shared_, &host_blocks_, &boundary_, &blocks_read_,
                         &units_scanned_}) {
     const int64_t bytes = 4 * static_cast<int64_t>(numbers->size());
-    first_kept < end_kept ? fetch(numbers->data(), bytes) : fetch_to_write(numbers->data(), bytes);
+    if (first_kept < end_kept) {
+      fetch(numbers->data(), bytes);
+    } else {
+      fetch_to_write(numbers->data(), bytes);
+    }
   }
   const auto fetch_rows = [&](void* data, int64_t size, int64_t row_bytes) {
     char* const bytes = static_cast<char*>(data);
@@ -203,8 +223,8 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   left_.store(0, std::memory_order_relaxed);
   for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
   scoring_ns_.store(0, std::memory_order_relaxed);
-  covered_ns_ = 0;
   span_ns_ = 0;
+  covered_.reset();
   // Meanwhile the small arrays arrive.
   place_queries(work, lent);
   const uint32_t status = cancel_known ? validate(work) : kInvalid;
@@ -258,6 +278,10 @@ void Request::write_to(Results results) {
 
 void Request::refuse(uint32_t status) {
   task_count_ = 0;
+  for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
+  scoring_ns_.store(0, std::memory_order_relaxed);
+  span_ns_ = 0;
+  covered_.reset();
   started_.store(false, std::memory_order_relaxed);
   left_.store(0, std::memory_order_relaxed);
   status_.store(status, std::memory_order_release);
@@ -267,7 +291,6 @@ void Request::start(Pool* pool) noexcept {
   if (started_.exchange(true, std::memory_order_acq_rel)) return;
   pool_ = pool;
   begun_ = Clock::now();
-  covered_before_ns_ = pool->covered_ns();
   pool->push_all(task_count_, [&](int64_t i) {
     return std::pair<Job*, int64_t>(tasks_[i].get(), tasks_[i]->begin_first());
   });
@@ -308,15 +331,10 @@ void Request::task_finished(const std::atomic<int64_t> (&stage_ns)[kStages]) {
   {
     // The request may be reused as soon as the count is 0: only its mutex is touched after that.
     std::lock_guard<std::mutex> lock(finish_mutex_);
-    const Clock::time_point now = Clock::now();
-    const int64_t most = std::chrono::nanoseconds(now - begun_).count();
-    covered_ns_ = std::clamp<int64_t>(pool->covered_ns() - covered_before_ns_, 0, most);
-    span_ns_ = std::chrono::nanoseconds(now - submitted_).count();
+    span_ns_ = std::chrono::nanoseconds(Clock::now() - submitted_).count();
     action.swap(action_);
     left_.store(0, std::memory_order_release);
   }
-  // Neither waking others nor what the framework runs is any part of a task.
-  pool->leave_work();
   pool->notify_done();
   // Last, because the framework may run any part of its program inside this call.
   if (action) action();

@@ -80,6 +80,21 @@ bool SlotTable::start(int32_t index, int32_t generation, Pool* pool,
   return waits;
 }
 
+void SlotTable::end_loan(int32_t index, int32_t generation) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (index < 0 || index >= static_cast<int64_t>(slots_.size())) return;
+  Slot* slot = slots_[index].get();
+  if (slot->state != Slot::State::kInFlight || slot->generation != generation) return;
+  if (slot->request == nullptr) return;
+  if (slot->lease == nullptr) return;
+  try {
+    slot->request->end_loan();
+  } catch (...) {
+    slot->request->refuse(kInternal);
+  }
+  slot->end_lease();
+}
+
 void SlotTable::release(Slot* slot) {
   std::lock_guard<std::mutex> lock(mutex_);
   slot->state = Slot::State::kFree;

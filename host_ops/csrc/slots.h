@@ -63,6 +63,10 @@ class SlotTable {
   // called when it has finished. Returns whether `action` will be called.
   bool start(int32_t index, int32_t generation, Pool* pool, std::function<void()> action);
 
+  // Copies what is lent to the request of a tick which may not be started for long. Without memory
+  // collect reports it.
+  void end_loan(int32_t index, int32_t generation);
+
   void release(Slot* slot);
 
   // Gives up a claimed slot that a thread still works on. No tick finds it again; it is taken for

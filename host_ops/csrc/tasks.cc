@@ -102,21 +102,22 @@ void Task::charge(Stage stage, Clock::duration took) {
 // Runs the parts and, as long as this thread alone has to do with the task, what follows. Then one
 // stage ends and the next one begins at the same look at the clock.
 void Task::run(int64_t first, int64_t last) noexcept {
-  Clock::time_point since = Clock::now();
+  CoveredTime& covered = request_->covered_;
+  Clock::time_point since = covered.enter();
   while (true) {
     const int64_t done = last - first;
     guarded([&] { run_parts(first, last); });
     if (parts_left_.load(std::memory_order_acquire) != done) {
       // Whoever comes last goes on, and then the task may be another one.
-      charge(stage_, Clock::now() - since);
+      charge(stage_, covered.leave() - since);
       if (parts_left_.fetch_sub(done, std::memory_order_acq_rel) != done) return;
-      since = Clock::now();
+      since = covered.enter();
     }
     guarded([&] { conclude(); });
     const Stage ended = stage_;
     const bool more = begin_next();
     const bool alone = more && (parts_ <= 1 || request_->pool_->threads() == 1);
-    const Clock::time_point now = Clock::now();
+    const Clock::time_point now = alone ? Clock::now() : covered.leave();
     charge(ended, now - since);
     if (ended == Stage::kScore) request_->task_scored(now);
     if (!more) return request_->task_finished(stage_ns_);
@@ -127,7 +128,7 @@ void Task::run(int64_t first, int64_t last) noexcept {
     // Others are still to find out that there are parts, so the first one is begun here.
     last = 1;
     queue_parts();
-    since = Clock::now();
+    since = covered.enter();
   }
 }
 

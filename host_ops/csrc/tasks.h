@@ -28,6 +28,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include "cancel.h"
@@ -129,12 +130,49 @@ class Task : public Job {
   std::atomic<int64_t> stage_ns_[kStages] = {};
 };
 
+// The time in which any of several threads works. Every change between none and some is added with
+// its time, so no thread reads what another one wrote. The clock is read within the time that counts,
+// so what is measured is never longer than what was; a thread that is put aside between the clock and
+// the count makes it shorter.
+class CoveredTime {
+ public:
+  void reset() { ns_.store(0, std::memory_order_relaxed); }
+
+  // Before work and after it, by any thread; each returns when that was.
+  Clock::time_point enter() {
+    const bool first = working_.fetch_add(1, std::memory_order_relaxed) == 0;
+    const Clock::time_point now = Clock::now();
+    if (first) ns_.fetch_sub(now.time_since_epoch().count(), std::memory_order_relaxed);
+    return now;
+  }
+  Clock::time_point leave() {
+    const Clock::time_point now = Clock::now();
+    const bool last = working_.fetch_sub(1, std::memory_order_relaxed) == 1;
+    if (last) ns_.fetch_add(now.time_since_epoch().count(), std::memory_order_relaxed);
+    return now;
+  }
+
+  // While nobody works.
+  double seconds() const {
+    return 1e-9 * std::max<int64_t>(0, ns_.load(std::memory_order_relaxed));
+  }
+
+ private:
+  static_assert(std::is_same<Clock::period, std::nano>::value, "");
+
+  std::atomic<int64_t> working_{0};
+  std::atomic<int64_t> ns_{0};
+};
+
 class Request {
  public:
   // Copies the operands, but for those that are `lent`, and checks their values. Returns kOk or
   // kInvalid; in the latter case there are no tasks. May throw std::bad_alloc.
   uint32_t prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
                    float scale, CancelWord cancel, bool cancel_known, bool lent = false);
+
+  // Before start: copies what is lent. May throw std::bad_alloc.
+  void end_loan();
 
   // Instead of prepare, or after it threw: there are no tasks, and the status is this one.
   void refuse(uint32_t status);
@@ -179,7 +217,7 @@ class Request {
   double attended_s() const { return 1e-9 * stage_ns_[2].load(std::memory_order_relaxed); }
   double submit_s = 0.0;  // Set by whoever prepares it.
   double busy_s() const { return scored_s() + selected_s() + attended_s(); }
-  double covered_s() const { return 1e-9 * covered_ns_; }
+  double covered_s() const { return covered_.seconds(); }
   double span_s() const { return 1e-9 * span_ns_; }
   double scoring_s() const { return 1e-9 * scoring_ns_.load(std::memory_order_relaxed); }
 
@@ -232,11 +270,7 @@ class Request {
   std::atomic<int64_t> kept_{0};  // Tasks whose results are in the request's own memory.
   std::atomic<int64_t> stage_ns_[kStages] = {};  // Of the tasks that have finished.
   std::atomic<int64_t> scoring_ns_{0};           // Of the task that was scored last.
-  // The pool's when the tasks were queued, and since then. The second and the span are written by whoever
-  // finishes the last task.
-  int64_t covered_before_ns_ = 0;
-  int64_t covered_ns_ = 0;
-  int64_t span_ns_ = 0;
+  int64_t span_ns_ = 0;                          // Written by whoever finishes the last task.
   std::mutex finish_mutex_;
   std::function<void()> action_;         // Guarded by finish_mutex_.
   // All threads look at these before and behind each part.
@@ -248,6 +282,8 @@ class Request {
   std::vector<float> own_lse_;
   std::vector<int32_t> blocks_read_;
   std::vector<int32_t> units_scanned_;
+  // By parts of tasks; written by every thread all the time, unlike what lies before.
+  alignas(kLineBytes) CoveredTime covered_;
 };
 
 }  // namespace fluxion

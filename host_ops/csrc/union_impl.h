@@ -11,9 +11,9 @@ inline void any_head(const UnionArgs& a, int64_t first, uint32_t (&any)[kWordTil
   const int32_t* const rows = reinterpret_cast<const int32_t*>(a.rows) + first;
   for (int64_t i = 0; i < kWordTile; i += Ints::kLanes) {
     Ints selected = all(0);
-    for (int32_t h = 0; h < a.group; ++h) {
+    const bool whole = words - i >= Ints::kLanes;
+    for (int32_t h = 0; h < a.group && i < words; ++h) {
       const int32_t* row = rows + h * a.stride + i;
-      const bool whole = words - i >= Ints::kLanes;
       selected = either(selected, whole ? load(row) : load_part(row, words - i, 0));
     }
     store(reinterpret_cast<int32_t*>(any) + i, selected);
@@ -28,9 +28,9 @@ struct ChunksOf {
   static constexpr int64_t kBefore = chunk_begin(kFirst);  // Blocks.
   static_assert(chunk_begin(kFirst + 1) - kBefore == kSize && 64 % kSize == 0, "");
 
-  // Writes all chunks that might begin in the 64 blocks behind `before`, of which there are fewer in
-  // the union. Whether they do is not asked, for the answer would be guessed wrong every other time:
-  // what begins later is overwritten later.
+  // Writes all chunks that might begin in the 64 blocks behind `before`, of which the union may have
+  // fewer. Whether they do is not asked, for the answer would be guessed wrong every other time: what
+  // begins later is overwritten later.
   static void begin_in_pair(int64_t before, int32_t word, ChunkStart* starts) {
     const uint64_t behind = static_cast<uint64_t>(before - kBefore) + kSize - 1;
     const int64_t chunk = kFirst + static_cast<int64_t>(behind / kSize);

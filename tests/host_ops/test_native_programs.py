@@ -122,7 +122,7 @@ def test_the_host_works_while_the_program_does_something_else():
     assert min(seconds["selected"], seconds["attended"]) > 0
     assert sum(stages_s) <= seconds["busy"] * (1 + 1e-5)
     assert 0 < seconds["covered"] <= seconds["span"] * (1 + 1e-5)
-    assert seconds["busy"] <= max(2, threads) * seconds["covered"] * (1 + 1e-5)
+    assert seconds["covered"] <= seconds["busy"] * (1 + 1e-5)
     assert 0 < seconds["span"] < 0.3
     # Scores are there before the end, and took at least what each thread did of them.
     assert seconds["scored"] / max(2, threads) <= seconds["scoring"] * (1 + 1e-5)
@@ -130,6 +130,37 @@ def test_the_host_works_while_the_program_does_something_else():
     assert seconds["scoring"] < seconds["span"]
     assert seconds["waited"] < 0.1
     assert 0 < seconds["own"] < 0.1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_submit_and_collect_may_be_in_programs_of_their_own(threads):
+    # What the first has computed may lie where the next one puts something else.
+    case = cases.random_case(cases.Shape(num_blocks=400)).with_work(
+        boundary=np.full((2, 3), 400), k_units=np.full((2, 12), 40)
+    )
+    case = case.with_flush(first_block=(0, 0), num_blocks=(0, 0))
+    half = case.work._replace(q=case.work.q * np.float32(0.5))
+
+    def first(half, *cache):
+        return ffi.submit(half._replace(q=2.0 * half.q), *cache, scale=0.2)
+
+    def second(tick, half, *cache):
+        work = half._replace(q=2.0 * half.q)
+        return ffi.collect(tick, work, *cache, case.flush, (), scale=0.2, return_selection=False)
+
+    submit, collect = jax.jit(first), jax.jit(second, donate_argnums=(2, 3, 4))
+    want = jax.jit(step, donate_argnums=(1, 2, 3))(case.work, *host_cache(case), case.flush)
+    before = native.info()["threads"]
+    native.set_threads(threads)
+    try:
+        for _ in range(10):
+            cache = host_cache(case)
+            tick = jax.block_until_ready(submit(half, *cache))
+            done = collect(tick, half, *cache)
+            assert done.status == STATUS_OK
+            np.testing.assert_array_equal(done.out, want.out)
+    finally:
+        native.set_threads(before)
 
 
 def test_queries_stay_where_they_are_until_collect():

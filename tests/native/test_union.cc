@@ -84,6 +84,20 @@ TEST(union_of_random_selections) {
   }
 }
 
+// Where sizes of chunks change, a pair of words may end, begin or lie across.
+TEST(union_where_chunks_become_larger) {
+  for (const int64_t border : {352, 1376, 1440}) {
+    for (int64_t before = border - 65; before <= border + 1; ++before) {
+      const int64_t pairs = (before + 63) / 64;
+      std::vector<uint32_t> rows(2 * pairs + 6, ~uint32_t{0});
+      for (int64_t block = before; block < pairs * 64; ++block) {
+        rows[block / 32] &= ~(uint32_t{1} << block % 32);
+      }
+      compare(rows, 2 * pairs + 6, 1, (2 * pairs + 6) * 32);
+    }
+  }
+}
+
 TEST(union_of_everything_and_of_nothing) {
   for (const int64_t words : {1, 2, 7, 16, 37}) {
     for (const int64_t limit : {int64_t{0}, int64_t{1}, words * 32 - 5, words * 32}) {

@@ -184,6 +184,7 @@ def test_several_values_are_trained_as_often_as_they_need(data):
     assert len(several) > 0.25 * len(texts)
 
 
+@pytest.mark.slow
 def test_trains_resumes_exports_and_loads(tmp_path):
     train = _module("train_recall_model")
     model, storage = _module("recall_model.model"), _module("recall_model.storage")

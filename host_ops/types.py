@@ -84,8 +84,8 @@ class Collected(NamedTuple):
         `busy`, threads worked (summed over threads, as are the next but one to three); `span`,
         from submit to the end of the last task; `scored`, `selected` and `attended`, which are
         parts of `busy`; `own`, submit and collect without waiting, with all that they copy and
-        write; `covered`, at least one thread scored, selected or attended; `scoring`, from when
-        they were told to until the last score, or 0 where nothing was scored. What is none of the
+        write; `covered`, at least one thread scored, selected or attended; `scoring`, from when the
+        tasks were queued to the last score, or 0 where nothing was scored. What is none of the
         three is `span - covered + own`, with one thread `waited - covered + own`; n threads that
         run tasks were idle for `n * covered - busy` while others worked.
       blocks_read: int32 `[B, K]`, blocks whose K/V were read, each once for the whole group.

@@ -28,8 +28,8 @@ from fluxion_jax.policy import Features, FluxionPolicy, Plan, ReplayPolicy, adap
 from fluxion_jax.policy.fluxion_policy import Safety
 from fluxion_jax.policy.head_predictor import HeadPredictor
 
-# A loop goes through several layers: they share what depends on none of them, and at the batch of
-# the requirement what one has read is no longer in the device's caches when it comes again.
+# A loop goes through several layers: they share what depends on none of them, and at batch 4 and
+# 32K tokens what one has read is no longer in the device's caches when it comes again.
 _LAYERS = 8
 _LOOPS = 6
 _REPETITIONS = 5

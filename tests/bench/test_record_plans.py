@@ -59,6 +59,7 @@ def test_needs_are_the_labels_and_unions_are_within_bounds(tool, loaded, tokens)
     assert read[1, 1] == 48 * STEPS * loaded.config.num_layers * loaded.config.num_kv_heads
 
 
+@pytest.mark.slow
 def test_predicted_budgets_are_those_of_the_policy(tool, loaded, tokens):
     policy = random_predictor(loaded.config)
     budgets = tool.predicted(loaded, tokens, FIRST, STEPS, policy)

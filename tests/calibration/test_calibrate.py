@@ -121,6 +121,7 @@ def test_the_report_is_a_table_and_a_figure(fitted):
     json.dumps(report, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_samples_are_kept_and_a_calibration_goes_on(tmp_path, monkeypatch):
     model = tiny.llama()
     loaded = LoadedModel(model, None, model.config, "tiny")

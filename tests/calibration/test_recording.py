@@ -79,6 +79,7 @@ def product_features(model, text: CalibrationText) -> np.ndarray:
     return np.stack(seen[text.age_tokens :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_features_are_those_of_the_products_step(family):
     model = getattr(tiny, family)()
@@ -98,6 +99,7 @@ def test_features_are_those_of_the_products_step(family):
     np.testing.assert_allclose(age[0], np.log2(1 + 71), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_budgets_are_the_smallest_of_the_oracles_ladder():
     model = tiny.llama()
     (tokens,) = tiny.prompts([560])
@@ -122,6 +124,7 @@ def test_budgets_are_the_smallest_of_the_oracles_ladder():
     )
 
 
+@pytest.mark.slow
 def test_an_answer_ends_at_its_stop_token_and_batches_do_not_matter():
     model = tiny.llama()
     whole = recorded(model, texts())

@@ -65,6 +65,7 @@ def test_branches_answer_and_count_as_the_product_does(forked):
     assert len({tuple(rows[0]) for rows in found.tokens}) > 1
 
 
+@pytest.mark.slow
 def test_counts_beyond_32_bits_are_exact(monkeypatch):
     """As of a large model: no layer reads that much in a step, all of them together do."""
     # About 2,900 blocks in all, and 40 of a layer in a step.
@@ -138,6 +139,7 @@ def held_blocks(cache) -> int:
 TOLERANCES = (0.02, 0.1, 0.4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_oracle_plans_what_brute_force_finds(seed):
     rng = np.random.default_rng(seed)
@@ -199,6 +201,7 @@ def test_the_oracle_plans_what_brute_force_finds(seed):
     assert len(np.unique(plan.budget_tokens)) > 3
 
 
+@pytest.mark.slow
 def test_the_oracle_reads_less_for_more_error():
     names = ("oracle:0.02", "oracle:0.3", "full")
     found = branched([parse_policy(p) for p in names], tiny.prompts(LENGTHS))
@@ -234,6 +237,7 @@ def test_rungs_are_close_together():
         assert (steps <= np.maximum(1, rungs[:-1] / 4)).all()
 
 
+@pytest.mark.slow
 def test_sliding_windows_are_kept():
     model, prompts = tiny.gemma3(), tiny.prompts(LENGTHS)
     # The window slides over prompts and answers.
@@ -273,6 +277,7 @@ def test_what_cannot_be_branched_is_refused():
         parse_policy("oracle:0")
 
 
+@pytest.mark.slow
 class TestSketchedPolicies:
     """Policies that look at the sketch plan in a branch what they plan in the product."""
 
@@ -299,10 +304,7 @@ class TestSketchedPolicies:
         )
 
     # The runs of the larger cache are of two blocks.
-    @pytest.mark.parametrize(
-        "capacity_tokens",
-        [tiny.CAPACITY_TOKENS, pytest.param(8704, marks=pytest.mark.slow)],
-    )
+    @pytest.mark.parametrize("capacity_tokens", [tiny.CAPACITY_TOKENS, 8704])
     def test_they_answer_and_count_as_in_the_product(self, capacity_tokens):
         prompts = tiny.prompts(self.LENGTHS)
         cache = self.prefilled(prompts, capacity_tokens)

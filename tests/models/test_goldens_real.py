@@ -99,6 +99,7 @@ def test_a_base_model_has_no_chat_format(loaded: LoadedModel) -> None:
         loaded.tokenizer.chat([{"role": "user", "content": "Hi"}])
 
 
+@pytest.mark.slow
 @only("smollm2-135m")
 def test_the_greedy_goldens_are_what_the_dense_path_prefers(loaded: LoadedModel) -> None:
     """Data, weights and prompts belong together; decoding is tested elsewhere."""

@@ -44,6 +44,7 @@ def test_the_weights_are_those_of_the_record():
     assert digest == record["export_sha256"]
 
 
+@pytest.mark.slow
 def test_it_finds_what_is_hidden(shipped):
     samples = task_samples(shipped, "niah_multikey_2", 1536, range(3))
     result = fx.generate(

@@ -4,9 +4,9 @@
 #define FLUXION_TESTS_STUCK_H_
 
 #include <signal.h>
+#include <unistd.h>
 
 #include <atomic>
-#include <thread>
 
 #include "guarded.h"
 #include "runtime.h"
@@ -23,7 +23,7 @@ class Stuck {
     struct sigaction action = {};
     action.sa_handler = [](int) {
       reached_ = true;
-      while (!let_go_) std::this_thread::yield();
+      while (!let_go_) usleep(100);
       page_->thaw();
     };
     sigaction(SIGSEGV, &action, &before_);
@@ -31,7 +31,7 @@ class Stuck {
   ~Stuck() { sigaction(SIGSEGV, &before_, nullptr); }
 
   static void await() {
-    while (!reached_) std::this_thread::yield();
+    while (!reached_) usleep(100);
   }
   static void let_go() { let_go_ = true; }
 

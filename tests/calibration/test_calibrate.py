@@ -57,6 +57,7 @@ def fitted():
     return fit(made_up(texts=12), SETTINGS, 2, 6, progress=False)
 
 
+@pytest.mark.slow
 def test_a_predictor_learns_what_its_features_tell(fitted):
     _, report = fitted
     assert report["losses"][-1] < 0.5 * report["losses"][0]
@@ -111,6 +112,7 @@ def test_what_is_left_is_the_error_over_what_is_missing():
         np.testing.assert_allclose(left[0, 0], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_report_is_a_table_and_a_figure(fitted):
     _, report = fitted
     report = {**report, "settings": {"under_budget": 0.03}}

@@ -163,6 +163,7 @@ def test_a_name_finds_the_weights_of_its_model(tmp_path, monkeypatch):
         parse_policy(f"fluxion:weights={tmp_path}/mine", tiny.llama(1))
 
 
+@pytest.mark.slow
 def test_a_model_with_shipped_weights_generates_with_them(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
     monkeypatch.setattr(storage, "SHIPPED", tmp_path / "shipped")

@@ -217,6 +217,7 @@ def test_the_command(capsys, monkeypatch, tmp_path, found):
         assert (tmp_path / f"evaluate-{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_gives_the_same_table(loaded, found, tmp_path):
     made, _ = found
     settings = dataclasses.replace(SETTINGS, batch=2, shared_prefix=True)

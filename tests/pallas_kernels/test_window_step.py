@@ -177,6 +177,7 @@ def test_scores_of_a_part_are_exact_over_several_steps_of_the_loop(step, low, si
         assert (got[1:, :, 0] - got[1:, :, column] > 300.0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", EXECUTIONS)
 def test_a_window_step_after_step(step):
     """Each step takes what the one before left."""

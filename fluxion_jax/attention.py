@@ -455,7 +455,8 @@ def _attend_host_cache(
         implementation=execution.host,
     )
     # The device share waits for the tick, or XLA could run it before the host has begun.
-    q, tick = jax.lax.optimization_barrier((q, tick))
+    q, slot = jax.lax.optimization_barrier((q, tick.slot))
+    tick = tick._replace(slot=slot)
     if split.sides == "host":
         device = _no_device_share(q, on_device, ranked_units, k.shape[2])
     else:

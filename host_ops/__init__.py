@@ -28,5 +28,6 @@ from host_ops.types import STATUS_TIMEOUT as STATUS_TIMEOUT
 from host_ops.types import TIMES as TIMES
 from host_ops.types import Collected as Collected
 from host_ops.types import Flush as Flush
+from host_ops.types import Tick as Tick
 from host_ops.types import Work as Work
 from host_ops.xla_append import write_summaries as write_summaries

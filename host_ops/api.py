@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from host_ops import arguments, ordering, rows
 from host_ops.errors import UnavailableError
-from host_ops.types import Collected, Flush, Work
+from host_ops.types import Collected, Flush, Tick, Work
 
 _MODULES = {"native": "host_ops.ffi", "xla": "host_ops.xla", "numpy": "host_ops.callback"}
 _DEFAULT = ("native", "xla")
@@ -87,7 +87,7 @@ def submit(
     scale: float,
     first_row: jax.Array | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> jax.Array:
+) -> Tick:
     """Hands the host its share of one layer's attention and returns at once.
 
     Args:
@@ -100,8 +100,8 @@ def submit(
       implementation: see the module.
 
     Returns:
-      int32 `[2]`, the tick (slot, generation) that `collect` needs. Let the device's share depend
-      on it (`jax.lax.optimization_barrier`), so that the host starts first.
+      The tick that `collect` needs. Let the device's share depend on its slot
+      (`jax.lax.optimization_barrier`), so that the host starts first.
 
     Raises:
       ValueError: a shape or dtype is wrong.
@@ -121,7 +121,7 @@ def submit(
 
 
 def collect(
-    tick: jax.Array,
+    tick: Tick,
     work: Work,
     k: jax.Array,
     v: jax.Array,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from host_ops.types import Flush, Work
+from host_ops.types import Flush, Tick, Work
 
 BLOCK_TOKENS = 16
 _CACHE_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
@@ -74,9 +74,13 @@ def check_flush(flush: Flush, k: jax.Array) -> None:
     _expect("flush.num_blocks", flush.num_blocks, (batch,), jnp.int32)
 
 
-def check_tick(tick: jax.Array) -> None:
+def check_tick(tick: Tick) -> None:
     """Raises ValueError unless `tick` has the type of what `submit` returns."""
-    _expect("tick", tick, (2,), jnp.int32)
+    if not isinstance(tick, Tick):
+        raise ValueError(
+            f"tick: expected a host_ops.Tick, got {type(tick).__name__}; pass what submit returned"
+        )
+    _expect("tick.slot", tick.slot, (2,), jnp.int32)
 
 
 def _expect(name: str, x: jax.Array, shape: tuple[int, ...], dtype: object) -> None:

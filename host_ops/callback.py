@@ -17,7 +17,7 @@ import numpy as np
 
 from host_ops import control, memory, numpy_reference
 from host_ops.in_place import call_in_place
-from host_ops.types import STATUS_CANCELLED, STATUS_INVALID, TIMES, Collected, Flush, Work
+from host_ops.types import STATUS_CANCELLED, STATUS_INVALID, TIMES, Collected, Flush, Tick, Work
 
 # A slot that no other submit hands out: `collect` refuses the ticks of other implementations.
 _TICK_SLOT = -2
@@ -49,14 +49,14 @@ def append(
 
 def submit(
     work: Work, k: jax.Array, v: jax.Array, summaries: jax.Array | None, *, scale: float
-) -> jax.Array:
+) -> Tick:
     """See `host_ops.api.submit`; nothing starts before `collect`."""
     del work, k, v, summaries, scale
-    return jnp.full((2,), _TICK_SLOT, jnp.int32)
+    return Tick(jnp.full((2,), _TICK_SLOT, jnp.int32))
 
 
 def collect(
-    tick: jax.Array,
+    tick: Tick,
     work: Work,
     k: jax.Array,
     v: jax.Array,
@@ -83,8 +83,8 @@ def collect(
 
     def run(cache: Sequence[np.ndarray], results: Sequence[np.ndarray], operands: Any) -> None:
         start_s = time.perf_counter()
-        tick, work, flush, _ = operands
-        refused = _refusal(tick, work)
+        slot, work, flush, _ = operands
+        refused = _refusal(slot, work)
         if refused:
             share = numpy_reference.no_work(work, num_blocks, kv_heads, refused)
         else:
@@ -99,7 +99,7 @@ def collect(
         times[...] = (elapsed_s, elapsed_s, elapsed_s, *stages_s, 0.0, elapsed_s, stages_s[0])
 
     cache, results = call_in_place(
-        run, _to_device(k, v, summaries), result_types, (tick, work, flush, after)
+        run, _to_device(k, v, summaries), result_types, (tick.slot, work, flush, after)
     )
     out, lse, status, times, blocks_read, units_scanned, selection = results
     return Collected(
@@ -114,8 +114,8 @@ def collect(
     )
 
 
-def _refusal(tick: np.ndarray, work: Work) -> int:
-    if (tick != _TICK_SLOT).any():
+def _refusal(slot: np.ndarray, work: Work) -> int:
+    if (slot != _TICK_SLOT).any():
         return STATUS_INVALID
     if control.is_cancelled(int(work.cancel[0])):
         return STATUS_CANCELLED

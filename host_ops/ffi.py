@@ -24,7 +24,7 @@ import numpy as np
 
 from host_ops import compat, native
 from host_ops.memory import HOST, retag
-from host_ops.types import TIMES, Collected, Flush, Work
+from host_ops.types import TIMES, Collected, Flush, Tick, Work
 
 
 def append(
@@ -89,7 +89,7 @@ def submit(
     *,
     scale: float,
     first_row: jax.Array | None = None,
-) -> jax.Array:
+) -> Tick:
     """Hands the host its share of one layer's attention; see `host_ops.api.submit`.
 
     Args:
@@ -101,19 +101,20 @@ def submit(
       first_row: int32 `[1]` or None, see `host_ops.api.append`.
 
     Returns:
-      int32 `[2]`, the tick that `collect` needs.
+      The tick that `collect` needs. On the CPU backend the host writes its share there.
     """
     native.require()
     *operands, bitmap, status = work
     operands.append(jnp.zeros((1,), jnp.int32) if status is None else status)
     optional = [x for x in (summaries, bitmap) if x is not None]
-    call = jax.ffi.ffi_call(
-        "fluxion_submit", jax.ShapeDtypeStruct((2,), jnp.int32), has_side_effect=True
-    )
+    # What follows an asynchronous call of the CPU backend runs on the thread that completes it.
+    # That may be an exchange between devices, which would wait on a worker for devices that wait
+    # for workers. So there collect begins the tasks.
     begins = not compat.traced_for_many()
-    # On a GPU the queries are copied to the host anyway.
-    lends = begins and not compat.traced_for_gpu()
-    tick: jax.Array = call(
+    delivers = begins and not compat.traced_for_gpu()
+    results = [jax.ShapeDtypeStruct((2,), jnp.int32), *(_share(work) if delivers else [])]
+    call = jax.ffi.ffi_call("fluxion_submit", results, has_side_effect=True)
+    found = call(
         *([] if first_row is None else [first_row]),
         k,
         v,
@@ -123,23 +124,13 @@ def submit(
         has_bitmap=bitmap is not None,
         scale=np.float32(scale),
         has_first_row=first_row is not None,
-        lends=lends,
+        begins=begins,
     )
-    if not begins and not compat.traced_for_gpu():
-        # What follows an asynchronous call runs on the thread that completes it. That may be an
-        # exchange between devices, which would wait on a worker for devices that wait for workers.
-        # So collect begins the tasks.
-        return tick
-    # Nothing depends on this call, so nothing waits for it but the end of the program, and whoever
-    # wants the memory of what is lent, which is why it is given here.
-    jax.ffi.ffi_call("fluxion_start", jax.ShapeDtypeStruct((1,), jnp.int32), has_side_effect=True)(
-        tick, *((work.q, work.q8) if lends else ())
-    )
-    return tick
+    return Tick(*found)
 
 
 def collect(
-    tick: jax.Array,
+    tick: Tick,
     work: Work,
     k: jax.Array,
     v: jax.Array,
@@ -155,8 +146,7 @@ def collect(
 
     Args:
       tick: of the `submit` of the same layer and step.
-      work: the same as given to `submit`. Worker threads that select read its queries where they
-        are: that they are needed here keeps them there for as long.
+      work: the same as given to `submit`.
       k: host cache `[B, K, P, 16, H]`, the same buffers as given to `submit`.
       v: likewise.
       summaries: int8 `[B, K, U, 2, H]`, or None if they are kept on the device.
@@ -171,11 +161,10 @@ def collect(
     """
     del scale
     native.require()
-    batch, heads, head_dim = work.q.shape
+    batch, heads, _ = work.q.shape
     kv_heads, blocks = k.shape[1:3]
     small = [
-        jax.ShapeDtypeStruct((batch, heads, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((batch, heads), jnp.float32),
+        *_share(work),
         jax.ShapeDtypeStruct((1,), jnp.int32),
         jax.ShapeDtypeStruct((len(TIMES),), jnp.float32),
         jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
@@ -185,25 +174,31 @@ def collect(
     selection = selection if return_selection else []
     rows = [] if first_row is None else [first_row]
     if compat.traced_for_gpu():
-        k, v, summaries = _keep((k, v, summaries), (tick, *after))
+        k, v, summaries = _keep((k, v, summaries), (tick.slot, *after))
         optional = [x for x in (summaries,) if x is not None]
         call = jax.ffi.ffi_call("fluxion_collect", [*small, *selection], has_side_effect=True)
         found = call(
             *rows,
             k,
             v,
-            tick,
+            tick.slot,
             *flush,
             *optional,
             has_summaries=summaries is not None,
             return_selection=return_selection,
             has_first_row=bool(rows),
+            delivered=False,
         )
         k, v, summaries = _keep((k, v, summaries), (found[2],))
         return Collected(k, v, summaries, *found, *([] if return_selection else [None]))
-    operands = [*rows, k, v, tick, *flush]
+    operands = [*rows, k, v, tick.slot, *flush]
     results = [_like(k), _like(v), *small]
     aliases = {len(rows): 0, len(rows) + 1: 1}
+    delivered = False
+    if tick.out is not None and tick.lse is not None:
+        delivered = True
+        aliases |= {len(operands): 2, len(operands) + 1: 3}
+        operands += [tick.out, tick.lse]
     if summaries is not None:
         aliases[len(operands)] = len(results)
         operands.append(summaries)
@@ -215,11 +210,10 @@ def collect(
     new_k, new_v, out, lse, status, times, blocks_read, units_scanned, *rest = call(
         *operands,
         *after,
-        work.q,
-        work.q8,
         has_summaries=summaries is not None,
         return_selection=return_selection,
         has_first_row=bool(rows),
+        delivered=delivered,
     )
     return Collected(
         k=retag(new_k, HOST),
@@ -248,6 +242,13 @@ def _keep(
 
     k, v, summaries = cache
     return keep(k), keep(v), None if summaries is None else keep(summaries)
+
+
+def _share(work: Work) -> list[jax.ShapeDtypeStruct]:
+    return [
+        jax.ShapeDtypeStruct(work.q.shape, jnp.float32),
+        jax.ShapeDtypeStruct(work.q.shape[:2], jnp.float32),
+    ]
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

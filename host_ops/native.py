@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import jax
 
 # Has to match fluxion_interface_version() in csrc/c_api.cc.
-INTERFACE_VERSION = 5
+INTERFACE_VERSION = 6
 MAX_THREADS = 1024
 MAX_SPIN_US = 1_000_000
-TARGETS = ("fluxion_append", "fluxion_submit", "fluxion_start", "fluxion_collect", "fluxion_keep")
+TARGETS = ("fluxion_append", "fluxion_submit", "fluxion_collect", "fluxion_keep")
 
 _lock = threading.Lock()
 _loaded: _Loaded | None = None

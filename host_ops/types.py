@@ -50,6 +50,21 @@ class Work(NamedTuple):
     status: jax.Array | None = None
 
 
+class Tick(NamedTuple):
+    """What `submit` returns and `collect` needs.
+
+    Attributes:
+      slot: int32 `[2]`, the slot of the request and its generation.
+      out: float32 `[B, N, H]`, where the host writes its share before `collect`, or None where
+        `collect` brings it. To be read from what `collect` returns.
+      lse: float32 `[B, N]`, likewise.
+    """
+
+    slot: jax.Array
+    out: jax.Array | None = None
+    lse: jax.Array | None = None
+
+
 class Flush(NamedTuple):
     """Blocks that leave the resident window for the host cache.
 

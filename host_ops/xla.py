@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from host_ops import memory, ordering
-from host_ops.types import STATUS_INVALID, TIMES, Collected, Flush, Work
+from host_ops.types import STATUS_INVALID, TIMES, Collected, Flush, Tick, Work
 from host_ops.xla_append import invalid_flush, write_blocks, write_summaries
 from host_ops.xla_attend import attend
 from host_ops.xla_select import pack, score_units, select_blocks, units_of, unpack
@@ -41,14 +41,14 @@ def append(
 
 def submit(
     work: Work, k: jax.Array, v: jax.Array, summaries: jax.Array | None, *, scale: float
-) -> jax.Array:
+) -> Tick:
     """See `host_ops.api.submit`; nothing starts before `collect`."""
     del work, k, v, summaries, scale
-    return jnp.full((2,), _TICK_SLOT, jnp.int32)
+    return Tick(jnp.full((2,), _TICK_SLOT, jnp.int32))
 
 
 def collect(
-    tick: jax.Array,
+    tick: Tick,
     work: Work,
     k: jax.Array,
     v: jax.Array,
@@ -65,7 +65,7 @@ def collect(
     k, v, summaries = _to_device(k, v, summaries)
     work = work._replace(host_blocks=ordering.after(work.host_blocks, after))
     status = _invalid_work(work, num_blocks) | invalid_flush(flush, num_blocks)
-    status |= jnp.where((tick == _TICK_SLOT).all(), 0, STATUS_INVALID).astype(jnp.int32)
+    status |= jnp.where((tick.slot == _TICK_SLOT).all(), 0, STATUS_INVALID).astype(jnp.int32)
     valid = status == 0
     # Work that is refused becomes work for no sequence, of a size that no index can exceed.
     work = work._replace(

@@ -236,7 +236,7 @@ class _Bench:
             within.append(float(np.mean(rests[1:])))
             alone.append(rests[0])
             own.append(1e6 * float(np.mean([layer["own"] for layer in layers[1:]])))
-            idles = [1e6 * _idle_s(layer, threads) / _workers(threads) for layer in layers]
+            idles = [1e6 * _idle_s(layer, threads) / threads for layer in layers]
             idle.append(float(np.mean(idles[1:])))
         return {
             "rest_us": summarise(within),
@@ -252,7 +252,6 @@ class _Bench:
         self.step(self.work(granularity, 1, None))
         ceilings, attention, scoring, busy_scoring, share = [], [], [], [], []
         scored_bytes = KV_HEADS * (self.blocks * 16 // granularity) * 2 * self.head_dim
-        workers = _workers(threads)
         fraction = settings.read_fraction
         k_units = max(1, int(fraction * self.blocks * 16 // granularity))
         for repetition in range(settings.repetitions + 1):
@@ -269,7 +268,7 @@ class _Bench:
             attention.append(blocks * self.block_bytes / attended["span"] / 1e9)
             scored_s = scored["scored"] if threads == 1 else scored["scoring"]
             scoring.append(scored_bytes / scored_s / 1e9)
-            busy_scoring.append(scored_bytes / (scored["scored"] / workers) / 1e9)
+            busy_scoring.append(scored_bytes / (scored["scored"] / threads) / 1e9)
             share.append(selected["selected"] / selected["scored"])
         del keys
         top = summarise(ceilings)["median"]
@@ -366,11 +365,6 @@ def _nothing(head_dim: int) -> Flush:
     )
 
 
-def _workers(threads: int) -> int:
-    # With more than one, the thread of the caller runs no part of a task.
-    return max(threads - 1, 1)
-
-
 def _rest_us(times: dict[str, float], threads: int) -> float:
     """Microseconds in which no thread was in a stage, and those of submit and collect."""
     # With workers the layer is under way before the caller waits for it.
@@ -380,7 +374,7 @@ def _rest_us(times: dict[str, float], threads: int) -> float:
 
 def _idle_s(times: dict[str, float], threads: int) -> float:
     """Seconds, summed over the threads that run tasks, idle while others were in a stage."""
-    return _workers(threads) * times["covered"] - times["busy"]
+    return threads * times["covered"] - times["busy"]
 
 
 def _program(scale: float) -> Any:

@@ -26,7 +26,7 @@ int32_t guarded(const Body& body) noexcept {
 }  // namespace
 
 // Raised whenever a handler's operands or one of these functions change their meaning.
-FLUXION_EXPORT int32_t fluxion_interface_version() { return 5; }
+FLUXION_EXPORT int32_t fluxion_interface_version() { return 6; }
 
 FLUXION_EXPORT const char* fluxion_variant() { return fluxion::kernels().name; }
 

@@ -36,6 +36,7 @@ struct SubmitCall {
   const int32_t* cancel = nullptr;  // [1]
   float scale = 1.0f;
   int32_t* tick = nullptr;  // [2]
+  Results results;          // Null where collect has them.
 };
 
 struct CollectCall {
@@ -45,6 +46,7 @@ struct CollectCall {
   CacheView result;  // As for append.
   FlushView flush;
   const int32_t* tick = nullptr;  // [2]
+  Results given;                  // Those of submit; null where it had none.
   CollectOut out{};
 };
 

@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 
 #include "runtime.h"
 
@@ -17,19 +19,29 @@ constexpr int64_t kPartBytes = int64_t{1} << 20;
 
 class Reading : public Job {
  public:
-  Reading(Pool* pool, const char* data, int64_t bytes, int64_t parts)
-      : left_(parts), pool_(pool), data_(data), bytes_(bytes) {}
+  Reading(const char* data, int64_t bytes, int64_t parts)
+      : left_(parts), data_(data), bytes_(bytes) {}
 
   void run(int64_t first, int64_t last) noexcept override {
     const int64_t begin = first * kPartBytes;
     sum_.fetch_xor(fold(begin, std::min(last * kPartBytes, bytes_)), std::memory_order_relaxed);
-    Pool* const pool = pool_;
     const int64_t done = last - first;
-    // Whoever waits may destroy this object as soon as nothing is left.
-    if (left_.fetch_sub(done, std::memory_order_acq_rel) == done) pool->notify_done();
+    if (left_.fetch_sub(done, std::memory_order_acq_rel) != done) return;
+    // Whoever waits may destroy this object as soon as the lock is free.
+    std::lock_guard<std::mutex> lock(mutex_);
+    ended_ = Clock::now();
+    over_ = true;
+    read_.notify_one();
   }
 
-  const std::atomic<int64_t>& left() const { return left_; }
+  // Sleeps, for a thread that looks on takes its CPU from one that reads. Returns when the last part
+  // was read.
+  Clock::time_point wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    read_.wait(lock, [&] { return over_; });
+    return ended_;
+  }
+
   uint64_t sum() const { return sum_.load(std::memory_order_relaxed); }
 
  private:
@@ -50,7 +62,10 @@ class Reading : public Job {
 
   std::atomic<int64_t> left_;
   std::atomic<uint64_t> sum_{0};
-  Pool* const pool_;
+  std::mutex mutex_;
+  std::condition_variable read_;
+  bool over_ = false;
+  Clock::time_point ended_;
   const char* const data_;
   const int64_t bytes_;
 };
@@ -68,15 +83,14 @@ extern "C" __attribute__((visibility("default"))) double fluxion_read_all(const 
   if (data == nullptr || sum == nullptr || bytes <= 0) return -1;
   try {
     Pool& pool = runtime().pool;
-    const Clock::duration patience = runtime().timeout;
     const int64_t parts = (bytes + kPartBytes - 1) / kPartBytes;
-    Reading reading(&pool, static_cast<const char*>(data), bytes, parts);
+    Reading reading(static_cast<const char*>(data), bytes, parts);
     const Clock::time_point start = Clock::now();
     pool.push(&reading, parts);
-    // The object must outlive its last part, however long that takes.
-    while (!pool.help(reading.left(), Clock::now() + patience)) {
+    // Without workers nobody else reads.
+    while (pool.threads() == 1 && pool.run_some()) {
     }
-    const std::chrono::duration<double> took = Clock::now() - start;
+    const std::chrono::duration<double> took = reading.wait() - start;
     *sum = reading.sum();
     return took.count();
   } catch (...) {

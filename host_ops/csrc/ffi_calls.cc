@@ -145,11 +145,14 @@ SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float 
             "on the device");
   }
   call.tick = static_cast<int32_t*>(in.ret("tick", DataType::S32, {2}));
+  if (in.rank_of_ret() < 0) return call;
+  call.results.out = static_cast<float*>(in.ret("out", DataType::F32, {g.batch, g.heads, g.head_dim}));
+  call.results.lse = static_cast<float*>(in.ret("lse", DataType::F32, {g.batch, g.heads}));
   return call;
 }
 
 CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection,
-                         bool has_first_row) {
+                         bool has_first_row, bool delivered) {
   CollectCall call;
   Geometry& g = call.g;
   CollectOut& out = call.out;
@@ -161,6 +164,13 @@ CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection
   if (!in.ok()) return call;
   call.tick = as<int32_t>(in.arg("tick", DataType::S32, {2}));
   call.flush = read_flush(in, g, dtype);
+  if (delivered) {
+    // Aliased by the results of the same names.
+    const auto* out_of_submit = in.arg("out", DataType::F32, {g.batch, g.heads, g.head_dim});
+    call.given.out = static_cast<float*>(const_cast<void*>(out_of_submit));
+    const auto* lse_of_submit = in.arg("lse", DataType::F32, {g.batch, g.heads});
+    call.given.lse = static_cast<float*>(const_cast<void*>(lse_of_submit));
+  }
   if (has_summaries) read_summaries(in, g, call.rows, &call.cache);
   call.result = call.cache;
   if (returned) read_result(in, g, call.rows, dtype, &call.result);

@@ -18,7 +18,7 @@ AppendCall read_append(Operands& in, bool has_summaries, bool has_first_row = fa
 SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float scale,
                        bool has_first_row = false);
 CollectCall read_collect(Operands& in, bool has_summaries, bool return_selection,
-                         bool has_first_row = false);
+                         bool has_first_row = false, bool delivered = false);
 
 // Does nothing: tells the framework that an array may change in place before this call, seen by
 // what takes the result, and not after it.

@@ -43,36 +43,27 @@ ffi::Error append_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, bool
   });
 }
 
-ffi::Error submit_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, bool has_summaries,
-                          bool has_bitmap, float scale, bool has_first_row, bool lends) {
-  return guarded([&] {
-    Operands in(args, rets);
-    SubmitCall call = read_submit(in, has_summaries, has_bitmap, scale, has_first_row);
-    if (!in.ok()) return in.error();
-    call.work.cancel = *call.cancel;
-    if (choose_rows(call.g, call.rows, &call.cache)) {
-      submit(call.g, call.work, call.cache, call.scale, call.tick, lends);
-    } else {
-      std::copy_n(kNoTick, 2, call.tick);
-    }
-    return ffi::Error::Success();
-  });
-}
-
-// Completes when nobody reads the cache any more. The framework keeps a program that failed, and
-// its memory, until then; without this the workers might read memory that is no longer there.
-ffi::Future start_impl(ffi::RemainingArgs args, ffi::RemainingRets rets) {
+// Completes when nobody reads the cache and what is lent any more. The framework keeps a program that
+// failed, and its memory, until then; without this the workers might read memory that is no longer
+// there. Where the tasks are not begun, collect begins them.
+ffi::Future submit_impl(ffi::RemainingArgs args, ffi::RemainingRets rets, bool has_summaries,
+                        bool has_bitmap, float scale, bool has_first_row, bool begins) {
   ffi::Promise done;
   ffi::Future future(done);
   Operands in(args, rets);
-  const auto* tick = static_cast<const int32_t*>(in.arg("tick", ffi::DataType::S32, {2}));
-  int32_t* begun = static_cast<int32_t*>(in.ret("begun", ffi::DataType::S32, {1}));
+  SubmitCall call = read_submit(in, has_summaries, has_bitmap, scale, has_first_row);
   if (!in.ok()) {
     done.SetError(in.error());
     return future;
   }
-  *begun = 1;
-  if (!start(tick, [done]() mutable { done.SetAvailable(); })) done.SetAvailable();
+  call.work.cancel = *call.cancel;
+  if (choose_rows(call.g, call.rows, &call.cache)) {
+    submit(call.g, call.work, call.cache, call.scale, call.tick, begins, call.results);
+  } else {
+    std::copy_n(kNoTick, 2, call.tick);
+  }
+  const bool begun = begins && start(call.tick, [done]() mutable { done.SetAvailable(); });
+  if (!begun) done.SetAvailable();
   return future;
 }
 
@@ -83,20 +74,26 @@ const ffi::Promise out_of_memory = [] {
   return promise;
 }();
 
-ffi::Future start_handler(ffi::RemainingArgs args, ffi::RemainingRets rets) {
+ffi::Future submit_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, bool has_summaries,
+                           bool has_bitmap, float scale, bool has_first_row, bool begins) {
   try {
-    return start_impl(args, rets);
+    return submit_impl(args, rets, has_summaries, has_bitmap, scale, has_first_row, begins);
   } catch (...) {
     return ffi::Future(out_of_memory);
   }
 }
 
 ffi::Error collect_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, bool has_summaries,
-                           bool return_selection, bool has_first_row) {
+                           bool return_selection, bool has_first_row, bool delivered) {
   return guarded([&] {
     Operands in(args, rets);
-    CollectCall call = read_collect(in, has_summaries, return_selection, has_first_row);
+    CollectCall call =
+        read_collect(in, has_summaries, return_selection, has_first_row, delivered);
     if (!in.ok()) return in.error();
+    if (delivered) {
+      move(call.out.out, call.given.out, 4 * call.g.batch * call.g.heads * call.g.head_dim);
+      move(call.out.lse, call.given.lse, 4 * call.g.batch * call.g.heads);
+    }
     const bool in_place = settle(call.g, call.rows, &call.cache, call.result);
     const bool found = choose_rows(call.g, call.rows, &call.cache);
     const uint32_t status = !in_place ? kNotInPlace : found ? kOk : kInvalid;
@@ -125,10 +122,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_submit_cpu, fluxion::submit_handler,
                                   .Attr<bool>("has_bitmap")
                                   .Attr<float>("scale")
                                   .Attr<bool>("has_first_row")
-                                  .Attr<bool>("lends"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_start_cpu, fluxion::start_handler,
-                              xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets());
+                                  .Attr<bool>("begins"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_collect_cpu, fluxion::collect_handler,
                               xla::ffi::Ffi::Bind()
@@ -136,7 +130,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_collect_cpu, fluxion::collect_handler,
                                   .RemainingRets()
                                   .Attr<bool>("has_summaries")
                                   .Attr<bool>("return_selection")
-                                  .Attr<bool>("has_first_row"));
+                                  .Attr<bool>("has_first_row")
+                                  .Attr<bool>("delivered"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_keep_cpu, fluxion::keep,
                               xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets());

@@ -26,7 +26,7 @@ ffi::Error append_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingR
   });
 }
 
-// The staging memory is what is lent here, not what the framework gives.
+// The stream itself says when to begin, and what is lent is staging memory.
 ffi::Error submit_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                           bool has_summaries, bool has_bitmap, float scale, bool has_first_row,
                           bool) {
@@ -37,16 +37,13 @@ ffi::Error submit_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingR
   });
 }
 
-// The stream itself says when to start, and that comes with submit.
-ffi::Error start_handler(void*, ffi::RemainingArgs, ffi::RemainingRets) {
-  return ffi::Error::Success();
-}
-
 ffi::Error collect_handler(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                           bool has_summaries, bool return_selection, bool has_first_row) {
+                           bool has_summaries, bool return_selection, bool has_first_row,
+                           bool delivered) {
   return guarded([&] {
     Operands in(args, rets);
-    const CollectCall call = read_collect(in, has_summaries, return_selection, has_first_row);
+    const CollectCall call =
+        read_collect(in, has_summaries, return_selection, has_first_row, delivered);
     return enqueue(stream, in, call, enqueue_collect);
   });
 }
@@ -74,13 +71,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_submit_cuda, fluxion::submit_handler,
                                   .Attr<bool>("has_bitmap")
                                   .Attr<float>("scale")
                                   .Attr<bool>("has_first_row")
-                                  .Attr<bool>("lends"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_start_cuda, fluxion::start_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<void*>>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+                                  .Attr<bool>("begins"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_collect_cuda, fluxion::collect_handler,
                               xla::ffi::Ffi::Bind()
@@ -89,7 +80,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_collect_cuda, fluxion::collect_handler,
                                   .RemainingRets()
                                   .Attr<bool>("has_summaries")
                                   .Attr<bool>("return_selection")
-                                  .Attr<bool>("has_first_row"));
+                                  .Attr<bool>("has_first_row")
+                                  .Attr<bool>("delivered"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fluxion_keep_cuda, fluxion::keep,
                               xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets());

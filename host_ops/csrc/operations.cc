@@ -106,7 +106,7 @@ Slot* reserve(int32_t tick[2]) noexcept {
 }
 
 void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const CacheView& cache,
-          float scale, const Lease& lease) noexcept {
+          float scale, const Lease& lease, Results results) noexcept {
   if (slot == nullptr) return;
   const Clock::time_point start = Clock::now();
   Runtime& run = runtime();
@@ -115,7 +115,7 @@ void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const Cach
     CancelWord cancel = work.cancel == 0 ? nullptr : run.cancels.find(work.cancel);
     const bool cancel_known = work.cancel == 0 || cancel != nullptr;
     const bool lent = lease != nullptr;
-    request.prepare(geometry, work, cache, scale, std::move(cancel), cancel_known, lent);
+    request.prepare(geometry, work, cache, scale, std::move(cancel), cancel_known, lent, results);
     slot->hold(lease);
   } catch (...) {
     // Without a request at all, collect says the same.
@@ -143,13 +143,13 @@ void give_back(Slot* slot) noexcept {
 }
 
 void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
-            int32_t tick[2], bool lent) noexcept {
+            int32_t tick[2], bool lent, Results results) noexcept {
   Slot* slot = reserve(tick);
   if (slot == nullptr) return;
   // A bitmap is read once more by collect, which may come much later, and so are queries where there
   // are no workers.
   lent = lent && work.bitmap == nullptr && runtime().pool.threads() > 1;
-  fill(slot, geometry, work, cache, scale, lent ? unseen_lease : nullptr);
+  fill(slot, geometry, work, cache, scale, lent ? unseen_lease : nullptr, results);
 }
 
 bool start(const int32_t tick[2], std::function<void()> action) noexcept {

@@ -26,7 +26,7 @@ Slot* reserve(int32_t tick[2]) noexcept;
 // to collect. Nothing happens without a slot. With a lease, q, q8 and bitmap are not copied but lent
 // to the slot, if they are needed, until it has been collected and no thread reads them any more.
 void fill(Slot* slot, const Geometry& geometry, const WorkView& work, const CacheView& cache,
-          float scale, const Lease& lease = nullptr) noexcept;
+          float scale, const Lease& lease = nullptr, Results results = {}) noexcept;
 
 // Instead of `fill`: hands a slot without tasks over to collect, which answers with `status`.
 void refuse(Slot* slot, uint32_t status) noexcept;
@@ -36,8 +36,9 @@ void give_back(Slot* slot) noexcept;
 
 // Both halves at once. With `lent`, q and q8 are read where they are until the tick has been collected,
 // or until the action that `start` was given is called, or `start` returned false: whichever is first.
+// Results that are given are where collect will want them, and are written by then.
 void submit(const Geometry& geometry, const WorkView& work, const CacheView& cache, float scale,
-            int32_t tick[2], bool lent = false) noexcept;
+            int32_t tick[2], bool lent = false, Results results = {}) noexcept;
 
 // Lets the pool begin the tasks of a tick. Returns whether the program has to be kept alive, with
 // the memory of its cache, until `action` is called: from then on nobody reads the cache before

@@ -70,30 +70,54 @@ void Pool::push(Job* job, int64_t parts, Turn turn, bool one_of_many, int64_t fi
   job->parts_ = parts;
   job->next_part_ = first;
   job->one_of_many_ = one_of_many;
-  push_chain(job, job, parts - first, turn);
-}
-
-void Pool::push_chain(Job* first, Job* last, int64_t parts, Turn turn) {
-  if (!started_.load(std::memory_order_acquire)) {
-    std::lock_guard<std::mutex> lock(start_mutex_);
-    start_workers();
-  }
+  ensure_started();
   {
     std::lock_guard<SpinLock> lock(queue_lock_);
     if (turn == Turn::kNext || head_ == nullptr) {
       if (head_ != nullptr) head_->next_part_ = head_part_;
-      last->next_ = head_;
-      head_ = first;
-      head_part_ = first->next_part_;
-      if (tail_ == nullptr) tail_ = last;
+      job->next_ = head_;
+      head_ = job;
+      head_part_ = first;
+      if (tail_ == nullptr) tail_ = job;
     } else {
-      tail_->next_ = first;
-      tail_ = last;
+      tail_->next_ = job;
+      tail_ = job;
     }
-    queued_.store(queued() + parts, std::memory_order_relaxed);
+    queued_parts_.store(queued_parts() + parts - first, std::memory_order_relaxed);
   }
   maybe_work_.store(true, std::memory_order_release);
   wake(1);
+}
+
+void Pool::push_all(Offer* offer) {
+  const int64_t jobs = offer->jobs();
+  if (jobs == 0) return;
+  ensure_started();
+  bool opened = false;
+  {
+    std::lock_guard<SpinLock> lock(queue_lock_);
+    // A single thread takes job after job.
+    opened = threads() > 1 && nothing_offered();
+    if (opened) {
+      // All who are idle look at this line; mostly it is the same offer again.
+      if (offered_.load(std::memory_order_relaxed) != offer) {
+        offered_.store(offer, std::memory_order_release);
+      }
+      offer->open(threads());
+    }
+  }
+  // From the last job on the offer may be the next one already.
+  for (int64_t i = 0; !opened && i < jobs; ++i) {
+    push(offer->job(i), offer->parts(i), Turn::kLast, true);
+  }
+  maybe_work_.store(true, std::memory_order_release);
+  wake(1);
+}
+
+void Pool::ensure_started() {
+  if (started_.load(std::memory_order_acquire)) return;
+  std::lock_guard<std::mutex> lock(start_mutex_);
+  start_workers();
 }
 
 // Whether anyone sleeps who has to be told of what the caller has just published. Adding nothing
@@ -122,16 +146,15 @@ void Pool::wake(int count) {
 // by counting and many still finish together. Without workers nobody else is expected to take the
 // rest.
 bool Pool::pop(Parts* parts) {
-  if (!maybe_work_.load(std::memory_order_acquire)) return false;
   std::lock_guard<SpinLock> lock(queue_lock_);
   Job* const job = head_;
   if (job == nullptr) {
-    maybe_work_.store(false, std::memory_order_relaxed);
+    if (nothing_offered()) maybe_work_.store(false, std::memory_order_relaxed);
     return false;
   }
   const int64_t left = job->parts_ - head_part_;
   const int64_t sharers = threads() > 1 ? 2 * threads() : 1;
-  const int64_t share = (job->one_of_many_ ? queued() : left) / sharers;
+  const int64_t share = (job->one_of_many_ ? queued_parts() : left) / sharers;
   const int64_t taken = std::min(std::max<int64_t>(share, 1), left);
   *parts = {job, head_part_, head_part_ + taken};
   head_part_ += taken;
@@ -140,8 +163,8 @@ bool Pool::pop(Parts* parts) {
     head_part_ = head_ == nullptr ? 0 : head_->next_part_;
     if (head_ == nullptr) tail_ = nullptr;
   }
-  queued_.store(queued() - taken, std::memory_order_relaxed);
-  if (head_ == nullptr) maybe_work_.store(false, std::memory_order_relaxed);
+  queued_parts_.store(queued_parts() - taken, std::memory_order_relaxed);
+  if (head_ == nullptr && nothing_offered()) maybe_work_.store(false, std::memory_order_relaxed);
   return true;
 }
 
@@ -153,7 +176,28 @@ void Pool::fetch_queue() {
   if (head_ != nullptr) fetch(head_, kFetchedJob);
 }
 
+bool Pool::nothing_offered() const {
+  const Offer* const offer = offered_.load(std::memory_order_relaxed);
+  return offer == nullptr || offer->left() == 0;
+}
+
+bool Pool::run_share() {
+  Offer* const offer = offered_.load(std::memory_order_acquire);
+  int64_t first, end;
+  bool last = false;
+  if (offer == nullptr || !offer->take(&first, &end, &last)) return false;
+  if (last) {
+    // Or all who are idle would ask for the lock to find out.
+    std::lock_guard<SpinLock> lock(queue_lock_);
+    if (head_ == nullptr && nothing_offered()) maybe_work_.store(false, std::memory_order_relaxed);
+  }
+  offer->run(first, end);
+  return true;
+}
+
 bool Pool::run_some() {
+  if (!maybe_work_.load(std::memory_order_acquire)) return false;
+  if (run_share()) return true;
   Parts parts;
   if (!pop(&parts)) return false;
   parts.job->run(parts.first, parts.last);
@@ -193,13 +237,9 @@ void Pool::work(uint64_t epoch) {
   working_for = this;
   bool woken = false;
   while (!retired()) {
-    Parts parts;
-    if (pop(&parts)) {
-      if (woken && maybe_work_.load(std::memory_order_relaxed)) wake(2);
-      woken = false;
-      parts.job->run(parts.first, parts.last);
-      continue;
-    }
+    if (woken && maybe_work_.load(std::memory_order_relaxed)) wake(2);
+    woken = false;
+    if (run_some()) continue;
     if (spin_until(ready)) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleeping_;
@@ -214,15 +254,16 @@ void Pool::work(uint64_t epoch) {
 void Pool::start_workers() {
   if (started_.load(std::memory_order_relaxed)) return;
   const uint64_t epoch = epoch_.load(std::memory_order_relaxed);
-  const int workers = threads() - 1;
+  const int workers = threads() == 1 ? 0 : threads();
   const SignalsBlocked blocked;
   try {
     while (static_cast<int>(workers_.size()) < workers) {
       workers_.emplace_back([this, epoch] { work(epoch); });
     }
   } catch (...) {
-    // The system refuses more threads: helpers still do all the work, and threads() tells.
-    threads_.store(static_cast<int>(workers_.size()) + 1, std::memory_order_relaxed);
+    // The system refuses more threads: who waits helps, and threads() tells.
+    const int started = static_cast<int>(workers_.size());
+    threads_.store(std::max(started, 1), std::memory_order_relaxed);
   }
   started_.store(true, std::memory_order_release);
 }

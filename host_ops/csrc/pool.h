@@ -1,5 +1,7 @@
 // A pool of threads that own nothing but a queue of jobs.
 //
+// What is offered (offer.h) is begun before what is queued. One offer is open at a time; the jobs of
+// another one are queued.
 // Ownership: a Job belongs to its caller, who keeps it alive until its last part has run; the queue
 // links jobs through themselves, so pushing never allocates and cannot fail.
 // Threads: every method may be called from any thread, also from a part that the pool runs.
@@ -18,8 +20,10 @@
 #include <cstdint>
 #include <mutex>
 #include <thread>
-#include <utility>
 #include <vector>
+
+#include "job.h"
+#include "offer.h"
 
 namespace fluxion {
 
@@ -50,29 +54,10 @@ constexpr Clock::duration kAwakeSpin = std::chrono::milliseconds(2) + std::chron
 // Where a job is queued: behind all others, or before them because others wait for what it finds.
 enum class Turn { kLast, kNext };
 
-// Work in `parts` independent parts, begun in order.
-class Job {
- public:
-  virtual ~Job() = default;
-  // Runs parts [first, last). The job may be pushed again, or cease to exist, once all have run.
-  virtual void run(int64_t first, int64_t last) noexcept = 0;
-
- private:
-  friend class Pool;
-  Job* next_ = nullptr;
-  int64_t parts_ = 0;
-  int64_t next_part_ = 0;      // Where it is not the first in the queue; see Pool::head_part_.
-  bool one_of_many_ = false;   // Pushed with others, as parts of one piece of work.
-};
-
-// Lines of memory that cores hand to each other. What many threads write lies on one of its own, or
-// each of them waits for what the others look at.
-constexpr size_t kLineBytes = 64;
-
 class Pool {
  public:
-  // `threads` counts the helping caller: `threads - 1` workers are started, confined to `cpus`
-  // (anywhere if there are none). Whoever has nothing to do spins for `spin` before it sleeps.
+  // So many workers are started, confined to `cpus` (anywhere if there are none), or none for one
+  // thread, which is the caller. Whoever has nothing to do spins for `spin` before it sleeps.
   explicit Pool(int threads, std::vector<int> cpus = {}, Clock::duration spin = kDefaultSpin);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -83,32 +68,14 @@ class Pool {
   void push(Job* job, int64_t parts, Turn turn = Turn::kLast, bool one_of_many = false,
             int64_t first = 0);
 
-  // The same for several jobs at once, which are named with their parts by `job_at(i)` and share one
-  // piece of work in parts of about the same size: whoever takes some takes a share of all that is
-  // queued. And whoever has nothing to do asks for the queue's lock as soon as there is a part in
-  // it, so taking the lock for each job would take long.
-  template <typename JobAt>
-  void push_all(int64_t count, const JobAt& job_at, Turn turn = Turn::kLast,
-                bool one_of_many = true) {
-    Job* first = nullptr;
-    Job* last = nullptr;
-    int64_t total = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const std::pair<Job*, int64_t> item = job_at(i);
-      Job* const job = item.first;
-      job->next_ = nullptr;
-      job->parts_ = item.second;
-      job->next_part_ = 0;
-      job->one_of_many_ = one_of_many;
-      (last != nullptr ? last->next_ : first) = job;
-      last = job;
-      total += item.second;
-    }
-    if (first != nullptr) push_chain(first, last, total, turn);
-  }
+  // Hands out the jobs of `offer` in shares of all their parts, or queues them as one of many each.
+  void push_all(Offer* offer);
 
-  // About how many parts are queued.
-  int64_t queued() const { return queued_.load(std::memory_order_relaxed); }
+  // About how many parts are queued, and shares on offer.
+  int64_t queued() const {
+    const Offer* const offer = offered_.load(std::memory_order_acquire);
+    return queued_parts() + (offer == nullptr ? 0 : offer->left());
+  }
 
   // Asks for the memory that finding the next part takes.
   void fetch_queue();
@@ -144,7 +111,10 @@ class Pool {
     int64_t last;
   };
 
-  void push_chain(Job* first, Job* last, int64_t parts, Turn turn);
+  void ensure_started();
+  int64_t queued_parts() const { return queued_parts_.load(std::memory_order_relaxed); }
+  bool run_share();
+  bool nothing_offered() const;
   bool pop(Parts* parts);
   void work(uint64_t epoch);
   static bool anyone(std::atomic<int>* sleepers);
@@ -163,11 +133,12 @@ class Pool {
   // to take the lock's line back from all of them, and lowered by who finds nothing; so it may be up
   // while nothing is queued, but while something is queued it is up or about to be.
   alignas(kLineBytes) std::atomic<bool> maybe_work_{false};
+  std::atomic<Offer*> offered_{nullptr};  // Written under queue_lock_, before the flag is raised.
   alignas(kLineBytes) SpinLock queue_lock_;
   alignas(kLineBytes) Job* head_ = nullptr;  // Guarded by queue_lock_, like tail_.
   Job* tail_ = nullptr;
   int64_t head_part_ = 0;           // The next part of head_; under the lock.
-  std::atomic<int64_t> queued_{0};  // Parts not yet begun; written under queue_lock_.
+  std::atomic<int64_t> queued_parts_{0};  // Not yet begun; written under queue_lock_.
   alignas(kLineBytes) std::mutex mutex_;  // For going to sleep only.
   std::condition_variable wake_;    // Where workers sleep.
   std::condition_variable done_;    // Where helpers do.

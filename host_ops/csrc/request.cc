@@ -105,8 +105,9 @@ void Request::write_selection(uint32_t* selection) const {
 void Request::write_nothing(int64_t batch, int64_t kv_head) {
   const Geometry& g = geometry_;
   const int64_t row = batch * g.heads + kv_head * g.group();
-  std::fill_n(own_.out + row * g.head_dim, g.group() * g.head_dim, 0.0f);
-  std::fill_n(own_.lse + row, g.group(), -std::numeric_limits<float>::infinity());
+  const Results results = *results_.load(std::memory_order_relaxed);
+  std::fill_n(results.out + row * g.head_dim, g.group() * g.head_dim, 0.0f);
+  std::fill_n(results.lse + row, g.group(), -std::numeric_limits<float>::infinity());
 }
 
 // Calls `body` with the first row of each group whose results lie elsewhere than in `results`.
@@ -129,6 +130,7 @@ bool Request::keeps_results() const {
 }
 
 void Request::fetch_results(const Results& results) const {
+  if (delivers_) return;
   const int64_t rows = geometry_.batch * geometry_.heads;
   if (keeps_results()) {
     const int64_t bytes = std::min(4 * rows * geometry_.head_dim, kFetchedBytes / 2);
@@ -151,6 +153,7 @@ void Request::fetch_results(const Results& results) const {
 }
 
 void Request::write_results(const Results& results) const {
+  if (delivers_) return;
   const int64_t group = geometry_.group();
   const int64_t head_dim = geometry_.head_dim;
   if (keeps_results()) {
@@ -211,7 +214,8 @@ void Request::fetch_copies(int64_t first_kept, int64_t end_kept) {
 }
 
 uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
-                          float scale, CancelWord cancel, bool cancel_known, bool lent) {
+                          float scale, CancelWord cancel, bool cancel_known, bool lent,
+                          Results results) {
   fetch_operands(geometry, work, lent);
   geometry_ = geometry;
   cache_ = cache;
@@ -233,7 +237,9 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   own_out_.resize(g.batch * g.heads * g.head_dim);
   own_lse_.resize(g.batch * g.heads);
   own_ = {own_out_.data(), own_lse_.data()};
-  results_.store(&own_, std::memory_order_relaxed);
+  given_ = results;
+  delivers_ = results.out != nullptr;
+  results_.store(delivers_ ? &given_ : &own_, std::memory_order_relaxed);
   kept_.store(0, std::memory_order_relaxed);
   blocks_read_.assign(g.batch * g.kv_heads, 0);
   units_scanned_.assign(g.batch * g.kv_heads, 0);
@@ -256,6 +262,8 @@ uint32_t Request::prepare(const Geometry& geometry, const WorkView& work, const 
   std::sort(tasks_.begin(), tasks_.begin() + task_count_, [](const auto& a, const auto& b) {
     return a->bytes() != b->bytes() ? a->bytes() > b->bytes() : a->index() < b->index();
   });
+  // Room for what start, which must not throw, puts there.
+  offer_.clear(task_count_);
   submitted_ = Clock::now();
   left_.store(task_count_, std::memory_order_release);
   return kOk;
@@ -291,9 +299,9 @@ void Request::start(Pool* pool) noexcept {
   if (started_.exchange(true, std::memory_order_acq_rel)) return;
   pool_ = pool;
   begun_ = Clock::now();
-  pool->push_all(task_count_, [&](int64_t i) {
-    return std::pair<Job*, int64_t>(tasks_[i].get(), tasks_[i]->begin_first());
-  });
+  offer_.clear(task_count_);
+  for (int64_t i = 0; i < task_count_; ++i) offer_.add(tasks_[i].get(), tasks_[i]->begin_first());
+  pool->push_all(&offer_);
 }
 
 bool Request::when_finished(std::function<void()> action) {

@@ -75,9 +75,9 @@ bool SlotTable::start(int32_t index, int32_t generation, Pool* pool,
   if (slot->state != Slot::State::kInFlight || slot->generation != generation) return false;
   if (slot->request == nullptr) return false;
   // Held together, so that no collect can come between and give the slot to another request.
-  const bool waits = slot->request->when_finished(std::move(action));
+  // Begun first, because others wait for it.
   slot->request->start(pool);
-  return waits;
+  return slot->request->when_finished(std::move(action));
 }
 
 void SlotTable::end_loan(int32_t index, int32_t generation) {

@@ -33,13 +33,14 @@
 
 #include "cancel.h"
 #include "kernels.h"
+#include "offer.h"
 #include "pool.h"
 #include "types.h"
 
 namespace fluxion {
 
 // Units of a part of scoring. Whoever takes several parts scores them as one.
-constexpr int64_t kScoreUnits = 128;
+constexpr int64_t kScoreUnits = 64;
 // No more units are ranked for a head sooner than another thread could take it over.
 constexpr int64_t kAloneUnits = 512;
 
@@ -55,12 +56,6 @@ struct ChunkList {
   int32_t count;
   int32_t blocks[kMaxChunkBlocks];
   uint64_t head_masks[kMaxChunkBlocks];
-};
-
-// Where results go.
-struct Results {
-  float* out = nullptr;  // [B, N, H]
-  float* lse = nullptr;  // [B, N]
 };
 
 class Task : public Job {
@@ -167,9 +162,11 @@ class CoveredTime {
 class Request {
  public:
   // Copies the operands, but for those that are `lent`, and checks their values. Returns kOk or
-  // kInvalid; in the latter case there are no tasks. May throw std::bad_alloc.
+  // kInvalid; in the latter case there are no tasks. Where `results` are given, everything is written
+  // there and nothing is left to be written. May throw std::bad_alloc.
   uint32_t prepare(const Geometry& geometry, const WorkView& work, const CacheView& cache,
-                   float scale, CancelWord cancel, bool cancel_known, bool lent = false);
+                   float scale, CancelWord cancel, bool cancel_known, bool lent = false,
+                   Results results = {});
 
   // Before start: copies what is lent. May throw std::bad_alloc.
   void end_loan();
@@ -180,6 +177,8 @@ class Request {
   // From now on tasks put their results there, whether or not some have finished before: so most
   // results go where they are wanted, although the tasks may be under way. Once a request.
   void write_to(Results results);
+  // Whether all results go where prepare was told.
+  bool delivers() const { return delivers_; }
   // Once finished: puts the results there that are not yet, or asks for both their places first.
   void write_results(const Results& results) const;
   void fetch_results(const Results& results) const;
@@ -245,6 +244,7 @@ class Request {
   CacheView cache_;
   float scale_ = 1.0f;
   bool has_bitmap_ = false;
+  bool delivers_ = false;
   CancelWord cancel_;
   Pool* pool_ = nullptr;
   Clock::time_point submitted_;
@@ -282,6 +282,7 @@ class Request {
   std::vector<float> own_lse_;
   std::vector<int32_t> blocks_read_;
   std::vector<int32_t> units_scanned_;
+  Offer offer_;
   // By parts of tasks; written by every thread all the time, unlike what lies before.
   alignas(kLineBytes) CoveredTime covered_;
 };

@@ -100,6 +100,12 @@ struct FlushView {
   const int32_t* num_blocks = nullptr;    // [B]
 };
 
+// Where results go.
+struct Results {
+  float* out = nullptr;  // [B, N, H]
+  float* lse = nullptr;  // [B, N]
+};
+
 }  // namespace fluxion
 
 #endif  // FLUXION_TYPES_H_

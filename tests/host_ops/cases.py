@@ -131,7 +131,7 @@ def jitted_step(implementation: str) -> Any:
 
     def step(work: Work, k: Any, v: Any, summaries: Any, flush: Flush, scale: float) -> Collected:
         tick = host_ops.submit(work, k, v, summaries, scale=scale, implementation=implementation)
-        device_lse = jnp.where(tick[0] >= 0, work.q[..., 0], -jnp.inf)
+        device_lse = jnp.where(tick.slot[0] >= 0, work.q[..., 0], -jnp.inf)
         return host_ops.collect(
             tick,
             work,

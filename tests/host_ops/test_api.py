@@ -119,6 +119,16 @@ def test_shapes_and_dtypes_are_checked(name, shape, dtype, message):
         submit("xla", case)
 
 
+def test_what_no_submit_has_returned_is_no_tick():
+    case = cases.random_case(SHAPE)
+    operands = (case.work, case.k, case.v, case.summaries, case.flush, ())
+    with pytest.raises(ValueError, match=r"tick: expected a host_ops\.Tick, got ndarray; pass"):
+        host_ops.collect(np.zeros(2, np.int32), *operands, scale=1.0)
+    wrong = host_ops.Tick(np.zeros(3, np.int32))
+    with pytest.raises(ValueError, match=r"tick\.slot: expected int32\[2\], got int32\[3\]"):
+        host_ops.collect(wrong, *operands, scale=1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [

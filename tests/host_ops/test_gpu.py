@@ -44,7 +44,7 @@ def host_cache(case: cases.Case) -> tuple[Any, ...]:
 
 def step(work: Any, cache: Any, flush: Any) -> Collected:
     tick = host_ops.submit(work, *cache, scale=0.2, implementation="native")
-    device_lse = jnp.where(tick[0] >= 0, work.q[..., 0], -jnp.inf)
+    device_lse = jnp.where(tick.slot[0] >= 0, work.q[..., 0], -jnp.inf)
     return host_ops.collect(
         tick,
         work,

@@ -36,7 +36,7 @@ def test_a_step_is_in_place(implementation, dtype, bitmap):
         tick = host_ops.submit(work, k, v, summaries, scale=1.0, implementation=implementation)
         # The device's share reads the cache before the flush, as it does in a decode step.
         device_k = host_ops.retag(k, host_ops.DEVICE)
-        read = jax.lax.dynamic_slice(device_k, (0, 0, tick[0] + 5, 0, 0), (1, 1, 1, 16, 40))
+        read = jax.lax.dynamic_slice(device_k, (0, 0, tick.slot[0] + 5, 0, 0), (1, 1, 1, 16, 40))
         return host_ops.collect(
             tick,
             work,

@@ -375,10 +375,12 @@ TEST(pool_takes_shares_of_a_job_and_of_jobs_that_were_pushed_together) {
   };
   using Runs = std::vector<std::pair<int64_t, int64_t>>;
   Pool pool(2);
-  // Its only worker is held, so that this thread runs all that is queued.
-  Gate gate;
-  pool.push(&gate, 1);
-  while (!gate.entered) std::this_thread::yield();
+  // Its workers are held, so that this thread runs all that is queued.
+  Gate gates[2];
+  for (Gate& gate : gates) pool.push(&gate, 1);
+  for (Gate& gate : gates) {
+    while (!gate.entered) std::this_thread::yield();
+  }
   Runs of_one, urgent_runs, of_many;
   Noting one(&of_one), urgent(&urgent_runs);
   pool.push(&one, 16);
@@ -394,14 +396,30 @@ TEST(pool_takes_shares_of_a_job_and_of_jobs_that_were_pushed_together) {
   }
   CHECK_EQ(of_one.back().second, 16);
   Noting many[2] = {Noting(&of_many), Noting(&of_many)};
-  pool.push_all(2, [&](int64_t i) { return std::pair<Job*, int64_t>(&many[i], 24); });
+  Offer offer;
+  offer.clear(2);
+  for (Noting& job : many) offer.add(&job, 24);
+  pool.push_all(&offer);
+  // A round is two thirds of what is left, one share for each thread, whatever jobs it is of.
+  CHECK_EQ(pool.queued(), 8);
   CHECK(pool.run_some());
-  CHECK(pool.run_some());
-  CHECK(pool.run_some());
-  // A quarter of what is queued, but no more than is left of the job.
-  CHECK(of_many == (Runs{{0, 12}, {12, 21}, {21, 24}}));
+  CHECK_EQ(pool.queued(), 7);
+  CHECK(of_many == (Runs{{0, 16}}));
+  // The jobs of a second offer are queued, and begun behind the first.
+  Runs of_other;
+  Noting other(&of_other);
+  Offer second;
+  second.clear(1);
+  second.add(&other, 3);
+  pool.push_all(&second);
+  CHECK_EQ(pool.queued(), 10);
+  while (pool.queued() > 3) CHECK(pool.run_some());
+  CHECK(of_other.empty());
+  CHECK(of_many == (Runs{{0, 16}, {16, 24}, {0, 8}, {8, 13}, {13, 18}, {18, 20}, {20, 22},
+                         {22, 23}, {23, 24}}));
   while (pool.run_some()) {
   }
+  CHECK(of_other == (Runs{{0, 1}, {1, 2}, {2, 3}}));
   CHECK_EQ(pool.queued(), 0);
   // The same for jobs that are pushed one after the other, if they are parts of one piece of work.
   of_many.clear();
@@ -410,8 +428,51 @@ TEST(pool_takes_shares_of_a_job_and_of_jobs_that_were_pushed_together) {
   CHECK(of_many == (Runs{{0, 12}}));
   while (pool.run_some()) {
   }
-  gate.open = true;
-  CHECK(pool.help(gate.left, kNever));
+  for (Gate& gate : gates) gate.open = true;
+  for (Gate& gate : gates) CHECK(pool.help(gate.left, kNever));
+}
+
+TEST(pool_hands_out_every_part_of_an_offer_once) {
+  struct Counting : Job {
+    void run(int64_t first, int64_t last) noexcept override {
+      for (int64_t part = first; part < last; ++part) ++runs[part];
+      *left -= last - first;
+    }
+    std::atomic<int64_t>* left;
+    std::vector<std::atomic<int>> runs;
+  };
+  for (const int threads : {1, 2, 3, 7}) {
+    Offer offers[2];
+    std::vector<Counting> jobs[2] = {std::vector<Counting>(5), std::vector<Counting>(3)};
+    std::atomic<int64_t> left[2] = {{0}, {0}};
+    Pool pool(threads);
+    for (int round = 0; round < 300; ++round) {
+      // Two who offer at the same time, again and again in the same memory.
+      const auto offer = [&](int which) {
+        Offer& offered = offers[which];
+        offered.clear(static_cast<int64_t>(jobs[which].size()));
+        int64_t total = 0;
+        for (size_t i = 0; i < jobs[which].size(); ++i) {
+          const int64_t parts = 1 + (7 * round + 13 * static_cast<int64_t>(i)) % 90;
+          Counting& job = jobs[which][i];
+          job.left = &left[which];
+          job.runs = std::vector<std::atomic<int>>(parts);
+          offered.add(&job, parts);
+          total += parts;
+        }
+        left[which] = total;
+        pool.push_all(&offered);
+        CHECK(pool.help(left[which], kNever));
+        CHECK_EQ(left[which], 0);
+        for (const Counting& job : jobs[which]) {
+          for (const auto& runs : job.runs) CHECK_EQ(runs, 1);
+        }
+      };
+      std::thread beside([&] { offer(1); });
+      offer(0);
+      beside.join();
+    }
+  }
 }
 
 TEST(pool_queues_the_parts_behind_those_that_were_begun) {

@@ -7,6 +7,8 @@
 
 #include "cases.h"
 #include "check.h"
+#include "requests.h"
+#include "runtime.h"
 #include "tasks.h"
 
 using namespace fluxion;
@@ -100,6 +102,63 @@ TEST(results_that_nobody_wants_elsewhere_stay_with_the_request) {
   CHECK_EQ(before.written(), 0);
   request.write_results(before.view());
   CHECK(before.same_bits(want));
+}
+
+// What collect brings where its arrays are those of submit, or got what these held before.
+Arrays delivered(const Case& c, int threads, bool starts, bool copied) {
+  Case mine = c;
+  Arrays arrays(c.g);
+  Arrays elsewhere(c.g);
+  int32_t tick[2];
+  runtime().pool.set_threads(threads);
+  submit(mine.g, mine.work(), mine.cache(), mine.scale, tick, true, arrays.view());
+  std::atomic<bool> ended{false};
+  const bool begun = starts && start(tick, [&] { ended = true; });
+  while (begun && !ended) std::this_thread::yield();
+  // Then the framework may look at them already.
+  if (begun) CHECK_EQ(arrays.written(), c.g.batch * c.g.heads);
+  if (copied) elsewhere = arrays;
+  const Results results = copied ? elsewhere.view() : arrays.view();
+  std::vector<int32_t> counts(2 * c.g.batch * c.g.kv_heads);
+  float times[kTimes];
+  int32_t status = -1;
+  int32_t* const scanned = counts.data() + c.g.batch * c.g.kv_heads;
+  collect(tick, mine.g, mine.cache(), mine.flush(), kOk,
+          {results.out, results.lse, &status, times, counts.data(), scanned, nullptr});
+  CHECK_EQ(status, 0);
+  return copied ? elsewhere : arrays;
+}
+
+TEST(results_of_a_submit_that_was_told_where_need_no_copy) {
+  const Case c = some_case();
+  Request request;
+  Pool alone(1);
+  const Arrays want = run(&request, &alone, c, 0);
+  for (const int threads : {1, 2, 3}) {
+    for (const bool starts : {false, true}) {
+      for (const bool copied : {false, true}) {
+        for (int i = 0; i < 10; ++i) CHECK(delivered(c, threads, starts, copied).same_bits(want));
+      }
+    }
+  }
+}
+
+TEST(results_of_a_submit_that_failed_are_those_of_an_empty_set) {
+  Case c = some_case();
+  c.host_blocks[1] = -1;
+  Arrays arrays(c.g);
+  int32_t tick[2];
+  submit(c.g, c.work(), c.cache(), c.scale, tick, true, arrays.view());
+  CHECK(!start(tick, [] {}));
+  std::vector<int32_t> counts(2 * c.g.batch * c.g.kv_heads);
+  float times[kTimes];
+  int32_t status = -1;
+  collect(tick, c.g, c.cache(), c.flush(), kOk,
+          {arrays.out.data(), arrays.lse.data(), &status, times, counts.data(), counts.data(),
+           nullptr});
+  CHECK_EQ(status, static_cast<int32_t>(kInvalid));
+  for (const float x : arrays.out) CHECK_EQ(x, 0.0f);
+  for (const float x : arrays.lse) CHECK(std::isinf(x) && x < 0);
 }
 
 TEST(a_nan_that_nothing_weighs_reaches_the_result) {

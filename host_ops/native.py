@@ -4,8 +4,8 @@ One shared library of plain C functions and XLA FFI handlers, loaded with ctypes
 does not depend on the Python version. It is looked for at `FLUXION_HOST_LIBRARY`, else next to this
 file, where CMake installs it. The process's environment is read when it is loaded:
 `FLUXION_CPU_VARIANT` (scalar, avx2, avx512, avx512_vnni) forces the kernels, `FLUXION_NUM_THREADS`
-sets how many threads work including the one that collects (by default one for each CPU, or as many
-as a control group's limit keeps busy),
+sets how many threads work (by default one for each CPU, or as many as a control group's limit keeps
+busy, and two less once a GPU calls),
 `FLUXION_CPUS` confines the library's own threads to a list of CPUs such as `0-7,16` (the thread
 that collects is the framework's and stays where it is), `FLUXION_SPIN_US` sets for how many
 microseconds an idle thread spins before it sleeps, `FLUXION_TIMEOUT_S` bounds how long a collect
@@ -60,7 +60,7 @@ def info() -> dict[str, Any]:
 
     Returns:
       `loaded` (bool), `path`, `reason` (None if loaded), `variant` and `variants` (kernels in use
-      and usable, best first), `threads` (including the one that collects), `cpus` (how many this
+      and usable, best first), `threads` (that work; of one, the one that collects), `cpus` (how many this
       process may run on), `cpu_list` (those that the library's threads run on), `spin_us` (how
       long an idle thread spins), `in_flight` (submitted, not collected) and `cuda` (how a CUDA
       stream calls the host and copies small arrays, such as "memops, kernel"; empty before the
@@ -85,7 +85,7 @@ def info() -> dict[str, Any]:
 
 
 def set_threads(threads: int) -> None:
-    """Sets how many threads share the work, including the one that collects.
+    """Sets how many threads share the work.
 
     Args:
       threads: 1 to 1024; 1 means that only the collecting thread works. The default is the number

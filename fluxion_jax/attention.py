@@ -454,9 +454,10 @@ def _attend_host_cache(
         first_row=rows,
         implementation=execution.host,
     )
-    # The device share waits for the tick, or XLA could run it before the host has begun.
-    q, slot = jax.lax.optimization_barrier((q, tick.slot))
-    tick = tick._replace(slot=slot)
+    # The device share, scores and all, waits for the tick, or XLA could run it before the host
+    # begins.
+    q, q8, slot = jax.lax.optimization_barrier((q, on_device.q8, tick.slot))
+    on_device, tick = on_device._replace(q8=q8), tick._replace(slot=slot)
     if split.sides == "host":
         device = _no_device_share(q, on_device, ranked_units, k.shape[2])
     else:

@@ -60,11 +60,11 @@ def info() -> dict[str, Any]:
 
     Returns:
       `loaded` (bool), `path`, `reason` (None if loaded), `variant` and `variants` (kernels in use
-      and usable, best first), `threads` (that work; of one, the one that collects), `cpus` (how many this
-      process may run on), `cpu_list` (those that the library's threads run on), `spin_us` (how
-      long an idle thread spins), `in_flight` (submitted, not collected) and `cuda` (how a CUDA
-      stream calls the host and copies small arrays, such as "memops, kernel"; empty before the
-      first time); all but the first three are None or empty if it is not loaded.
+      and usable, best first), `threads` (that work; of one, the one that collects), `cpus` (how
+      many this process may run on), `cpu_list` (those that the library's threads run on),
+      `spin_us` (how long an idle thread spins), `in_flight` (submitted, not collected) and `cuda`
+      (how a CUDA stream calls the host and copies small arrays, such as "memops, kernel"; empty
+      before the first time); all but the first three are None or empty if it is not loaded.
     """
     library, path, reason = _load()
     about: dict[str, Any] = {"loaded": library is not None, "path": str(path), "reason": reason}

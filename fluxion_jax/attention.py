@@ -436,7 +436,7 @@ def _attend_host_cache(
     execution: Execution,
     return_selection: bool,
 ) -> tuple[_DeviceShare, host_ops.Collected]:
-    """Runs both shares at once, then writes the leaving block."""
+    """Runs both shares, on a GPU at once, then writes the leaving block."""
     k, v, summaries = _host_arrays(cache, index)
     rows = cache.first_row
     on_device, work = work, _unless_failed(work, cache)

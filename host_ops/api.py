@@ -88,7 +88,10 @@ def submit(
     first_row: jax.Array | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Tick:
-    """Hands the host its share of one layer's attention and returns at once.
+    """Hands the host its share of one layer's attention.
+
+    On a GPU the program goes on meanwhile. On the CPU backend what depends on the tick comes when
+    the host has done its share, on one of its threads, because both would run on the same CPUs.
 
     Args:
       work: what to select and attend to.

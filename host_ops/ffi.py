@@ -1,9 +1,10 @@
 """The native implementation of append, submit and collect, as XLA FFI calls.
 
 Everything here is traced: the work is done by csrc/ when the compiled program runs. On the CPU
-backend submit hands the tasks to the library's own threads and returns, so the rest of the program
-runs meanwhile; collect waits, helping. An asynchronous call between them holds the program until
-the tasks have run: should it fail before collect, its cache must not go while threads read it.
+backend submit is an asynchronous call: it hands the tasks to the library's own threads and is over
+when they have run, and what depends on its tick comes then. So a program that fails holds its cache
+for as long as threads read it. With one thread, and in programs of several devices, it is over at
+once, and collect begins the tasks and does its part of them.
 
 The cache arrays are aliased: a program that donates them gets the same buffers back. One that does
 not makes XLA copy them whole, which is correct and slow. If the copy comes between submit and

@@ -6,13 +6,14 @@ file, where CMake installs it. The process's environment is read when it is load
 `FLUXION_CPU_VARIANT` (scalar, avx2, avx512, avx512_vnni) forces the kernels, `FLUXION_NUM_THREADS`
 sets how many threads work (by default one for each CPU, or as many as a control group's limit keeps
 busy, and two less once a GPU calls),
-`FLUXION_CPUS` confines the library's own threads to a list of CPUs such as `0-7,16` (the thread
-that collects is the framework's and stays where it is), `FLUXION_SPIN_US` sets for how many
-microseconds an idle thread spins before it sleeps, `FLUXION_TIMEOUT_S` bounds how long a collect
-waits, and `FLUXION_CUDA_SYNC` (kernel, memops, hostfunc) says how a CUDA stream calls the host:
-through words in pinned memory that a kernel of ours or the driver writes and waits for, or through
-functions that the driver calls, which takes longer and is the default only under
-CUDA_LAUNCH_BLOCKING and where the driver offers nothing else.
+`FLUXION_CPUS` confines the library's own threads to a list of CPUs such as `0-7,16` (threads of the
+framework that collect stay where they are), `FLUXION_SPIN_US` sets for how many microseconds an
+idle thread spins before it sleeps, `FLUXION_TIMEOUT_S` bounds how long a collect waits (on the CPU
+backend only where collect begins the tasks: with one thread or several devices), and
+`FLUXION_CUDA_SYNC` (kernel, memops, hostfunc) says how a CUDA stream calls the host: through words
+in pinned memory that a kernel of ours or the driver writes and waits for, or through functions that
+the driver calls, which takes longer and is the default only under CUDA_LAUNCH_BLOCKING and where
+the driver offers nothing else.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class Tick(NamedTuple):
 
     Attributes:
       slot: int32 `[2]`, the slot of the request and its generation.
-      out: float32 `[B, N, H]`, where the host writes its share before `collect`, or None where
-        `collect` brings it. To be read from what `collect` returns.
+      out: float32 `[B, N, H]`, memory that the host writes its share to, or None where `collect`
+        has its own. Hand it on as it is, and read what `collect` returns.
       lse: float32 `[B, N]`, likewise.
     """
 

@@ -125,7 +125,7 @@ def render(report: dict[str, Any]) -> str:
     lines += [f"  {name}: {text}" for name, text in report["plan_sets"].items()]
     lines += _steps(rows) + _gains(rows) + _parts(rows)
     if report["left_out"]:
-        lines.append("not measured for lack of time: " + ", ".join(report["left_out"]))
+        lines.append("not in this report: " + ", ".join(report["left_out"]))
     lines += [f"failed: {name}: {reason}" for name, reason in report["failed"].items()]
     return "\n".join(lines)
 

@@ -98,7 +98,7 @@ def render(report: dict[str, Any]) -> str:
         if r["kind"] == "full":
             lines.append(_full_line(r))
     if report["left_out"]:
-        lines.append("not measured for lack of time: " + ", ".join(report["left_out"]))
+        lines.append("not in this report: " + ", ".join(report["left_out"]))
     lines += [f"failed: {name}: {reason}" for name, reason in report["failed"].items()]
     lines += _headlines(report["rows"])
     return "\n".join(lines)

@@ -90,6 +90,7 @@ ffi::Error collect_handler(ffi::RemainingArgs args, ffi::RemainingRets rets, boo
     CollectCall call =
         read_collect(in, has_summaries, return_selection, has_first_row, delivered);
     if (!in.ok()) return in.error();
+    call.out.delivered = delivered;
     if (delivered) {
       move(call.out.out, call.given.out, 4 * call.g.batch * call.g.heads * call.g.head_dim);
       move(call.out.lse, call.given.lse, 4 * call.g.batch * call.g.heads);

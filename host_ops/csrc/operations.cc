@@ -190,7 +190,14 @@ void collect(const int32_t tick[2], const Geometry& geometry, const CacheView& c
     } else {
       Request& request = *slot->request;
       // Nobody may write there who could be left behind, or whose results are of another size.
-      if (!may_leave && request.geometry() == geometry) request.write_to({out.out, out.lse});
+      const bool fits = !may_leave && request.geometry() == geometry;
+      if (fits) {
+        request.write_to({out.out, out.lse});
+      } else if (request.at_rest()) {
+        // What submit was given may be gone.
+        request.keep_results();
+      }
+      if (request.delivers() && !out.delivered) status |= kInvalid;
       const Clock::time_point claimed = Clock::now();
       const bool finished = finish(run, request, may_leave);
       times[kWaited] = seconds(Clock::now() - claimed);

@@ -68,6 +68,7 @@ struct CollectOut {
   int32_t* blocks_read;    // [B, K]
   int32_t* units_scanned;  // [B, K]
   uint32_t* selection;     // [B, N, W], or null
+  bool delivered = false;  // Whether `out` and `lse` are those that submit was given.
 };
 
 // Begins the tasks of a tick if `start` has not, helps with them and waits for them, then writes
@@ -78,7 +79,8 @@ struct CollectOut {
 // cache that lies elsewhere than at submit counts as copied as well, because the tasks may have read
 // memory that was reused.
 //
-// Tasks that end meanwhile write straight to `out`, unless `may_leave`.
+// Tasks that end meanwhile write straight to `out`, unless `may_leave`. A tick of a submit that was given
+// results is invalid where they have not been `delivered`.
 //
 // A task past its time is cut off at its next part and waited for, unless `may_leave`: then a
 // thread that is stuck is left behind with its slot. It may still read the cache until `drain` has

@@ -85,8 +85,7 @@ void Pool::push(Job* job, int64_t parts, Turn turn, bool one_of_many, int64_t fi
     }
     queued_parts_.store(queued_parts() + parts - first, std::memory_order_relaxed);
   }
-  maybe_work_.store(true, std::memory_order_release);
-  wake(1);
+  announce();
 }
 
 void Pool::push_all(Offer* offer) {
@@ -110,7 +109,14 @@ void Pool::push_all(Offer* offer) {
   for (int64_t i = 0; !opened && i < jobs; ++i) {
     push(offer->job(i), offer->parts(i), Turn::kLast, true);
   }
-  maybe_work_.store(true, std::memory_order_release);
+  announce();
+}
+
+// Whoever sends the workers home says so and then looks for work; here it is the other way round, so
+// one of them sees the other, and no work is left without workers.
+void Pool::announce() {
+  maybe_work_.exchange(true);
+  if (!started_.load()) ensure_started();
   wake(1);
 }
 
@@ -261,7 +267,7 @@ void Pool::start_workers() {
       workers_.emplace_back([this, epoch] { work(epoch); });
     }
   } catch (...) {
-    // The system refuses more threads: who waits helps, and threads() tells.
+    // The system refuses more threads: who waits helps, and threads() tells, also of a single one.
     const int started = static_cast<int>(workers_.size());
     threads_.store(std::max(started, 1), std::memory_order_relaxed);
   }
@@ -276,7 +282,7 @@ void Pool::stop_workers() {
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
   workers_.clear();
-  started_.store(false, std::memory_order_release);
+  started_.store(false);
 }
 
 void Pool::set_threads(int threads) {
@@ -286,6 +292,7 @@ void Pool::set_threads(int threads) {
     stop_workers();
     threads_.store(threads < 1 ? 1 : threads, std::memory_order_relaxed);
   }
+  if (!maybe_work_.load()) return;
   while (run_some()) {
   }
 }

@@ -52,6 +52,7 @@ constexpr Clock::duration kDefaultSpin = std::chrono::microseconds(50) + std::ch
 constexpr Clock::duration kAwakeSpin = std::chrono::milliseconds(2) + std::chrono::nanoseconds(1);
 
 // Where a job is queued: behind all others, or before them because others wait for what it finds.
+// What is on offer is begun before either.
 enum class Turn { kLast, kNext };
 
 class Pool {
@@ -64,7 +65,7 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   // Enqueues parts [first, parts), at least one. The job must not be queued already. As one of many,
-  // whoever takes some of it takes a share of all that is queued, as with push_all.
+  // whoever takes some of it takes a share of all that is queued.
   void push(Job* job, int64_t parts, Turn turn = Turn::kLast, bool one_of_many = false,
             int64_t first = 0);
 
@@ -111,6 +112,7 @@ class Pool {
     int64_t last;
   };
 
+  void announce();
   void ensure_started();
   int64_t queued_parts() const { return queued_parts_.load(std::memory_order_relaxed); }
   bool run_share();

@@ -280,12 +280,14 @@ void Request::fetch_state(int64_t first_row) {
 }
 
 void Request::write_to(Results results) {
+  if (delivers_ && started_.load(std::memory_order_acquire)) return;
   given_ = results;
   results_.store(&given_, std::memory_order_release);
 }
 
 void Request::refuse(uint32_t status) {
   task_count_ = 0;
+  delivers_ = false;
   for (auto& stage : stage_ns_) stage.store(0, std::memory_order_relaxed);
   scoring_ns_.store(0, std::memory_order_relaxed);
   span_ns_ = 0;

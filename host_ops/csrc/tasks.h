@@ -12,8 +12,8 @@
 // Ownership: a request copies the small operands and only points at K, V and the summaries, which
 // the caller keeps alive from start to `finished()`. Queries and a given bitmap are copied too, unless
 // they are `lent`: then the caller keeps them until the next prepare, or until nobody will ask for
-// the selection and no thread is in the request. It owns its results, unless `write_to` says where
-// else they go, which then is the caller's to keep until `finished()`. It is never destroyed; its
+// the selection and no thread is in the request. It owns its results, unless prepare or `write_to`
+// is told where else they go, which then is the caller's to keep until `finished()`. It is never destroyed; its
 // memory is reused by the next request in the same slot.
 // Threads: prepare and the results belong to one thread at a time; between start and finished()
 // only the pool touches the tasks. Any thread may call `start`, `write_to`, `when_finished` and
@@ -175,8 +175,11 @@ class Request {
   void refuse(uint32_t status);
 
   // From now on tasks put their results there, whether or not some have finished before: so most
-  // results go where they are wanted, although the tasks may be under way. Once a request.
+  // results go where they are wanted, although the tasks may be under way. Once a request. Of one that
+  // delivers and has been started nothing changes.
   void write_to(Results results);
+  // Where nobody else keeps memory for the results any more. Before start.
+  void keep_results() { results_.store(&own_, std::memory_order_release); }
   // Whether all results go where prepare was told.
   bool delivers() const { return delivers_; }
   // Once finished: puts the results there that are not yet, or asks for both their places first.

@@ -114,7 +114,7 @@ def test_a_spent_budget_leaves_cells_out(measured, tmp_path):
         (tmp_path / f"policy-{name}.json").write_text((folder / f"policy-{name}.json").read_text())
     report = policy.run(TINY, tmp_path, budget_s=0.0)
     assert report["rows"] == []
-    assert "not measured for lack of time: tiny-4000-6000-b2-floor" in render(report)
+    assert "not in this report: tiny-4000-6000-b2-floor" in render(report)
 
 
 def test_without_its_floor_nothing_of_a_case_is_measured(measured, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from host_ops.types import (
     STATUS_OK,
     STATUS_TIMEOUT,
     TIMES,
+    Tick,
 )
 from tests.host_ops import cases
 from tests.host_ops.test_in_place import full_size_copies, pointers
@@ -95,7 +96,7 @@ def test_a_cache_copied_between_submit_and_collect_is_noticed_and_not_written():
         np.testing.assert_array_equal(new, old)
 
 
-def test_the_host_works_while_the_program_does_something_else():
+def test_times_are_those_of_the_host_whatever_the_program_does_before_it_collects():
     case = cases.random_case(cases.Shape(num_blocks=400)).with_work(
         boundary=np.full((2, 3), 400), k_units=np.full((2, 12), 40)
     )
@@ -271,6 +272,21 @@ def test_memory_of_a_program_that_fails_between_submit_and_collect_outlives_the_
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["failed as it should"] * 3 + ["given up 3 0"]
+
+
+def test_a_slot_alone_is_no_tick_of_a_submit_that_has_named_the_results_memory():
+    case = cases.random_case(SHAPE)
+
+    def program(work, k, v, summaries, flush):
+        tick = ffi.submit(work, k, v, summaries, scale=0.2)
+        return ffi.collect(
+            Tick(tick.slot), work, k, v, summaries, flush, (), scale=0.2, return_selection=False
+        )
+
+    done = jax.jit(program, donate_argnums=(1, 2, 3))(case.work, *host_cache(case), case.flush)
+    assert done.status == STATUS_INVALID
+    assert not np.any(done.out)
+    assert np.isneginf(done.lse).all()
 
 
 def test_a_tick_is_good_for_one_collect():

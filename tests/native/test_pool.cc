@@ -134,16 +134,44 @@ TEST(changing_the_number_of_threads_loses_no_work) {
   changer.join();
 }
 
+TEST(changing_the_number_of_workers_leaves_no_work_without_one) {
+  Offer offer;
+  Pool pool(3);
+  std::atomic<bool> stop{false};
+  std::thread changer([&] {
+    for (int threads = 2; !stop; threads = 5 - threads) pool.set_threads(threads);
+  });
+  for (int round = 0; round < 400; ++round) {
+    CountingJob job(&pool, 5);
+    if (round % 2 == 0) {
+      pool.push(&job, 5);
+    } else {
+      offer.clear(1);
+      offer.add(&job, 5);
+      pool.push_all(&offer);
+    }
+    // Nobody helps.
+    const Clock::time_point end = Clock::now() + std::chrono::seconds(20);
+    while (job.left > 0 && Clock::now() < end) std::this_thread::yield();
+    CHECK(job.each_once());
+    CHECK(pool.help(job.left, kNever));
+  }
+  stop = true;
+  changer.join();
+}
+
 TEST(taking_the_last_worker_away_runs_what_is_queued) {
   Pool pool(2);
-  Gate gate;
-  pool.push(&gate, 1);
-  while (!gate.entered) std::this_thread::yield();
+  Gate gates[2];
+  for (Gate& gate : gates) pool.push(&gate, 1);
+  for (Gate& gate : gates) {
+    while (!gate.entered) std::this_thread::yield();
+  }
   CountingJob job(&pool, 3);
   pool.push(&job, 3);
   std::thread opener([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
-    gate.open = true;
+    for (Gate& gate : gates) gate.open = true;
   });
   pool.set_threads(1);
   opener.join();
@@ -214,8 +242,9 @@ TEST(pool_parts_of_one_job_run_on_all_threads_at_once) {
     Pool pool(6, {}, spin);
     for (int round = 0; round < 20; ++round) {
       std::this_thread::sleep_for(std::chrono::milliseconds(round % 3));
-      Meeting job(6);
-      pool.push(&job, 6);
+      // The caller's thread is the seventh.
+      Meeting job(7);
+      pool.push(&job, 7);
       CHECK(pool.help(job.left, kNever));
       CHECK(job.met);
     }
@@ -374,6 +403,7 @@ TEST(pool_takes_shares_of_a_job_and_of_jobs_that_were_pushed_together) {
     std::vector<std::pair<int64_t, int64_t>>* runs;
   };
   using Runs = std::vector<std::pair<int64_t, int64_t>>;
+  Offer offer, second;
   Pool pool(2);
   // Its workers are held, so that this thread runs all that is queued.
   Gate gates[2];
@@ -396,7 +426,6 @@ TEST(pool_takes_shares_of_a_job_and_of_jobs_that_were_pushed_together) {
   }
   CHECK_EQ(of_one.back().second, 16);
   Noting many[2] = {Noting(&of_many), Noting(&of_many)};
-  Offer offer;
   offer.clear(2);
   for (Noting& job : many) offer.add(&job, 24);
   pool.push_all(&offer);
@@ -408,7 +437,6 @@ TEST(pool_takes_shares_of_a_job_and_of_jobs_that_were_pushed_together) {
   // The jobs of a second offer are queued, and begun behind the first.
   Runs of_other;
   Noting other(&of_other);
-  Offer second;
   second.clear(1);
   second.add(&other, 3);
   pool.push_all(&second);

@@ -124,7 +124,7 @@ Arrays delivered(const Case& c, int threads, bool starts, bool copied) {
   int32_t status = -1;
   int32_t* const scanned = counts.data() + c.g.batch * c.g.kv_heads;
   collect(tick, mine.g, mine.cache(), mine.flush(), kOk,
-          {results.out, results.lse, &status, times, counts.data(), scanned, nullptr});
+          {results.out, results.lse, &status, times, counts.data(), scanned, nullptr, true});
   CHECK_EQ(status, 0);
   return copied ? elsewhere : arrays;
 }
@@ -143,6 +143,30 @@ TEST(results_of_a_submit_that_was_told_where_need_no_copy) {
   }
 }
 
+TEST(results_of_a_submit_go_nowhere_if_collect_is_not_given_them) {
+  const Case c = some_case();
+  Case larger = make_case({2, 12, 4, 32, 72, DType::kFloat32}, 3);
+  for (const int threads : {1, 3}) {
+    for (const bool fits : {false, true}) {
+      Case mine = c;
+      Arrays arrays(c.g);
+      int32_t tick[2];
+      runtime().pool.set_threads(threads);
+      submit(mine.g, mine.work(), mine.cache(), mine.scale, tick, true, arrays.view());
+      std::atomic<bool> ended{false};
+      const bool begun = start(tick, [&] { ended = true; });
+      while (begun && !ended) std::this_thread::yield();
+      const Arrays before = arrays;
+      Case& other = fits ? mine : larger;
+      const Result r = collect_tick(other, tick);
+      CHECK(r.status & kInvalid);
+      CHECK(is_empty(r));
+      // Their memory may be another's by now.
+      CHECK(arrays.same_bits(before));
+    }
+  }
+}
+
 TEST(results_of_a_submit_that_failed_are_those_of_an_empty_set) {
   Case c = some_case();
   c.host_blocks[1] = -1;
@@ -155,7 +179,7 @@ TEST(results_of_a_submit_that_failed_are_those_of_an_empty_set) {
   int32_t status = -1;
   collect(tick, c.g, c.cache(), c.flush(), kOk,
           {arrays.out.data(), arrays.lse.data(), &status, times, counts.data(), counts.data(),
-           nullptr});
+           nullptr, true});
   CHECK_EQ(status, static_cast<int32_t>(kInvalid));
   for (const float x : arrays.out) CHECK_EQ(x, 0.0f);
   for (const float x : arrays.lse) CHECK(std::isinf(x) && x < 0);

@@ -152,6 +152,26 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "submit: results are taken for delivered that were not",
+        "host_ops/csrc/operations.cc",
+        "if (request.delivers() && !out.delivered) status |= kInvalid;",
+        "",
+        (
+            "tests/host_ops/test_native_programs.py"
+            "::test_a_slot_alone_is_no_tick_of_a_submit_that_has_named_the_results_memory",
+        ),
+    ),
+    Mutation(
+        "decode: the device scores before the host begins",
+        "fluxion_jax/attention.py",
+        "on_device, tick = on_device._replace(q8=q8), tick._replace(slot=slot)",
+        "tick = tick._replace(slot=slot)",
+        (
+            "tests/attention/test_programs_for_gpu.py"
+            "::test_the_host_begins_before_the_device_reads_its_memory",
+        ),
+    ),
+    Mutation(
         "native host: a failed step goes on",
         "host_ops/csrc/request.cc",
         "if (failed(work)) std::fill",

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from fluxion_jax.attention import LayerStats
 from fluxion_jax.errors import FluxionError, UnsupportedError
 
-# What a layer calls, in this order: submit, start, collect.
-_CALLS = 3
+# What a layer calls, in this order: submit, collect.
+_CALLS = 2
 # Names that releases of JAX give to foreign calls.
 _CALL_NAMES = ("ffi_call", "custom-call", "custom_call")
 
@@ -89,9 +89,9 @@ def profile_step(run: Callable[[], LayerStats]) -> StepTimeline:
     edges = 1e-6 * (np.asarray([op[:2] for op in calls]).reshape(layers, _CALLS, 2) - begin)
     return StepTimeline(
         submit_s=edges[:, 0, 0],
-        share_s=edges[:, 1, 1],
-        collect_s=edges[:, 2, 0],
-        done_s=edges[:, 2, 1],
+        share_s=edges[:, 0, 1],
+        collect_s=edges[:, 1, 0],
+        done_s=edges[:, 1, 1],
         end_s=1e-6 * (end - begin),
         host_times_s=times,
     )

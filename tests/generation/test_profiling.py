@@ -72,7 +72,7 @@ def test_a_profile_has_every_hand_over_in_its_place():
 
 @pytest.mark.native
 def test_a_step_without_host_work_has_no_profile():
-    with pytest.raises(FluxionError, match="expected 3 calls of native host operations"):
+    with pytest.raises(FluxionError, match="expected 2 calls of native host operations"):
         profile_step(step_under(one_sided("device")))
 
 

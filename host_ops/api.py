@@ -90,8 +90,8 @@ def submit(
 ) -> Tick:
     """Hands the host its share of one layer's attention.
 
-    On a GPU the program goes on meanwhile. On the CPU backend what depends on the tick comes when
-    the host has done its share, on one of its threads, because both would run on the same CPUs.
+    On a GPU the program goes on meanwhile. On the CPU backend what takes the tick comes when the
+    host has done its share, on one of its threads.
 
     Args:
       work: what to select and attend to.

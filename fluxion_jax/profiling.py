@@ -98,7 +98,10 @@ def profile_step(run: Callable[[], LayerStats]) -> StepTimeline:
 
 
 def _operations(trace: Path) -> list[tuple[float, float, str]]:
-    """Begin, end in microseconds, and name of each operation of the largest program, by begin."""
+    """Begin, end in microseconds, and name of each operation of the largest program, by begin.
+
+    Of several as large it is the last: a step before it may still have been running.
+    """
     programs: dict[str, list[tuple[float, float, str]]] = {}
     for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]:
         told = event.get("args", {})
@@ -106,5 +109,5 @@ def _operations(trace: Path) -> list[tuple[float, float, str]]:
             begin, duration = float(event["ts"]), float(event.get("dur", 0.0))
             operation = begin, begin + duration, str(told["hlo_op"])
             programs.setdefault(str(told.get("run_id")), []).append(operation)
-    largest = max(programs, key=lambda program: len(programs[program]), default="")
-    return sorted(programs.get(largest, []))
+    found = [sorted(program) for program in programs.values()]
+    return max(found, key=lambda program: (len(program), program[0]), default=[])

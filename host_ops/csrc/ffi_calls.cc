@@ -146,7 +146,8 @@ SubmitCall read_submit(Operands& in, bool has_summaries, bool has_bitmap, float 
   }
   call.tick = static_cast<int32_t*>(in.ret("tick", DataType::S32, {2}));
   if (in.rank_of_ret() < 0) return call;
-  call.results.out = static_cast<float*>(in.ret("out", DataType::F32, {g.batch, g.heads, g.head_dim}));
+  call.results.out =
+      static_cast<float*>(in.ret("out", DataType::F32, {g.batch, g.heads, g.head_dim}));
   call.results.lse = static_cast<float*>(in.ret("lse", DataType::F32, {g.batch, g.heads}));
   return call;
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from flax import nnx
 
 import fluxion_jax as fx
 import host_ops
+from fluxion_jax import profiling
 from fluxion_jax.errors import ConfigError, FluxionError, UnsupportedError
 from fluxion_jax.policy import fixed, one_sided, split_at
 from fluxion_jax.profiling import profile_step
@@ -68,6 +71,19 @@ def test_a_profile_has_every_hand_over_in_its_place():
     whole, one = figure.axes
     assert len(whole.collections) == len(one.collections) == 8
     assert one.get_xlim()[1] - one.get_xlim()[0] < whole.get_xlim()[1] - whole.get_xlim()[0]
+
+
+def test_of_steps_as_large_the_last_is_taken(tmp_path):
+    # The one before was not waited for, and its last operations came as the trace began.
+    events = [
+        {"ts": ts, "dur": 2.0, "args": {"hlo_op": op, "run_id": run}}
+        for run, start in (("7", 50.0), ("5", 10.0), ("6", 90.0))
+        for ts, op in ((start, "ffi_call.1"), (start + 5, "ffi_call.2"))
+    ]
+    events = events[:-1]
+    trace = tmp_path / "a.trace.json.gz"
+    trace.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    assert profiling._operations(trace) == [(50.0, 52.0, "ffi_call.1"), (55.0, 57.0, "ffi_call.2")]
 
 
 @pytest.mark.native
